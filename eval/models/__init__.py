@@ -1,0 +1,1 @@
+"""The small trained models that ship, and the seeded script that trains them."""

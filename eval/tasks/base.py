@@ -1,0 +1,47 @@
+"""What a task is: samples with a question and an answer, and the pictures they ask about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one picture.
+
+    Args:
+        id: unique within its task; resuming and pairing go by it.
+        image_id: what `Task.image` takes; samples of one picture share it.
+        question: as asked, without any prompt template.
+        answer: the expected answer, compared after `normalise`.
+        kind: stratum of the question ("colour", "yes/no" ...), for tables by kind.
+    """
+
+    id: str
+    image_id: str
+    question: str
+    answer: str
+    kind: str = "all"
+
+
+class Task(Protocol):
+    """A set of samples. `train_samples` is None where a task has no training split."""
+
+    name: str
+
+    def samples(self) -> list[Sample]:
+        """The test samples, always in the same order."""
+
+    def image(self, image_id: str) -> Image.Image:
+        """The picture of a sample, RGB."""
+
+    def train_samples(self) -> list[Sample] | None:
+        """Samples for the question-only floor, or None."""
+
+
+def normalise(answer: str) -> str:
+    """Lower case, single spaces, no closing full stop: what two answers are compared by."""
+    return " ".join(answer.lower().split()).rstrip(".")

@@ -1,0 +1,53 @@
+"""LLaVA 1.5 and its kin (model_type "llava"): one crop an image, a CLIP or SigLIP tower, a per-token MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tokprune.errors import UnsupportedModelError
+from tokprune.types import Kind, Layout, Tower, grid_layout
+
+from .base import ModelAdapter
+
+HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+
+
+class Llava(ModelAdapter):
+    """LlavaForConditionalGeneration. Packed space is the tower's raster of patches, one to one."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        kind = self.base.config.vision_config.model_type
+        if kind not in HAS_CLS:
+            raise UnsupportedModelError(
+                f"the 'llava' adapter knows the towers {', '.join(HAS_CLS)}; this model has {kind!r}, "
+                "which packs its pictures differently"
+            )
+
+    @property
+    def tower(self) -> Tower:
+        """CLIP has a [CLS] token, SigLIP has none."""
+        config = self.base.config.vision_config
+        return Tower(config.num_hidden_layers, HAS_CLS[config.model_type])
+
+    @property
+    def supplies(self) -> frozenset[Kind]:
+        """Attention received and given; the [CLS] row where there is one."""
+        return frozenset({Kind.RECEIVED, Kind.GIVEN} | ({Kind.CLS_ROW} if self.tower.has_cls else set()))
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """Self-attention of a layer; transformers 4 nests the tower once more."""
+        tower = self.base.vision_tower
+        return getattr(tower, "vision_model", tower).encoder.layers[layer].self_attn
+
+    def layouts(self, arguments: Mapping[str, Any], n_images: int) -> list[Layout]:
+        """The raster of patches; with feature selection "full", CLIP's [CLS] feature comes first."""
+        patch = self.base.config.vision_config.patch_size
+        height, width = (side // patch for side in arguments["pixel_values"].shape[-2:])
+        strategy = arguments.get("vision_feature_select_strategy")
+        strategy = strategy or self.base.config.vision_feature_select_strategy
+        leading = int(self.tower.has_cls and strategy == "full")
+        return [grid_layout(height, width, leading)] * n_images

@@ -1,0 +1,490 @@
+"""attach() and the handle it returns: the only room that knows methods and model adapters both."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .budget import Budget
+from .compaction import Compaction, Ran, mark_dropped, without_marks
+from .errors import (
+    AlreadyAttachedError,
+    BadFeaturesError,
+    BudgetError,
+    MissingSignalError,
+    NotCopyableError,
+    NothingPrunedError,
+    OptionError,
+    TokPruneError,
+    UnsupportedModelError,
+)
+from .methods import METHODS
+from .methods.base import Method
+from .report import ImageReport, Prefill, Report
+from .types import Layout, Signal, VisualTokens
+
+Spec = str | Method | Sequence[str | Method]
+
+
+def attach(
+    model: nn.Module,
+    method: Spec,
+    *,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    positions: Literal["auto", "contiguous", "original"] = "auto",
+    **options: Any,
+) -> Attachment:
+    """Let a model's language model see fewer visual tokens, until `detach` or the end of a `with` block.
+
+    Args:
+        model: a Hugging Face multimodal model; a PEFT model is unwrapped.
+        method: a name ("vtc_cls"), a specification ("vtc_cls:start_layer=22"), a method object, or a list of
+            them. See `tokprune.list_methods()`. Start with "vtc_cls" where the tower has a [CLS] token and
+            with "fopru" elsewhere.
+        keep_ratio: fraction of each image's visual tokens to keep, in (0, 1]. Start with 0.25.
+        keep_tokens: number of each image's visual tokens to keep, instead of a fraction.
+        positions: "contiguous" renumbers the kept tokens without gaps, "original" leaves them their numbers;
+            "auto" is what papers measure for the model's family.
+        **options: options of the method, such as start_layer=22.
+
+    Returns:
+        The handle: a context manager with `report`, `paused()` and `detach()`.
+
+    Raises:
+        TokPruneError: in one of its kinds, before the model is touched.
+    """
+    from .integrations.transformers import MODELS
+
+    model = _unwrapped(model)
+    built, label = build_method(method, options)
+    budget = _checked_budget(built, keep_ratio, keep_tokens)
+    adapter = MODELS.load(_model_type(model))(model)
+    if positions not in ("auto", "contiguous", "original"):
+        raise OptionError(f"positions={positions!r} is not one of 'auto', 'contiguous', 'original'")
+    positions = adapter.default_positions if positions == "auto" else positions
+    _check_attention(adapter.language_model, positions)
+    signals = _checked_signals(built, label, adapter)
+    current = [getattr(adapter.base, name) for name in adapter.encode_functions]
+    owners = [a for a in (getattr(f, "_tokprune_attachment", None) for f in current) if a is not None]
+    if owners:
+        raise AlreadyAttachedError(
+            f"this model already has an attachment ({owners[0].label}); call attachment.detach() first"
+        )
+    return Attachment(adapter, built, label, budget, positions, signals)
+
+
+def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method, str]:
+    """The method object and its label.
+
+    Raises:
+        UnknownNameError, OptionError: as `Registry.build`.
+        TokPruneError: more methods in a list than one model can carry.
+    """
+    options = dict(options or {})
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        if options:
+            raise OptionError(
+                "keyword options with a list are ambiguous; write them in the list, as 'vtc_cls:start_layer=16'"
+            )
+        if len(method) != 1:
+            raise TokPruneError(
+                f"a list takes exactly one method that acts before the language model, not {len(method)}"
+            )
+        method = method[0]
+    if isinstance(method, Method):
+        if options:
+            raise OptionError("give options to the method object itself, not to attach()")
+        return method, str(method)
+    if not isinstance(method, str):
+        raise OptionError(f"method is a name, a specification or a Method object, not {type(method).__name__}")
+    label = ":".join([method, *(f"{key}={value}" for key, value in options.items())])
+    return METHODS.build(method, options), label
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} calls copies of the model that hooks do not follow; attach to model.module"
+        )
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
+    for part in model.modules():
+        name = type(part).__name__
+        if name == "OptimizedModule" or part._compiled_call_impl is not None:
+            raise UnsupportedModelError("the model is compiled; attach first and compile nothing inside it")
+        if name.startswith(("FullyShardedDataParallel", "FSDP")):
+            raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")
+    return model
+
+
+def _model_type(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no config.model_type: not a transformers model")
+    from .integrations.transformers import MODELS
+
+    if model_type not in MODELS.names():
+        raise UnsupportedModelError(
+            f"no model adapter for model_type {model_type!r} ({type(model).__name__}). "
+            f"Supported: {', '.join(MODELS.names())} (tokprune.list_models())"
+        )
+    return model_type
+
+
+def _check_attention(language_model: nn.Module, positions: str) -> None:
+    implementation = getattr(language_model.config, "_attn_implementation", "") or ""
+    if "flex" in implementation:
+        raise UnsupportedModelError("flex attention masks cannot be shortened; load with attn_implementation='sdpa'")
+    if "flash" in implementation and positions == "original":
+        raise UnsupportedModelError(
+            "flash attention takes gaps in positions for several packed sequences; "
+            "use positions='contiguous', or attn_implementation='sdpa'"
+        )
+
+
+def _checked_budget(method: Method, keep_ratio, keep_tokens) -> Budget | None:
+    if method.takes_budget:
+        return Budget(keep_ratio, keep_tokens)
+    if (keep_ratio, keep_tokens) != (None, None):
+        raise BudgetError(f"{method} keeps no visual token; leave keep_ratio and keep_tokens out")
+    return None
+
+
+def _checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
+    signals = method.needs(adapter.tower)
+    missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
+    if missing:
+        works = [n for n in METHODS.names() if works_on(n, adapter.tower, adapter.supplies)]
+        tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
+        option = " (or vtc_cls:without_cls=received)" if "CLS_ROW" in missing else ""
+        raise MissingSignalError(
+            f"{label!r} needs {', '.join(missing)}, but this model's vision tower {tower}. "
+            f"Methods that work here: {', '.join(works)}{option}"
+        )
+    return signals
+
+
+def works_on(spec: str, tower, supplies) -> bool:
+    """Whether a tower supplies what a method asks for."""
+    return all(s.kind in supplies for s in METHODS.build(spec).needs(tower))
+
+
+@dataclass
+class _Call:
+    """What one call of the model did: begun by an encode, or by a language-model pass on an empty cache."""
+
+    encoded: set[str] = field(default_factory=set)
+    images: list[ImageReport] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
+    bad: list[Tensor] = field(default_factory=list)
+    below_budget: bool = False  # some image had more tokens than its budget
+    clamped: bool = False
+    ran: bool = False
+    rows: Tensor | None = None  # input_ids whose rows may be beam copies
+
+
+class _Local(threading.local):
+    """State of one attachment in one thread."""
+
+    call: _Call | None = None
+    paused: int = 0
+    placeholders: Tensor | None = None  # any in this pass, a scalar on the device
+    rows: Tensor | None = None
+    facts: Mapping[str, bool] = {}
+
+
+class Attachment:
+    """The handle of an attached model; a context manager. Made by `attach`.
+
+    Attributes:
+        method: the method object.
+        label: the method as it was asked for.
+        budget: the budget, or None for a method without one.
+        positions: "contiguous" or "original".
+        salts: integers that seeded methods mix in, one an image or one for all; a harness sets one a sample.
+    """
+
+    def __init__(self, adapter, method: Method, label: str, budget: Budget | None, positions, signals):
+        from .integrations.transformers.base import SignalTap
+
+        self.adapter, self.method, self.label = adapter, method, label
+        self.budget, self.positions = budget, positions
+        self.salts: Sequence[int] = (0,)
+        self._signals = signals
+        self._local = _Local()
+        self._tap = SignalTap(adapter, signals) if signals else None
+        with contextlib.ExitStack() as stack:
+            for name in adapter.encode_functions:
+                self._wrap(name, stack)
+            if self._tap:
+                self._tap.install(stack)
+            base = adapter.base
+            stack.callback(base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            stack.callback(base.register_forward_hook(self._after_model, with_kwargs=True).remove)
+            Compaction(adapter.language_model, positions, self).install(stack)
+            self._undo = stack.pop_all()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.detach()
+
+    def __deepcopy__(self, memo):
+        raise NotCopyableError("an attached model cannot be copied: call attachment.detach() first")
+
+    def __reduce_ex__(self, protocol):
+        raise NotCopyableError("an attached model cannot be pickled: call attachment.detach() first")
+
+    def __repr__(self):
+        return f"Attachment({self.label!r}, {self.budget or 'no budget'}, positions={self.positions!r})"
+
+    def detach(self) -> None:
+        """Give the model back as it was; a second time does nothing."""
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The bare model inside a `with` block of this thread; nests. Pruned caches are still served."""
+        self._local.paused += 1
+        try:
+            yield
+        finally:
+            self._local.paused -= 1
+
+    @property
+    def report(self) -> Report:
+        """What the last call of this thread did."""
+        call = self._local.call or _Call()
+        return Report(
+            method=self.label,
+            budget=str(self.budget or ""),
+            signals=_describe(self._signals),
+            n_layers=len(self.adapter.language_model.layers),
+            images=_folded(call),
+            prefills=list(call.prefills),
+            clamped=call.clamped,
+        )
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Indices of the kept rows of each image of the last call, ascending, int64 on the CPU."""
+        return [image.kept for image in self.report.images]
+
+    # ------------------------------------------------------------------------------ encoding pictures
+
+    def _wrap(self, name: str, stack: contextlib.ExitStack) -> None:
+        base = self.adapter.base
+        original = getattr(base, name)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)  # generate() reads the signature
+        def encode(*args, **kwargs):
+            if self._local.paused:
+                return original(*args, **kwargs)
+            return self._encode(name, original, signature.bind(*args, **kwargs))
+
+        encode._tokprune_attachment = self  # type: ignore[attr-defined]
+        if name in vars(base):
+            stack.callback(setattr, base, name, original)
+        else:
+            stack.callback(delattr, base, name)
+        setattr(base, name, encode)
+
+    def _encode(self, name: str, original, bound: inspect.BoundArguments):
+        """Encode pictures and mark the rows of dropped tokens."""
+        from .integrations.transformers.base import split_features
+
+        call = self._call_of_encode(name)
+        raw = self._collect(original, bound)
+        out, signals = raw
+        arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        features, put_back = split_features(out)
+        layouts = self.adapter.layouts(arguments, len(features))
+        packed = {s: self.adapter.pack(t, arguments) for s, t in signals.items()}
+        salts = _repeated(tuple(self.salts), len(features))
+        counts = [self._n_keep(layout) for layout in layouts]
+        call.clamped |= any(self._asked_more(layout) for layout in layouts)
+        keeps = [features[i].new_ones(len(features[i]), dtype=torch.bool) for i in range(len(features))]
+        marked = list(features)
+        for layout in dict.fromkeys(layouts):
+            group = [i for i, other in enumerate(layouts) if other == layout]
+            if counts[group[0]] >= layout.n_visual:
+                continue
+            call.below_budget = True
+            stacked = torch.stack([features[i] for i in group])
+            call.bad.append(stacked.isnan().any())
+            chosen = {s: torch.stack([rows[i] for i in group]) for s, rows in packed.items()}
+            new, keep = self._select(stacked, layout, chosen, [salts[i] for i in group], counts[group[0]])
+            for place, i in enumerate(group):
+                marked[i], keeps[i] = new[place], keep[place]
+        for layout, keep in zip(layouts, keeps, strict=True):
+            call.images.append(ImageReport(layout.n_visual, len(layout.crop) - layout.n_visual, keep))
+        return put_back(marked) if call.below_budget else out
+
+    def _collect(self, original, bound: inspect.BoundArguments) -> tuple[Any, dict[Signal, Tensor]]:
+        keeps_all = self.budget is not None and self.budget.keep_ratio == 1
+        if self._tap is None or keeps_all:
+            return original(*bound.args, **bound.kwargs), {}
+        self._tap.open()
+        try:
+            out = original(*bound.args, **bound.kwargs)
+        except BaseException:
+            self._tap.discard()
+            raise
+        return out, self._tap.close()
+
+    def _select(
+        self, features: Tensor, layout: Layout, signals: dict, salts: list[int], n_keep: int
+    ) -> tuple[Tensor, Tensor]:
+        """Marked features and keep of a group; rows that show no patch are kept and never reach the method."""
+        visual = torch.tensor(layout.visual, device=features.device)
+        all_visual = layout.n_visual == len(layout.crop)
+        inner = features if all_visual else features[:, visual]
+        tokens = VisualTokens.of(inner, layout.without_specials, signals, salts)
+        selected = self.method.select(tokens, n_keep)
+        if all_visual:
+            return mark_dropped(selected.features, selected.keep), selected.keep
+        keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        keep[:, visual] = selected.keep
+        features = features.index_copy(1, visual, selected.features)
+        return mark_dropped(features, keep), keep
+
+    def _n_keep(self, layout: Layout) -> int:
+        if self.budget is None:
+            return 0
+        n_keep = self.budget.n_keep(layout.n_visual)
+        least = min(self.method.min_keep(layout), layout.n_visual)
+        if n_keep < least:
+            raise BudgetError(
+                f"{self.label!r} cannot keep {n_keep} of {layout.n_visual} tokens: {least} is its least here; "
+                f"type keep_tokens={least} or more"
+            )
+        return n_keep
+
+    def _asked_more(self, layout: Layout) -> bool:
+        asked = self.budget.keep_tokens if self.budget else None
+        return asked is not None and asked > layout.n_visual
+
+    def _call_of_encode(self, name: str) -> _Call:
+        call = self._local.call
+        if call is None or call.ran or name in call.encoded:
+            call = self._local.call = _Call()
+        call.encoded.add(name)
+        if self._local.rows is not None:
+            call.rows = self._local.rows
+        return call
+
+    # --------------------------------------------------------------------------- the language model
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note whether the prompt has placeholders, on the device."""
+        self._local.placeholders = self._local.rows = None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        wanted = self.adapter.placeholder_ids
+        if ids is not None and ids.shape[1] > 1:
+            self._local.placeholders = torch.isin(ids, torch.tensor(wanted, device=ids.device)).any()
+            if kwargs.get("past_key_values") is not None:
+                # generate() of older releases repeats the pictures of every beam and encodes them here.
+                self._local.rows = ids
+        elif embeds is not None and embeds.shape[1] > 1:
+            rows = module.get_input_embeddings()(torch.tensor(wanted, device=embeds.device))
+            self._local.placeholders = (embeds[:, :, None] == rows).all(-1).any()
+
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> None:
+        """Take the marks out of the features that the model hands back."""
+        self._local.placeholders = self._local.rows = None
+        states = getattr(out, "image_hidden_states", None)
+        if states is not None:
+            clean = without_marks(states) if isinstance(states, Tensor) else [without_marks(s) for s in states]
+            out["image_hidden_states"] = clean
+
+    def flags(self) -> dict[str, Tensor]:
+        """Scalars for the one synchronisation of a prefill."""
+        flags = {}
+        if self._local.placeholders is not None:
+            flags["placeholders"] = self._local.placeholders
+        if self._local.call and self._local.call.bad:
+            flags["bad_features"] = torch.stack(self._local.call.bad).any()
+        return flags
+
+    def before_prefill(self, facts: Mapping[str, bool], starts_call: bool) -> None:
+        """Raise where what happened is not what was asked for."""
+        call = self._local.call
+        about_pictures = facts["marked"] or facts.get("placeholders", False)
+        if call is None or (starts_call and call.ran and not about_pictures):
+            call = self._local.call = _Call()
+        if starts_call and call.ran:
+            call.prefills.clear()  # without a cache every step passes the whole prompt again
+        self._local.facts = facts
+        if facts.get("bad_features"):
+            raise BadFeaturesError("the vision tower or the projector produced NaN; run it in float32 or bfloat16")
+        if facts["marked"] and self._local.paused:
+            raise TokPruneError(
+                "the features were encoded while the attachment was active and are used while it is paused; "
+                "encode them again inside paused()"
+            )
+        encoded_below = call.below_budget or not call.images
+        if facts.get("placeholders") and not facts["marked"] and not self._local.paused and encoded_below:
+            if call.below_budget and call.prefills:
+                return  # a later chunk of the prompt, all of whose tokens are kept
+            raise NothingPrunedError(
+                f"the prompt has image placeholders and {self.label!r} asks for fewer tokens, but nothing was "
+                "dropped: the features were not encoded under this attachment. Pass pixel_values, or encode "
+                "them again, or use attachment.paused()"
+            )
+
+    def after_prefill(self, ran: Ran) -> None:
+        """Note the lengths of a pass over a prompt; candidates of assisted decoding are none."""
+        call = self._local.call
+        if call is None:
+            return
+        call.ran = True
+        facts = self._local.facts
+        if ran.past_inner == 0 or facts.get("marked") or facts.get("placeholders"):
+            call.prefills.append(Prefill(ran.n_outer, ran.n_inner, ran.lengths))
+            call.bad.clear()
+
+
+def _describe(signals: frozenset[Signal]) -> str:
+    def layers(s: Signal) -> str:
+        return f"{s.layers[0]}" if len(s.layers) == 1 else f"{s.layers[0]}-{s.layers[-1]}"
+
+    return ", ".join(sorted(f"{s.kind.value} ({s.form}) of vision layer {layers(s)}" for s in signals))
+
+
+def _repeated(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
+    """One salt an image; each repeated in place where beams repeat the pictures."""
+    if not salts or n_images % len(salts):
+        raise OptionError(
+            f"{len(salts)} salts for {n_images} images; set attachment.salts to one an image, or to one for all"
+        )
+    return tuple(salt for salt in salts for _ in range(n_images // len(salts)))
+
+
+def _folded(call: _Call) -> list[ImageReport]:
+    """The images without beam copies: rows of the same prompt in equal runs, with images in equal runs."""
+    if call.rows is None or len(call.images) < 2:
+        return list(call.images)
+    same = (call.rows[1:] == call.rows[:-1]).all(1).tolist()
+    starts = [0, *(i + 1 for i, equal in enumerate(same) if not equal), len(call.rows)]
+    runs = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+    copies = runs.pop() if len(runs) == 1 else 1
+    if len(call.images) % copies:
+        return list(call.images)
+    for i, image in enumerate(call.images):
+        if not torch.equal(image.keep, call.images[i - i % copies].keep):
+            return list(call.images)
+    return [replace(image) for image in call.images[::copies]]

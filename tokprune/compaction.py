@@ -1,0 +1,401 @@
+"""Drops marked columns before the language model and gives the user's length back after it.
+
+A dropped visual token travels as a marked row: NaN in channel 0, zeros elsewhere. The mark sits in the
+features themselves, so it survives whatever the model does between its vision tower and its language model:
+repeating for beams, scattering into the prompt, slicing for chunked prefill. Only the language model sees a
+shorter sequence; input_ids, attention_mask, labels and logits keep their length, and `generate` is untouched.
+
+Which of the user's columns the KV cache holds is written on the cache object itself, so it follows copies of
+the cache, outlives single calls, and is freed with the keys it describes. This room knows no method and no
+model family.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import BadFeaturesError, NotCopyableError, TokPruneError, UnsupportedCacheError
+
+Positions = Literal["contiguous", "original"]
+_STATE = "_tokprune_columns"
+
+
+# ------------------------------------------------------------------------------------------- marks
+
+
+def mark_dropped(features: Tensor, keep: Tensor) -> Tensor:
+    """Features, (..., N, D), whose dropped rows carry the mark; keep is (..., N) bool."""
+    mark = features.new_zeros(features.shape[-1])
+    mark[0] = float("nan")
+    return torch.where(keep[..., None], features, mark)
+
+
+def find_marks(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of (..., D) carry the mark, and which hold any other NaN; both (...) bool."""
+    nan_rows = features.isnan().any(-1)
+    marked = features[..., 0].isnan() & (features[..., 1:] == 0).all(-1)
+    return marked, nan_rows & ~marked
+
+
+def without_marks(features: Tensor) -> Tensor:
+    """The same with zeros in place of marked rows."""
+    return features.masked_fill(find_marks(features)[0][..., None], 0)
+
+
+# ----------------------------------------------------------------------------------- index algebra
+
+
+def gather_columns(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gather along a sequence dimension with a per-row index (B, K); the batch axis, B or 1, comes before it."""
+    dim = dim % x.ndim
+    batch, n_out = index.shape
+    if x.shape[dim - 1] != batch:
+        x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
+    view, shape = [1] * x.ndim, list(x.shape)
+    view[dim - 1], view[dim], shape[dim] = batch, n_out, n_out
+    # Under accelerate every keyword may sit on a device of its own.
+    return x.gather(dim, index.to(x.device).view(view).expand(shape))
+
+
+def right_align(keep: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(B, S) bool -> source (B, longest) and valid (B, longest): kept columns in order, at the right."""
+    order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
+    source = order[:, keep.shape[1] - longest :]
+    return source, keep.gather(1, source)
+
+
+def forward_fill(source: Tensor, valid: Tensor, n_columns: int) -> Tensor:
+    """For every original column the place of the last kept column up to it, (B, n_columns).
+
+    Columns before the first kept one get the first. With this the shifted loss of the long sequence, labels
+    -100 on placeholders, is the loss of the short one: the last kept token predicts the first text token.
+    """
+    batch, width = source.shape
+    places = torch.arange(width, device=source.device).expand(batch, width)
+    filled = source.new_full((batch, n_columns + 1), -1)
+    filled = filled.scatter(1, source.masked_fill(~valid, n_columns), places)[:, :n_columns].cummax(1).values
+    first = places.masked_fill(~valid, width - 1).amin(1, keepdim=True)
+    return torch.where(filled < 0, first, filled)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which of the user's columns ("outer") the stored ones ("inner") are; behind n_outer they run one to one.
+
+    Args:
+        source: (B, K) outer column of every inner one.
+        valid: (B, K); False for the padding of rows shorter than the longest.
+        n_outer: outer columns described so far.
+        all_valid: no padding anywhere.
+        shift: (B, 1) how far contiguous positions have moved.
+    """
+
+    source: Tensor
+    valid: Tensor
+    n_outer: int
+    all_valid: bool
+    shift: Tensor
+
+    @classmethod
+    def identity(cls, batch: int, n_outer: int, device: torch.device) -> Columns:
+        """Nothing dropped in the first n_outer columns."""
+        source = torch.arange(n_outer, device=device).expand(batch, n_outer)
+        shift = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        return cls(source, torch.ones_like(source, dtype=torch.bool), n_outer, True, shift)
+
+    @property
+    def n_dropped(self) -> int:
+        """Columns by which the cache is shorter."""
+        return self.n_outer - self.source.shape[1]
+
+    def up_to(self, n_outer: int) -> tuple[Tensor, Tensor]:
+        """Source and valid, continued one to one up to an outer length."""
+        batch = self.source.shape[0]
+        tail = torch.arange(self.n_outer, n_outer, device=self.source.device).expand(batch, -1)
+        valid = torch.cat([self.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
+        return torch.cat([self.source, tail], 1), valid
+
+    def extended(self, past: int, new: NewColumns) -> Columns:
+        """With a block behind `past` outer columns."""
+        source, valid = self.up_to(past)
+        return Columns(
+            source=torch.cat([source, new.source + past], 1),
+            valid=torch.cat([valid, new.valid], 1),
+            n_outer=past + new.n_outer,
+            all_valid=self.all_valid and new.all_valid,
+            shift=self.shift + new.n_marked,
+        )
+
+    def inner_mask(self, mask: Tensor | None, n_outer: int) -> Tensor | None:
+        """A (B, n_outer) mask, or None for all ones, over the inner columns; None where nothing is masked."""
+        if mask is None and self.all_valid:
+            return None
+        source, valid = self.up_to(n_outer)
+        if mask is None:
+            return valid.long()
+        return mask.gather(1, source.to(mask.device)) * valid.to(mask)
+
+
+@dataclass(frozen=True)
+class NewColumns:
+    """The columns of one forward pass that stay: source and valid (B, K), and marked ones a row (B, 1)."""
+
+    source: Tensor
+    valid: Tensor
+    n_outer: int
+    all_valid: bool
+    n_marked: Tensor
+
+
+# ---------------------------------------------------------------------------------------- the hooks
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one pass really ran on: its columns before and after, kept columns a row (B,), and the past."""
+
+    n_outer: int
+    n_inner: int
+    lengths: Tensor | None
+    past_inner: int
+
+
+class Observer(Protocol):
+    """Who is told what happens; the attachment."""
+
+    def flags(self) -> Mapping[str, Tensor]:
+        """Boolean scalars on the device, to be read in the one synchronisation of a prefill."""
+
+    def before_prefill(self, facts: Mapping[str, bool], starts_call: bool) -> None:
+        """Called with the flags' values and `marked`; raises where they contradict what was promised."""
+
+    def after_prefill(self, ran: Ran) -> None:
+        """Called with the lengths of the sequence."""
+
+
+@dataclass
+class _Pass:
+    """One forward pass of the language model, between its two hooks."""
+
+    cache: Any
+    new: NewColumns | None = None
+    columns: Columns | None = None
+    kwargs: dict = field(default_factory=dict)
+
+
+class Compaction:
+    """Forward hooks of one language model.
+
+    Args:
+        language_model: called with `inputs_embeds` and keywords, as in transformers 4.57 and 5.
+        positions: "contiguous" numbers the kept columns without gaps, "original" leaves them their numbers.
+        observer: told the facts of every prefill.
+    """
+
+    def __init__(self, language_model: nn.Module, positions: Positions, observer: Observer):
+        self.language_model, self.positions, self.observer = language_model, positions, observer
+        self._local = _Passes()
+
+    def __deepcopy__(self, memo):
+        raise NotCopyableError("an attached model cannot be copied: call attachment.detach() first")
+
+    def __reduce_ex__(self, protocol):
+        raise NotCopyableError("an attached model cannot be pickled: call attachment.detach() first")
+
+    def install(self, stack) -> None:
+        """Register the hooks; the stack removes them."""
+        before = self.language_model.register_forward_pre_hook(self.before, with_kwargs=True)
+        stack.callback(before.remove)
+        after = self.language_model.register_forward_hook(self.after, with_kwargs=True)
+        stack.callback(after.remove)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict):
+        """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
+        cache = kwargs.get("past_key_values")
+        self._local.current = this = _Pass(cache)
+        embeds = kwargs.get("inputs_embeds")
+        x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        if x is None:
+            return None
+        columns = getattr(cache, _STATE, None)
+        n_new, past_inner = x.shape[1], _length(cache)
+        is_prefill = n_new > 1 or past_inner == 0
+        keep, facts = None, {}
+        if is_prefill and embeds is not None:
+            keep, n_marked, facts = self._inspect(embeds, kwargs.get("attention_mask"))
+            self.observer.before_prefill(facts, starts_call=past_inner == 0)
+        if columns is None and not facts.get("marked"):
+            if is_prefill:
+                self.observer.after_prefill(Ran(n_new, n_new, None, past_inner))
+            return None
+        _refuse_unsupported(cache, kwargs.get("attention_mask"))
+        if columns is None:
+            columns = Columns.identity(x.shape[0], past_inner, x.device)
+        elif columns.source.shape[0] != x.shape[0]:
+            raise UnsupportedCacheError(
+                f"the cache was pruned with a batch of {columns.source.shape[0]} and now meets {x.shape[0]} "
+                "rows; start a new cache when the batch changes"
+            )
+        past = _outer_past(columns, cache, kwargs, n_new, past_inner)
+        if facts.get("marked"):
+            this.new = _new_columns(keep, n_marked, facts)
+        this.columns = columns.extended(past, this.new) if this.new else columns
+        this.kwargs = self._short(kwargs, x, columns, this, past)
+        if is_prefill:
+            lengths = this.new.valid.sum(1) if this.new else None
+            n_inner = this.kwargs["inputs_embeds"].shape[1] if this.new else n_new
+            self.observer.after_prefill(Ran(n_new, n_inner, lengths, past_inner))
+        return args, this.kwargs
+
+    def _inspect(self, embeds: Tensor, mask) -> tuple[Tensor, Tensor, dict]:
+        """Which columns stay, how many are marked a row, and all facts in one synchronisation."""
+        marked, bad = find_marks(embeds)
+        keep = ~marked
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            keep = keep & mask[:, -embeds.shape[1] :].to(keep.device).bool()  # squeezes padding out, too
+        lengths = keep.sum(1)
+        flags = {**self.observer.flags(), "marked": marked.any(), "bad": bad.any()}
+        values = torch.stack([lengths.amax(), lengths.amin(), *(f.to(lengths) for f in flags.values())]).tolist()
+        facts = dict(zip(flags, map(bool, values[2:]), strict=True))
+        if facts["bad"]:
+            raise BadFeaturesError(
+                "the vision tower or the embeddings produced NaN; run the model in float32 or bfloat16"
+            )
+        if facts["marked"] and values[1] == 0:
+            raise TokPruneError(
+                "every token of a row was dropped and it has no text: keep at least one visual token "
+                "(keep_tokens=1), or add text to the prompt"
+            )
+        return keep, marked.sum(1, keepdim=True), {**facts, "longest": values[0], "shortest": values[1]}
+
+    def _short(self, kwargs: dict, x: Tensor, columns: Columns, this: _Pass, past: int) -> dict:
+        """The keywords for the short sequence."""
+        short, new, n_new = dict(kwargs), this.new, x.shape[1]
+        position_ids = kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(past, past + n_new, device=x.device)[None]
+        shift = columns.shift
+        if new is not None:
+            embeds = gather_columns(x, new.source, 1)
+            # NaN under a mask is still NaN: 0 * NaN in the product of weights and values.
+            short["inputs_embeds"] = embeds if new.all_valid else embeds.masked_fill(~new.valid[..., None], 0)
+            position_ids = gather_columns(position_ids, new.source, -1)
+            shift = shift + _marked_before(x, new)
+        if self.positions == "contiguous":
+            position_ids = position_ids - shift.to(position_ids.device)
+        short["position_ids"] = position_ids
+        mask = kwargs.get("attention_mask")
+        mask = None if mask is None else mask[:, : past + n_new]
+        inner = this.columns.inner_mask(mask, past + n_new)
+        past_inner, n_inner = _length(this.cache), short["inputs_embeds"].shape[1] if new else n_new
+        if inner is None and self.positions == "original":
+            # Gapped positions without mask and cache are taken for several packed sequences.
+            inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
+        short["attention_mask"] = inner
+        if kwargs.get("cache_position") is not None:  # transformers 4
+            short["cache_position"] = torch.arange(past_inner, past_inner + n_inner, device=x.device)
+        return short
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, out):
+        """Forward hook: note the columns on the cache, and expand the hidden states to the user's length."""
+        this, self._local.current = self._local.current, None
+        if this is None or this.columns is None:
+            return None
+        cache = out.get("past_key_values") if isinstance(out, Mapping) else this.cache
+        if cache is not None:
+            setattr(cache, _STATE, this.columns)
+        if this.new is None:
+            return None
+        fill = forward_fill(this.new.source, this.new.valid, this.new.n_outer)
+        if isinstance(out, tuple):
+            return (gather_columns(out[0], fill, 1), *out[1:])
+        out["last_hidden_state"] = gather_columns(out["last_hidden_state"], fill, 1)
+        return out
+
+
+class _Passes(threading.local):
+    """The pass under way in this thread."""
+
+    current: _Pass | None = None
+
+
+def _marked_before(x: Tensor, new: NewColumns) -> Tensor:
+    """Marked columns before every kept one, (B, K)."""
+    return find_marks(x)[0].long().cumsum(1).gather(1, new.source)
+
+
+def _new_columns(keep: Tensor, n_marked: Tensor, facts: Mapping) -> NewColumns:
+    source, valid = right_align(keep, facts["longest"])
+    return NewColumns(source, valid, keep.shape[1], facts["longest"] == facts["shortest"], n_marked)
+
+
+def _length(cache) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _outer_past(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: int) -> int:
+    """How many outer columns precede this pass, with the cache cut back where `generate` took tokens back.
+
+    Releases of transformers before 5.18 crop the cache to an absolute length after rejected candidates; they
+    mean the user's length, which is above the short cache's, so nothing is cropped.
+    """
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    past = past_inner + columns.n_dropped
+    if mask is not None:
+        past = mask.shape[1] - n_new
+    elif n_new > 1 and position_ids is not None:
+        past = int(position_ids.amax()) + 1 - n_new
+    if past < columns.n_outer:
+        raise UnsupportedCacheError(
+            f"this cache already holds the first {columns.n_outer} tokens of the prompt, pruned, and "
+            "tokens of it were passed again; pass only the new input_ids (with the full attention_mask), "
+            "or start without past_key_values"
+        )
+    excess = past_inner - (past - columns.n_dropped)
+    if excess < 0:
+        raise UnsupportedCacheError(
+            f"attention_mask covers {past + n_new} tokens, but the cache and the new ones are "
+            f"{past + excess + n_new}; pass a mask over all tokens before pruning"
+        )
+    if excess > 0:
+        cache.crop(-excess)
+    return past
+
+
+def _refuse_unsupported(cache, mask) -> None:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UnsupportedCacheError(
+            "a ready-made attention mask (static cache, flex attention, or your own 4-D mask) cannot be "
+            "shortened; use the default cache with attn_implementation='sdpa' or 'eager', and a 2-D mask"
+        )
+    if cache is None:
+        return
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    kinds.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
+    if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", False) or kinds != {"DynamicLayer"}:
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} ({', '.join(sorted(kinds))}) is not supported with pruned tokens; leave "
+            "cache_implementation out (DynamicCache: no static, quantised, offloaded or sliding-window cache)"
+        )
+
+
+__all__ = [
+    "Columns",
+    "Compaction",
+    "NewColumns",
+    "Observer",
+    "Positions",
+    "Ran",
+    "find_marks",
+    "forward_fill",
+    "gather_columns",
+    "mark_dropped",
+    "right_align",
+    "without_marks",
+]

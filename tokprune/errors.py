@@ -1,0 +1,45 @@
+"""What tokprune raises. Every message says what was asked, what was found and what to type instead."""
+
+
+class TokPruneError(ValueError):
+    """Base of all errors of this package."""
+
+
+class UnknownNameError(TokPruneError):
+    """No method, model adapter or task has this name."""
+
+
+class OptionError(TokPruneError):
+    """A method has no such option, or the option's value is not allowed."""
+
+
+class UnsupportedModelError(TokPruneError):
+    """The model has no adapter, or is wrapped in a way that hooks cannot follow."""
+
+
+class MissingSignalError(TokPruneError):
+    """The method needs something that this model's vision tower does not supply."""
+
+
+class BudgetError(TokPruneError):
+    """The budget is malformed or outside what the method can meet."""
+
+
+class AlreadyAttachedError(TokPruneError, RuntimeError):
+    """The model carries an attachment already."""
+
+
+class NothingPrunedError(TokPruneError, RuntimeError):
+    """Pictures went through the model below a full budget, yet no token was dropped."""
+
+
+class UnsupportedCacheError(TokPruneError, RuntimeError):
+    """The KV cache is of a kind, or in a state, that pruned sequences cannot use."""
+
+
+class BadFeaturesError(TokPruneError, RuntimeError):
+    """The vision tower or the projector produced NaN."""
+
+
+class NotCopyableError(TokPruneError, TypeError):
+    """An attached model was copied or pickled."""

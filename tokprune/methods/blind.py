@@ -1,0 +1,34 @@
+"""The blind floor: no visual token at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from ..types import Layout, VisualTokens
+from .base import Method
+
+
+@dataclass(frozen=True)
+class Blind(Method):
+    """Keep no visual token: what the language model answers without looking.
+
+    The only method that keeps nothing, and the only one that takes no budget.
+
+    Source:   a control; no paper.
+    Faithful: nothing to be faithful to.
+    Differs:  Nothing known.
+    Needs:    nothing. Text-agnostic. Cost: none.
+    """
+
+    takes_budget: ClassVar[bool] = False
+
+    def min_keep(self, layout: Layout) -> int:
+        """None."""
+        return 0
+
+    def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
+        """Drop everything."""
+        return replace(tokens, keep=torch.zeros_like(tokens.keep))

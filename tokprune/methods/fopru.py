@@ -1,0 +1,84 @@
+"""FoPru: keep the visual tokens that attention in one vision layer focuses on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..types import Count, Form, Kind, Layout, Signal, Tower, VisualTokens
+from .base import ScoreMethod
+
+
+@dataclass(frozen=True)
+class FoPru(ScoreMethod):
+    """Keep the tokens, or whole rows of tokens, with the largest focal score.
+
+    Of the patch-to-patch attention P of one layer, mean over heads, the score is what a token receives
+    (mean of its column) or what it gives (mean of its row), whichever varies more over the picture.
+
+    Source:   "FoPru: Focal Pruning for Efficient Large Vision-Language Models", arXiv:2411.14164. There is no
+              official code; checked against the port in dongxianzhe/hydrainfer@d4d5f4f.
+    Faithful: kept sets and counts agree with the port, both forms, both strategies (golden cases fopru).
+    Differs:  default form is softmax, where the port uses logits; fewer than one row is an error instead of
+              an empty selection; equal scores go to the lower index.
+    Needs:    RECEIVED and GIVEN of one layer; no [CLS], no text. Cost: O(H N^2 d) in chunks after the
+              softmax, O(H N d) for logits.
+
+    Args:
+        strategy: "rank" keeps single tokens, an exact number; "row" keeps whole rows, at most the budget.
+        form: attention after ("softmax") or before ("logits") the softmax. After it, what a token gives is
+            nearly constant, so what it receives decides.
+        gate: "variance" picks by the variance over the picture; "received" or "given" fixes the choice.
+        layer: vision layer, absolute or negative from the end. None is the one before the last.
+    """
+
+    strategy: Literal["rank", "row"] = "rank"
+    form: Form = "softmax"
+    gate: Literal["variance", "received", "given"] = "variance"
+    layer: int | None = None
+
+    source: ClassVar[str] = "arXiv:2411.14164"
+
+    @property
+    def count(self) -> Count:
+        """Whole rows may fall short of the budget."""
+        return Count.AT_MOST if self.strategy == "row" else Count.EXACT
+
+    def min_keep(self, layout: Layout) -> int:
+        """One token, or one row of them."""
+        return layout.width if self.strategy == "row" else 1
+
+    def needs(self, tower: Tower) -> frozenset[Signal]:
+        """What the gate looks at, in one layer."""
+        layers = (tower.layer(-2 if self.layer is None else self.layer),)
+        kinds = {"variance": (Kind.RECEIVED, Kind.GIVEN), "received": (Kind.RECEIVED,), "given": (Kind.GIVEN,)}
+        return frozenset(Signal(kind, layers, self.form) for kind in kinds[self.gate])
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """The focal score of every token, (G, N)."""
+        if self.gate != "variance":
+            return tokens.signal(Kind.RECEIVED if self.gate == "received" else Kind.GIVEN)[:, 0]
+        received, given = tokens.signal(Kind.RECEIVED)[:, 0], tokens.signal(Kind.GIVEN)[:, 0]
+        if tokens.n_visual == 1:
+            return received  # the variance of one number is not defined
+        more = received.var(1, keepdim=True) > given.var(1, keepdim=True)
+        return torch.where(more, received, given)
+
+    def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
+        """Single tokens by rank, or whole rows by their sum."""
+        if self.strategy == "rank":
+            return super().select(tokens, n_keep)
+        scores, width = self.score(tokens), tokens.layout.width
+        rows = ops.keep_top(scores.unflatten(1, (-1, width)).sum(2), n_keep // width)
+        columns = torch.arange(width, device=rows.device)
+        return tokens.keeping((rows[..., None] * width + columns).flatten(1), scores)
+
+    def paper_count(self, n_visual: int, keep_ratio: float, width: int) -> int:
+        """Tokens the port keeps: the ratio truncated, of tokens or of rows."""
+        if self.strategy == "row":
+            return max(1, int(n_visual // width * keep_ratio)) * width
+        return int(n_visual * keep_ratio)

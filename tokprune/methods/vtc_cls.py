@@ -1,0 +1,57 @@
+"""VTC-CLS: keep the visual tokens that the vision tower's [CLS] token attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ..errors import OptionError
+from ..types import Kind, Signal, Tower, VisualTokens
+from .base import ScoreMethod
+
+
+@dataclass(frozen=True)
+class VTCCLS(ScoreMethod):
+    """Keep what [CLS] attends to, summed over several vision layers.
+
+    s_i = sum over layers l = start_layer .. L-2 of mean_h A_l[h, CLS, i]. The last layer takes no part:
+    LLaVA reads the output of the one before it. The single layer L-2 is FasterVLM (alias `fastervlm`).
+
+    Source:   "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv:2412.05819;
+              code: THU-MIG/VTC-CLS@e41ac9b. FasterVLM: arXiv:2412.01818v1.
+    Faithful: scores, kept sets and counts agree with the authors' code (golden cases vtc_cls, fastervlm).
+    Differs:  works at any batch size; float32 scores where the authors' are half precision; equal scores go
+              to the lower index; selects after the projector, which for a per-token MLP changes nothing.
+    Needs:    CLS_ROW. Text-agnostic. Cost: O(H N d) a layer, no N x N product.
+
+    Args:
+        start_layer: first layer of the sum, absolute or negative from the end. None is the authors' 16 of 24,
+            scaled to this tower's depth. Start with None.
+        without_cls: what to do where the tower has no [CLS] token (SigLIP): "error", or "received" to score
+            by the attention a token receives in the same layers, which is another method's idea.
+    """
+
+    start_layer: int | None = None
+    without_cls: Literal["error", "received"] = "error"
+
+    source: ClassVar[str] = "arXiv:2412.05819"
+
+    def needs(self, tower: Tower) -> frozenset[Signal]:
+        """The layers start_layer .. L-2."""
+        last = tower.layer(-2)
+        start = min(tower.scaled(16, 24), last) if self.start_layer is None else tower.layer(self.start_layer)
+        if start > last:
+            raise OptionError(
+                f"start_layer={self.start_layer} is layer {start}, behind layer {last}, the last one summed; "
+                f"type start_layer={last} for that layer alone"
+            )
+        received = self.without_cls == "received" and not tower.has_cls
+        kind = Kind.RECEIVED if received else Kind.CLS_ROW
+        return frozenset({Signal(kind, tuple(range(start, last + 1)))})
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """Sum over layers, (G, N)."""
+        kind = Kind.RECEIVED if tokens.has(Kind.RECEIVED) else Kind.CLS_ROW
+        return tokens.signal(kind).sum(1)

@@ -1,0 +1,54 @@
+"""Pure tensor verbs that methods share. No read from the device, no shape that depends on values."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def keep_top(scores: Tensor, n_keep: int) -> Tensor:
+    """Indices of the `n_keep` highest scores of every row, ascending; equal scores go to the lower index.
+
+    Args:
+        scores: (G, N), any float type.
+        n_keep: 1..N.
+
+    Returns:
+        (G, n_keep) int64, strictly ascending along a row.
+    """
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    return order[:, :n_keep].sort(dim=1).values
+
+
+@functools.lru_cache(maxsize=256)
+def spread(height: int, width: int, n_keep: int) -> tuple[int, ...]:
+    """`n_keep` distinct cells spread evenly over a height x width grid, as ascending raster indices.
+
+    The cells lie in evenly spaced rows whose shares differ by at most one cell; within a row they are evenly
+    spaced. So no stride of the raster ever falls on the same columns again and again.
+    """
+    n_rows = round(math.sqrt(n_keep * height / width))
+    n_rows = min(max(n_rows, -(-n_keep // width), 1), height, n_keep)
+    cells = []
+    for i in range(n_rows):
+        row = (2 * i + 1) * height // (2 * n_rows)
+        share = (i + 1) * n_keep // n_rows - i * n_keep // n_rows
+        cells += [row * width + (2 * j + 1) * width // (2 * share) for j in range(share)]
+    return tuple(sorted(cells))
+
+
+def pool_grid(height: int, width: int, n_keep: int) -> tuple[int, int]:
+    """Rows and columns of the largest pooling grid of at most `n_keep` cells, shaped like the picture."""
+    rows = max(1, min(height, math.isqrt(n_keep * height // width)))
+    return rows, min(width, n_keep // rows)
+
+
+def pool(features: Tensor, height: int, width: int, rows: int, columns: int) -> Tensor:
+    """Average-pool a raster grid of features, (G, height * width, D) -> (G, rows * columns, D)."""
+    grid = features.transpose(1, 2).unflatten(2, (height, width))  # (G, D, height, width)
+    pooled = F.adaptive_avg_pool2d(grid.float(), (rows, columns))
+    return pooled.flatten(2).transpose(1, 2).to(features.dtype)

@@ -1,0 +1,163 @@
+"""Names to classes: lazy "module:Class" tables, aliases, entry points, and the string form of a method."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from .errors import OptionError, UnknownNameError
+
+
+class Registry:
+    """A table of names that imports a class only when its name is asked for.
+
+    Args:
+        what: what the names stand for, used in messages.
+        table: name to "module:Class".
+        aliases: name to another spelling of a whole specification ("vtc_cls:start_layer=-2").
+        group: entry-point group through which other packages add names.
+        listing: what a user types to see all names.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        table: Mapping[str, str],
+        aliases: Mapping[str, str] | None = None,
+        group: str | None = None,
+        listing: str = "",
+    ):
+        self.what, self.table, self.aliases = what, dict(table), dict(aliases or {})
+        self.group, self.listing = group, listing
+
+    def names(self) -> list[str]:
+        """All names, aliases included, sorted."""
+        return sorted({*self.table, *self.aliases, *self._plugins()})
+
+    def load(self, name: str) -> type:
+        """The class of a name.
+
+        Raises:
+            UnknownNameError: no such name; the message offers the nearest.
+        """
+        if name in self.table:
+            module, _, attribute = self.table[name].partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        plugins = self._plugins()
+        if name in plugins:
+            return plugins[name].load()
+        raise UnknownNameError(self._unknown(name))
+
+    def _plugins(self) -> dict[str, Any]:
+        return {e.name: e for e in entry_points(group=self.group)} if self.group else {}
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listing = f" ({self.listing})" if self.listing else ""
+        return f"no {self.what} named {name!r}.{hint} Available: {', '.join(self.names())}{listing}"
+
+    def build(self, spec: str, options: Mapping[str, Any] | None = None) -> Any:
+        """An object from `name:option=value:option=value`; `options` add to the string's own.
+
+        Raises:
+            UnknownNameError: no such name.
+            OptionError: no such option, or a value that does not fit its declared type.
+        """
+        name, *parts = spec.split(":")
+        if name in self.aliases:
+            base, *own = self.aliases[name].split(":")
+            name, parts = base, own + parts
+        cls = self.load(name)
+        texts = dict(_split(part, spec) for part in parts)
+        given = {**{key: parse(cls, key, text) for key, text in texts.items()}, **(options or {})}
+        for key, value in given.items():
+            check(cls, key, value)
+        return cls(**given)
+
+
+def _split(part: str, spec: str) -> tuple[str, str]:
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise OptionError(f"{part!r} in {spec!r} is no option; type name:option=value:option=value")
+    return key, value
+
+
+def _option_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def _option_type(cls: type, key: str) -> Any:
+    known = _option_types(cls)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        have = ", ".join(known) or "none"
+        raise OptionError(f"{cls.__name__} has no option {key!r}.{hint} Options: {have}")
+    return known[key]
+
+
+def _alternatives(declared: Any) -> Iterable[Any]:
+    union = typing.get_origin(declared) in (typing.Union, types.UnionType)
+    return typing.get_args(declared) if union else (declared,)
+
+
+def parse(cls: type, key: str, text: str) -> Any:
+    """The value of an option from its text, by the option's declared type."""
+    declared = _option_type(cls, key)
+    for kind in _alternatives(declared):
+        value = _parse_as(kind, text)
+        if value is not MISSING:
+            return value
+    raise OptionError(f"{cls.__name__}: {key}={text!r} is not {describe(declared)}")
+
+
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+def _parse_as(kind: Any, text: str) -> Any:
+    if kind is type(None):
+        return None if text.lower() == "none" else MISSING
+    if kind is bool:
+        return _BOOLEANS.get(text.lower(), MISSING)
+    if typing.get_origin(kind) is Literal:
+        return text if text in typing.get_args(kind) else MISSING
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        return MISSING
+
+
+def check(cls: type, key: str, value: Any) -> None:
+    """Raise OptionError unless the value fits the option's declared type."""
+    declared = _option_type(cls, key)
+    if not any(_fits(kind, value) for kind in _alternatives(declared)):
+        raise OptionError(f"{cls.__name__}: {key}={value!r} is not {describe(declared)}")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def describe(declared: Any) -> str:
+    """A declared type in words: "int or None", "one of 'rank', 'row'"."""
+    names = []
+    for kind in _alternatives(declared):
+        if typing.get_origin(kind) is Literal:
+            names.append("one of " + ", ".join(repr(v) for v in typing.get_args(kind)))
+        else:
+            names.append("None" if kind is type(None) else kind.__name__)
+    return " or ".join(names)
