@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -167,7 +168,7 @@ def _checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
     if missing:
         works = [n for n in METHODS.names() if works_on(n, adapter.tower, adapter.supplies)]
         tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
-        option = " (or vtc_cls:without_cls=received)" if "CLS_ROW" in missing else ""
+        option = f" (or {label}:{method.if_missing})" if method.if_missing else ""
         raise MissingSignalError(
             f"{label!r} needs {', '.join(missing)}, but this model's vision tower {tower}. "
             f"Methods that work here: {', '.join(works)}{option}"
@@ -293,7 +294,9 @@ class Attachment:
         def encode(*args, **kwargs):
             if self._local.paused:
                 return original(*args, **kwargs)
-            return self._encode(name, original, signature.bind(*args, **kwargs))
+            bound = signature.bind(*args, **kwargs).arguments
+            arguments = {**bound, **bound.get("kwargs", {})}
+            return self._encode(name, functools.partial(original, *args, **kwargs), arguments)
 
         encode._tokprune_attachment = self  # type: ignore[attr-defined]
         if name in vars(base):
@@ -302,14 +305,12 @@ class Attachment:
             stack.callback(delattr, base, name)
         setattr(base, name, encode)
 
-    def _encode(self, name: str, original, bound: inspect.BoundArguments):
+    def _encode(self, name: str, original: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
         """Encode pictures and mark the rows of dropped tokens."""
         from .integrations.transformers.base import split_features
 
         call = self._call_of_encode(name)
-        raw = self._collect(original, bound)
-        out, signals = raw
-        arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        out, signals = self._collect(original)
         features, put_back = split_features(out)
         layouts = self.adapter.layouts(arguments, len(features))
         packed = {s: self.adapter.pack(t, arguments) for s, t in signals.items()}
@@ -333,13 +334,13 @@ class Attachment:
             call.images.append(ImageReport(layout.n_visual, len(layout.crop) - layout.n_visual, keep))
         return put_back(marked) if call.below_budget else out
 
-    def _collect(self, original, bound: inspect.BoundArguments) -> tuple[Any, dict[Signal, Tensor]]:
+    def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict[Signal, Tensor]]:
         keeps_all = self.budget is not None and self.budget.keep_ratio == 1
         if self._tap is None or keeps_all:
-            return original(*bound.args, **bound.kwargs), {}
+            return original(), {}
         self._tap.open()
         try:
-            out = original(*bound.args, **bound.kwargs)
+            out = original()
         except BaseException:
             self._tap.discard()
             raise
@@ -480,7 +481,7 @@ def _folded(call: _Call) -> list[ImageReport]:
         return list(call.images)
     same = (call.rows[1:] == call.rows[:-1]).all(1).tolist()
     starts = [0, *(i + 1 for i, equal in enumerate(same) if not equal), len(call.rows)]
-    runs = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+    runs = {b - a for a, b in itertools.pairwise(starts)}
     copies = runs.pop() if len(runs) == 1 else 1
     if len(call.images) % copies:
         return list(call.images)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -94,6 +94,7 @@ class Columns:
         n_outer: outer columns described so far.
         all_valid: no padding anywhere.
         shift: (B, 1) how far contiguous positions have moved.
+        n_tail: how many of the last columns are one to one in every row.
     """
 
     source: Tensor
@@ -101,13 +102,14 @@ class Columns:
     n_outer: int
     all_valid: bool
     shift: Tensor
+    n_tail: int
 
     @classmethod
     def identity(cls, batch: int, n_outer: int, device: torch.device) -> Columns:
         """Nothing dropped in the first n_outer columns."""
         source = torch.arange(n_outer, device=device).expand(batch, n_outer)
         shift = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        return cls(source, torch.ones_like(source, dtype=torch.bool), n_outer, True, shift)
+        return cls(source, torch.ones_like(source, dtype=torch.bool), n_outer, True, shift, n_outer)
 
     @property
     def n_dropped(self) -> int:
@@ -130,7 +132,16 @@ class Columns:
             n_outer=past + new.n_outer,
             all_valid=self.all_valid and new.all_valid,
             shift=self.shift + new.n_marked,
+            n_tail=new.n_tail,
         )
+
+    def shortened(self, n_outer: int) -> Columns:
+        """Without the last columns; they must be one to one."""
+        n_less = max(self.n_outer - n_outer, 0)
+        if n_less == 0:
+            return self
+        source, valid = self.source[:, :-n_less], self.valid[:, :-n_less]
+        return replace(self, source=source, valid=valid, n_outer=n_outer, n_tail=self.n_tail - n_less)
 
     def inner_mask(self, mask: Tensor | None, n_outer: int) -> Tensor | None:
         """A (B, n_outer) mask, or None for all ones, over the inner columns; None where nothing is masked."""
@@ -151,6 +162,7 @@ class NewColumns:
     n_outer: int
     all_valid: bool
     n_marked: Tensor
+    n_tail: int
 
 
 # ---------------------------------------------------------------------------------------- the hooks
@@ -242,7 +254,7 @@ class Compaction:
                 f"the cache was pruned with a batch of {columns.source.shape[0]} and now meets {x.shape[0]} "
                 "rows; start a new cache when the batch changes"
             )
-        past = _outer_past(columns, cache, kwargs, n_new, past_inner)
+        past, columns = _rewound(columns, cache, kwargs, n_new, past_inner)
         if facts.get("marked"):
             this.new = _new_columns(keep, n_marked, facts)
         this.columns = columns.extended(past, this.new) if this.new else columns
@@ -261,8 +273,10 @@ class Compaction:
             keep = keep & mask[:, -embeds.shape[1] :].to(keep.device).bool()  # squeezes padding out, too
         lengths = keep.sum(1)
         flags = {**self.observer.flags(), "marked": marked.any(), "bad": bad.any()}
-        values = torch.stack([lengths.amax(), lengths.amin(), *(f.to(lengths) for f in flags.values())]).tolist()
-        facts = dict(zip(flags, map(bool, values[2:]), strict=True))
+        places = torch.arange(1, keep.shape[1] + 1, device=keep.device)
+        numbers = [lengths.amax(), lengths.amin(), places.masked_fill(keep, 0).amax()]
+        values = torch.stack([*numbers, *(f.to(lengths) for f in flags.values())]).tolist()
+        facts = dict(zip(flags, map(bool, values[3:]), strict=True))
         if facts["bad"]:
             raise BadFeaturesError(
                 "the vision tower or the embeddings produced NaN; run the model in float32 or bfloat16"
@@ -272,7 +286,16 @@ class Compaction:
                 "every token of a row was dropped and it has no text: keep at least one visual token "
                 "(keep_tokens=1), or add text to the prompt"
             )
-        return keep, marked.sum(1, keepdim=True), {**facts, "longest": values[0], "shortest": values[1]}
+        return (
+            keep,
+            marked.sum(1, keepdim=True),
+            {
+                **facts,
+                "longest": values[0],
+                "shortest": values[1],
+                "n_tail": keep.shape[1] - values[2],
+            },
+        )
 
     def _short(self, kwargs: dict, x: Tensor, columns: Columns, this: _Pass, past: int) -> dict:
         """The keywords for the short sequence."""
@@ -332,18 +355,20 @@ def _marked_before(x: Tensor, new: NewColumns) -> Tensor:
 
 def _new_columns(keep: Tensor, n_marked: Tensor, facts: Mapping) -> NewColumns:
     source, valid = right_align(keep, facts["longest"])
-    return NewColumns(source, valid, keep.shape[1], facts["longest"] == facts["shortest"], n_marked)
+    all_valid = facts["longest"] == facts["shortest"]
+    return NewColumns(source, valid, keep.shape[1], all_valid, n_marked, facts["n_tail"])
 
 
 def _length(cache) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _outer_past(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: int) -> int:
-    """How many outer columns precede this pass, with the cache cut back where `generate` took tokens back.
+def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: int) -> tuple[int, Columns]:
+    """How many outer columns precede this pass, and the columns with whatever is passed again taken back.
 
-    Releases of transformers before 5.18 crop the cache to an absolute length after rejected candidates; they
-    mean the user's length, which is above the short cache's, so nothing is cropped.
+    Assisted decoding takes rejected candidates back, and callers may pass the end of a prompt again. Where the
+    cache is longer than what precedes this pass it is cut here: releases of transformers before 5.18 cut it to
+    the user's length, which is above the short cache's, so nothing happens there.
     """
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     past = past_inner + columns.n_dropped
@@ -351,7 +376,7 @@ def _outer_past(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner
         past = mask.shape[1] - n_new
     elif n_new > 1 and position_ids is not None:
         past = int(position_ids.amax()) + 1 - n_new
-    if past < columns.n_outer:
+    if past < columns.n_outer - columns.n_tail:
         raise UnsupportedCacheError(
             f"this cache already holds the first {columns.n_outer} tokens of the prompt, pruned, and "
             "tokens of it were passed again; pass only the new input_ids (with the full attention_mask), "
@@ -365,7 +390,7 @@ def _outer_past(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner
         )
     if excess > 0:
         cache.crop(-excess)
-    return past
+    return past, columns.shortened(past)
 
 
 def _refuse_unsupported(cache, mask) -> None:

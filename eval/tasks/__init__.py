@@ -1,0 +1,1 @@
+"""Tasks: samples and pictures. The embedded ones need no network."""

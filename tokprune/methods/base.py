@@ -22,6 +22,7 @@ class Method:
     stage: ClassVar[Stage] = Stage.PRE_LLM
     takes_budget: ClassVar[bool] = True
     source: ClassVar[str] = ""
+    if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
 
     @property
     def count(self) -> Count:

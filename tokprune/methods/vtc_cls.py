@@ -37,6 +37,7 @@ class VTCCLS(ScoreMethod):
     without_cls: Literal["error", "received"] = "error"
 
     source: ClassVar[str] = "arXiv:2412.05819"
+    if_missing: ClassVar[str] = "without_cls=received"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """The layers start_layer .. L-2."""
@@ -53,5 +54,5 @@ class VTCCLS(ScoreMethod):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Sum over layers, (G, N)."""
-        kind = Kind.RECEIVED if tokens.has(Kind.RECEIVED) else Kind.CLS_ROW
+        kind = Kind.CLS_ROW if tokens.has(Kind.CLS_ROW) else Kind.RECEIVED
         return tokens.signal(kind).sum(1)

@@ -1,0 +1,50 @@
+"""Kept indices from the authors' own code, one test a case. TOKPRUNE_GOLDEN_DIR names another folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from golden_harness import CHECKS, FOLDER, NOT_BUILT, assert_kept, cases
+
+import tokprune
+
+CASES = cases()
+
+
+def marked(case):
+    not_built = pytest.mark.xfail(strict=True, raises=tokprune.TokPruneError, reason=f"{case.method} is to be built")
+    marks = [not_built] if case.method in NOT_BUILT else []
+    return pytest.param(case, id=f"{case.method}-{case.label}", marks=marks)
+
+
+@pytest.mark.parametrize("case", [marked(c) for c in CASES])
+def test_golden(case):
+    if case.method in NOT_BUILT:
+        tokprune.get_method(case.method)  # raises until the method is there; then the list has to shrink
+    assert case.method in CHECKS, f"no check for golden method {case.method!r}: write one"
+    CHECKS[case.method](case)
+
+
+def test_golden_there_are_cases():
+    assert CASES, f"no golden cases in {FOLDER}"
+
+
+def test_golden_list_of_methods_to_build_is_current():
+    assert not NOT_BUILT & set(tokprune.list_methods())
+    assert not NOT_BUILT & set(CHECKS)
+
+
+def test_golden_harness_decides_nothing():
+    source = (Path(__file__).parent / "golden_harness.py").read_text()
+    assert not re.findall(r"\b(topk|sort|argsort|sorted|argmax|msort|kthvalue)\b", source)
+
+
+def test_golden_comparison_sees_one_swapped_index():
+    import torch
+
+    keep = torch.tensor([[True, False, True]])
+    assert_kept(keep, torch.tensor([[0, 2]]))
+    with pytest.raises(AssertionError):
+        assert_kept(keep, torch.tensor([[0, 1]]))
