@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny import IMAGE
+from tiny import IMAGE, SUPPRESSED
 from torch import Tensor
 
 
@@ -53,7 +53,7 @@ def greedy(model, embeds: Tensor, columns: Tensor, positions: str, n_new: int = 
     tokens = []
     for _ in range(n_new):
         logits = short_logits(model, embeds, columns, positions)[0, -1]
-        logits[IMAGE] = -torch.inf
+        logits[SUPPRESSED] = -torch.inf
         tokens.append(int(logits.argmax()))
         embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([tokens[-1:]]))], 1)
         columns = torch.cat([columns, torch.ones(1, dtype=torch.bool)])

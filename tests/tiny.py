@@ -14,7 +14,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-IMAGE, PAD, VOCAB = 90, 0, 99
+IMAGE, PAD, EOS, VOCAB = 90, 0, 2, 99
+SUPPRESSED = [IMAGE, EOS]  # a random model must not emit placeholders, and runs are compared at full length
 SIDE, PATCH = 24, 4
 N_VISUAL = (SIDE // PATCH) ** 2  # 36
 TOWERS = ("clip", "siglip")
@@ -46,7 +47,7 @@ def config(tower: str = "clip") -> LlavaConfig:
         max_position_embeddings=2048,
         pad_token_id=PAD,
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=EOS,
         tie_word_embeddings=False,
     )
     return LlavaConfig(
@@ -67,7 +68,7 @@ def fresh_model(tower="clip", attn="sdpa", dtype=torch.float32) -> LlavaForCondi
     model.to(dtype)
     model.set_attn_implementation(attn)
     model.generation_config.pad_token_id = PAD
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = EOS
     return model
 
 
@@ -139,7 +140,7 @@ def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED) -> dict[str, torc
 
 
 def generate(model, inputs, **options) -> torch.Tensor:
-    """New tokens of a greedy generation (unless told otherwise); a random model must not emit placeholders."""
+    """New tokens of a generation, greedy unless told otherwise."""
     options = {"max_new_tokens": 8, "do_sample": False, **options}
-    out = model.generate(**inputs, suppress_tokens=[IMAGE], **options)
+    out = model.generate(**inputs, suppress_tokens=SUPPRESSED, **options)
     return out[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else out

@@ -4,9 +4,10 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
-from .attachment import Attachment, attach, build_method
+from .attachment import Attachment, attach
 from .errors import TokPruneError
 from .methods import METHODS as _METHODS
+from .methods import build_method as _build_method
 from .methods.base import Method
 
 # A checkout's `tokprune/` shadows an installed wheel when Python starts in the repository root;
@@ -28,7 +29,7 @@ def get_method(spec: str, **options) -> Method:
         UnknownNameError: no such method.
         OptionError: no such option, or a value it does not take.
     """
-    return build_method(spec, options)[0]
+    return _build_method(spec, options)[0]
 
 
 def list_methods() -> list[str]:

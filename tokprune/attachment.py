@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,14 +24,11 @@ from .errors import (
     NothingPrunedError,
     OptionError,
     TokPruneError,
-    UnsupportedModelError,
 )
-from .methods import METHODS
+from .methods import METHODS, Spec, build_method
 from .methods.base import Method
-from .report import ImageReport, Prefill, Report
+from .report import ImageReport, Prefill, Report, describe_signals, without_beam_copies
 from .types import Layout, Signal, VisualTokens
-
-Spec = str | Method | Sequence[str | Method]
 
 
 def attach(
@@ -63,16 +59,15 @@ def attach(
     Raises:
         TokPruneError: in one of its kinds, before the model is touched.
     """
-    from .integrations.transformers import MODELS
+    from .integrations.transformers import adapter_for
 
-    model = _unwrapped(model)
     built, label = build_method(method, options)
     budget = _checked_budget(built, keep_ratio, keep_tokens)
-    adapter = MODELS.load(_model_type(model))(model)
+    adapter = adapter_for(model)
     if positions not in ("auto", "contiguous", "original"):
         raise OptionError(f"positions={positions!r} is not one of 'auto', 'contiguous', 'original'")
     positions = adapter.default_positions if positions == "auto" else positions
-    _check_attention(adapter.language_model, positions)
+    adapter.check_attention(positions)
     signals = _checked_signals(built, label, adapter)
     current = [getattr(adapter.base, name) for name in adapter.encode_functions]
     owners = [a for a in (getattr(f, "_tokprune_attachment", None) for f in current) if a is not None]
@@ -81,77 +76,6 @@ def attach(
             f"this model already has an attachment ({owners[0].label}); call attachment.detach() first"
         )
     return Attachment(adapter, built, label, budget, positions, signals)
-
-
-def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method, str]:
-    """The method object and its label.
-
-    Raises:
-        UnknownNameError, OptionError: as `Registry.build`.
-        TokPruneError: more methods in a list than one model can carry.
-    """
-    options = dict(options or {})
-    if isinstance(method, Sequence) and not isinstance(method, str):
-        if options:
-            raise OptionError(
-                "keyword options with a list are ambiguous; write them in the list, as 'vtc_cls:start_layer=16'"
-            )
-        if len(method) != 1:
-            raise TokPruneError(
-                f"a list takes exactly one method that acts before the language model, not {len(method)}"
-            )
-        method = method[0]
-    if isinstance(method, Method):
-        if options:
-            raise OptionError("give options to the method object itself, not to attach()")
-        return method, str(method)
-    if not isinstance(method, str):
-        raise OptionError(f"method is a name, a specification or a Method object, not {type(method).__name__}")
-    label = ":".join([method, *(f"{key}={value}" for key, value in options.items())])
-    return METHODS.build(method, options), label
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} calls copies of the model that hooks do not follow; attach to model.module"
-        )
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
-    for part in model.modules():
-        name = type(part).__name__
-        if name == "OptimizedModule" or part._compiled_call_impl is not None:
-            raise UnsupportedModelError("the model is compiled; attach first and compile nothing inside it")
-        if name.startswith(("FullyShardedDataParallel", "FSDP")):
-            raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")
-    return model
-
-
-def _model_type(model: nn.Module) -> str:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no config.model_type: not a transformers model")
-    from .integrations.transformers import MODELS
-
-    if model_type not in MODELS.names():
-        raise UnsupportedModelError(
-            f"no model adapter for model_type {model_type!r} ({type(model).__name__}). "
-            f"Supported: {', '.join(MODELS.names())} (tokprune.list_models())"
-        )
-    return model_type
-
-
-def _check_attention(language_model: nn.Module, positions: str) -> None:
-    implementation = getattr(language_model.config, "_attn_implementation", "") or ""
-    if "flex" in implementation:
-        raise UnsupportedModelError("flex attention masks cannot be shortened; load with attn_implementation='sdpa'")
-    if "flash" in implementation and positions == "original":
-        raise UnsupportedModelError(
-            "flash attention takes gaps in positions for several packed sequences; "
-            "use positions='contiguous', or attn_implementation='sdpa'"
-        )
 
 
 def _checked_budget(method: Method, keep_ratio, keep_tokens) -> Budget | None:
@@ -188,7 +112,8 @@ class _Call:
     encoded: set[str] = field(default_factory=set)
     images: list[ImageReport] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
-    bad: list[Tensor] = field(default_factory=list)
+    bad: list[Tensor] = field(default_factory=list)  # whether features held NaN, on the device
+    dropped: list[Tensor] = field(default_factory=list)  # whether tokens were dropped, on the device
     below_budget: bool = False  # some image had more tokens than its budget
     clamped: bool = False
     ran: bool = False
@@ -271,9 +196,9 @@ class Attachment:
         return Report(
             method=self.label,
             budget=str(self.budget or ""),
-            signals=_describe(self._signals),
+            signals=describe_signals(self._signals),
             n_layers=len(self.adapter.language_model.layers),
-            images=_folded(call),
+            images=without_beam_copies(call.images, call.rows),
             prefills=list(call.prefills),
             clamped=call.clamped,
         )
@@ -290,14 +215,8 @@ class Attachment:
         original = getattr(base, name)
         signature = inspect.signature(original)
 
-        @functools.wraps(original)  # generate() reads the signature
-        def encode(*args, **kwargs):
-            if self._local.paused:
-                return original(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs).arguments
-            arguments = {**bound, **bound.get("kwargs", {})}
-            return self._encode(name, functools.partial(original, *args, **kwargs), arguments)
-
+        encode = functools.partial(self._encode, name, original, signature)
+        functools.update_wrapper(encode, original)  # generate() reads the signature
         encode._tokprune_attachment = self  # type: ignore[attr-defined]
         if name in vars(base):
             stack.callback(setattr, base, name, original)
@@ -305,34 +224,45 @@ class Attachment:
             stack.callback(delattr, base, name)
         setattr(base, name, encode)
 
-    def _encode(self, name: str, original: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:
+    def _encode(self, name: str, original: Callable, signature: inspect.Signature, *args, **kwargs) -> Any:
         """Encode pictures and mark the rows of dropped tokens."""
         from .integrations.transformers.base import split_features
 
+        if self._local.paused:
+            return original(*args, **kwargs)
         call = self._call_of_encode(name)
-        out, signals = self._collect(original)
+        out, signals = self._collect(functools.partial(original, *args, **kwargs))
         features, put_back = split_features(out)
+        bound = signature.bind(*args, **kwargs).arguments
+        arguments = {**bound, **bound.get("kwargs", {})}
         layouts = self.adapter.layouts(arguments, len(features))
         packed = {s: self.adapter.pack(t, arguments) for s, t in signals.items()}
-        salts = _repeated(tuple(self.salts), len(features))
-        counts = [self._n_keep(layout) for layout in layouts]
-        call.clamped |= any(self._asked_more(layout) for layout in layouts)
-        keeps = [features[i].new_ones(len(features[i]), dtype=torch.bool) for i in range(len(features))]
-        marked = list(features)
-        for layout in dict.fromkeys(layouts):
-            group = [i for i, other in enumerate(layouts) if other == layout]
-            if counts[group[0]] >= layout.n_visual:
-                continue
-            call.below_budget = True
-            stacked = torch.stack([features[i] for i in group])
-            call.bad.append(stacked.isnan().any())
-            chosen = {s: torch.stack([rows[i] for i in group]) for s, rows in packed.items()}
-            new, keep = self._select(stacked, layout, chosen, [salts[i] for i in group], counts[group[0]])
-            for place, i in enumerate(group):
-                marked[i], keeps[i] = new[place], keep[place]
+        marked, keeps = self._prune(features, layouts, packed, call)
         for layout, keep in zip(layouts, keeps, strict=True):
+            call.clamped |= self._asked_more(layout)
             call.images.append(ImageReport(layout.n_visual, len(layout.crop) - layout.n_visual, keep))
         return put_back(marked) if call.below_budget else out
+
+    def _prune(
+        self, features: list[Tensor], layouts: list[Layout], packed: dict[Signal, list[Tensor]], call: _Call
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Marked features and keep of every image; the method sees the images of one layout at once."""
+        marked, keeps = list(features), [f.new_ones(len(f), dtype=torch.bool) for f in features]
+        salts = _repeated(tuple(self.salts), len(features))
+        for layout in dict.fromkeys(layouts):
+            n_keep = self._n_keep(layout)
+            if n_keep >= layout.n_visual:
+                continue  # before any method code: the model stays bit-identical
+            group = [i for i, other in enumerate(layouts) if other == layout]
+            stacked = torch.stack([features[i] for i in group])
+            signals = {s: torch.stack([rows[i] for i in group]) for s, rows in packed.items()}
+            call.below_budget = True
+            call.bad.append(stacked.isnan().any())
+            new, keep = self._select(stacked, layout, signals, [salts[i] for i in group], n_keep)
+            call.dropped.append((~keep).any())
+            for place, i in enumerate(group):
+                marked[i], keeps[i] = new[place], keep[place]
+        return marked, keeps
 
     def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict[Signal, Tensor]]:
         keeps_all = self.budget is not None and self.budget.keep_ratio == 1
@@ -417,17 +347,20 @@ class Attachment:
         flags = {}
         if self._local.placeholders is not None:
             flags["placeholders"] = self._local.placeholders
-        if self._local.call and self._local.call.bad:
-            flags["bad_features"] = torch.stack(self._local.call.bad).any()
+        call = self._local.call
+        if call and call.bad:
+            flags["bad_features"] = torch.stack(call.bad).any()
+            flags["dropped"] = torch.stack(call.dropped).any()
         return flags
 
     def before_prefill(self, facts: Mapping[str, bool], starts_call: bool) -> None:
         """Raise where what happened is not what was asked for."""
         call = self._local.call
-        about_pictures = facts["marked"] or facts.get("placeholders", False)
-        if call is None or (starts_call and call.ran and not about_pictures):
+        placeholders = facts.get("placeholders", False)
+        if call is None or (starts_call and call.ran and not (facts["marked"] or placeholders)):
             call = self._local.call = _Call()
-        if starts_call and call.ran:
+        encoded_now = bool(call.images) and not (starts_call and call.ran)
+        if starts_call:
             call.prefills.clear()  # without a cache every step passes the whole prompt again
         self._local.facts = facts
         if facts.get("bad_features"):
@@ -437,10 +370,9 @@ class Attachment:
                 "the features were encoded while the attachment was active and are used while it is paused; "
                 "encode them again inside paused()"
             )
-        encoded_below = call.below_budget or not call.images
-        if facts.get("placeholders") and not facts["marked"] and not self._local.paused and encoded_below:
-            if call.below_budget and call.prefills:
-                return  # a later chunk of the prompt, all of whose tokens are kept
+        # A chunk of a prompt may hold kept tokens alone, so it is enough that this call dropped some.
+        as_promised = facts["marked"] or (encoded_now and (not call.below_budget or facts.get("dropped")))
+        if placeholders and not as_promised and not self._local.paused:
             raise NothingPrunedError(
                 f"the prompt has image placeholders and {self.label!r} asks for fewer tokens, but nothing was "
                 "dropped: the features were not encoded under this attachment. Pass pixel_values, or encode "
@@ -456,14 +388,6 @@ class Attachment:
         facts = self._local.facts
         if ran.past_inner == 0 or facts.get("marked") or facts.get("placeholders"):
             call.prefills.append(Prefill(ran.n_outer, ran.n_inner, ran.lengths))
-            call.bad.clear()
-
-
-def _describe(signals: frozenset[Signal]) -> str:
-    def layers(s: Signal) -> str:
-        return f"{s.layers[0]}" if len(s.layers) == 1 else f"{s.layers[0]}-{s.layers[-1]}"
-
-    return ", ".join(sorted(f"{s.kind.value} ({s.form}) of vision layer {layers(s)}" for s in signals))
 
 
 def _repeated(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
@@ -473,19 +397,3 @@ def _repeated(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
             f"{len(salts)} salts for {n_images} images; set attachment.salts to one an image, or to one for all"
         )
     return tuple(salt for salt in salts for _ in range(n_images // len(salts)))
-
-
-def _folded(call: _Call) -> list[ImageReport]:
-    """The images without beam copies: rows of the same prompt in equal runs, with images in equal runs."""
-    if call.rows is None or len(call.images) < 2:
-        return list(call.images)
-    same = (call.rows[1:] == call.rows[:-1]).all(1).tolist()
-    starts = [0, *(i + 1 for i, equal in enumerate(same) if not equal), len(call.rows)]
-    runs = {b - a for a, b in itertools.pairwise(starts)}
-    copies = runs.pop() if len(runs) == 1 else 1
-    if len(call.images) % copies:
-        return list(call.images)
-    for i, image in enumerate(call.images):
-        if not torch.equal(image.keep, call.images[i - i % copies].keep):
-            return list(call.images)
-    return [replace(image) for image in call.images[::copies]]

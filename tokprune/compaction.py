@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadFeaturesError, NotCopyableError, TokPruneError, UnsupportedCacheError
+from .ops import forward_fill, gather_columns, right_align
 
 Positions = Literal["contiguous", "original"]
 _STATE = "_tokprune_columns"
@@ -48,40 +49,7 @@ def without_marks(features: Tensor) -> Tensor:
     return features.masked_fill(find_marks(features)[0][..., None], 0)
 
 
-# ----------------------------------------------------------------------------------- index algebra
-
-
-def gather_columns(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gather along a sequence dimension with a per-row index (B, K); the batch axis, B or 1, comes before it."""
-    dim = dim % x.ndim
-    batch, n_out = index.shape
-    if x.shape[dim - 1] != batch:
-        x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
-    view, shape = [1] * x.ndim, list(x.shape)
-    view[dim - 1], view[dim], shape[dim] = batch, n_out, n_out
-    # Under accelerate every keyword may sit on a device of its own.
-    return x.gather(dim, index.to(x.device).view(view).expand(shape))
-
-
-def right_align(keep: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """(B, S) bool -> source (B, longest) and valid (B, longest): kept columns in order, at the right."""
-    order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
-    source = order[:, keep.shape[1] - longest :]
-    return source, keep.gather(1, source)
-
-
-def forward_fill(source: Tensor, valid: Tensor, n_columns: int) -> Tensor:
-    """For every original column the place of the last kept column up to it, (B, n_columns).
-
-    Columns before the first kept one get the first. With this the shifted loss of the long sequence, labels
-    -100 on placeholders, is the loss of the short one: the last kept token predicts the first text token.
-    """
-    batch, width = source.shape
-    places = torch.arange(width, device=source.device).expand(batch, width)
-    filled = source.new_full((batch, n_columns + 1), -1)
-    filled = filled.scatter(1, source.masked_fill(~valid, n_columns), places)[:, :n_columns].cummax(1).values
-    first = places.masked_fill(~valid, width - 1).amin(1, keepdim=True)
-    return torch.where(filled < 0, first, filled)
+# ----------------------------------------------------------------------------------------- columns
 
 
 @dataclass(frozen=True)
@@ -408,19 +376,3 @@ def _refuse_unsupported(cache, mask) -> None:
             f"{type(cache).__name__} ({', '.join(sorted(kinds))}) is not supported with pruned tokens; leave "
             "cache_implementation out (DynamicCache: no static, quantised, offloaded or sliding-window cache)"
         )
-
-
-__all__ = [
-    "Columns",
-    "Compaction",
-    "NewColumns",
-    "Observer",
-    "Positions",
-    "Ran",
-    "find_marks",
-    "forward_fill",
-    "gather_columns",
-    "mark_dropped",
-    "right_align",
-    "without_marks",
-]

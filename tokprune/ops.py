@@ -52,3 +52,36 @@ def pool(features: Tensor, height: int, width: int, rows: int, columns: int) -> 
     grid = features.transpose(1, 2).unflatten(2, (height, width))  # (G, D, height, width)
     pooled = F.adaptive_avg_pool2d(grid.float(), (rows, columns))
     return pooled.flatten(2).transpose(1, 2).to(features.dtype)
+
+
+def gather_columns(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gather along a sequence dimension with a per-row index (B, K); the batch axis, B or 1, comes before it."""
+    dim = dim % x.ndim
+    batch, n_out = index.shape
+    if x.shape[dim - 1] != batch:
+        x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
+    view, shape = [1] * x.ndim, list(x.shape)
+    view[dim - 1], view[dim], shape[dim] = batch, n_out, n_out
+    # Under accelerate every keyword may sit on a device of its own.
+    return x.gather(dim, index.to(x.device).view(view).expand(shape))
+
+
+def right_align(keep: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(B, S) bool -> source (B, longest) and valid (B, longest): kept columns in order, at the right."""
+    order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
+    source = order[:, keep.shape[1] - longest :]
+    return source, keep.gather(1, source)
+
+
+def forward_fill(source: Tensor, valid: Tensor, n_columns: int) -> Tensor:
+    """For every original column the place of the last kept column up to it, (B, n_columns).
+
+    Columns before the first kept one get the first. With this the shifted loss of the long sequence, labels
+    -100 on placeholders, is the loss of the short one: the last kept token predicts the first text token.
+    """
+    batch, width = source.shape
+    places = torch.arange(width, device=source.device).expand(batch, width)
+    filled = source.new_full((batch, n_columns + 1), -1)
+    filled = filled.scatter(1, source.masked_fill(~valid, n_columns), places)[:, :n_columns].cummax(1).values
+    first = places.masked_fill(~valid, width - 1).amin(1, keepdim=True)
+    return torch.where(filled < 0, first, filled)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .types import Signal
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,33 @@ def _tokens_line(images: list[ImageReport]) -> str:
     pairs = sorted({(i.n_visual, i.n_kept) for i in images}, reverse=True)
     shown = ", ".join(f"{before} -> {after}" for before, after in pairs[:4]) + (" ..." if len(pairs) > 4 else "")
     return f"{len(images)} image{'s' * (len(images) > 1)}, visual tokens {shown} each"
+
+
+def without_beam_copies(images: list[ImageReport], rows: Tensor | None) -> list[ImageReport]:
+    """One entry an image, where `generate` of transformers before 5.18 repeats the pictures of every beam.
+
+    Args:
+        images: as encoded; copies stand beside each other.
+        rows: (B, S) input_ids that may hold beam copies, or None where there are none.
+    """
+    if rows is None or len(images) < 2:
+        return list(images)
+    same = (rows[1:] == rows[:-1]).all(1).tolist()
+    starts = [0, *(i + 1 for i, equal in enumerate(same) if not equal), len(rows)]
+    runs = {b - a for a, b in itertools.pairwise(starts)}
+    copies = runs.pop() if len(runs) == 1 else 1
+    if len(images) % copies:
+        return list(images)
+    for i, image in enumerate(images):
+        if not torch.equal(image.keep, images[i - i % copies].keep):
+            return list(images)
+    return images[::copies]
+
+
+def describe_signals(signals: frozenset[Signal]) -> str:
+    """What was collected, from which layers."""
+
+    def layers(s: Signal) -> str:
+        return f"{s.layers[0]}" if len(s.layers) == 1 else f"{s.layers[0]}-{s.layers[-1]}"
+
+    return ", ".join(sorted(f"{s.kind.value} ({s.form}) of vision layer {layers(s)}" for s in signals))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune import attention
-from tokprune.errors import NotCopyableError, TokPruneError
+from tokprune.errors import NotCopyableError, TokPruneError, UnsupportedModelError
 from tokprune.types import Kind, Layout, Signal, Tower
 
 
@@ -58,6 +58,19 @@ class ModelAdapter:
     def supplies(self) -> frozenset[Kind]:
         """Kinds of signals that can be collected."""
         raise NotImplementedError
+
+    def check_attention(self, positions: str) -> None:
+        """Raise where the language model's attention implementation cannot serve a shorter sequence."""
+        implementation = getattr(self.language_model.config, "_attn_implementation", "") or ""
+        if "flex" in implementation:
+            raise UnsupportedModelError(
+                "flex attention masks cannot be shortened; load with attn_implementation='sdpa'"
+            )
+        if "flash" in implementation and positions == "original":
+            raise UnsupportedModelError(
+                "flash attention takes gaps in positions for several packed sequences; "
+                "use positions='contiguous', or attn_implementation='sdpa'"
+            )
 
     def attention_module(self, layer: int) -> nn.Module:
         """The attention module of a vision layer; has q_proj, k_proj, num_heads and scale."""

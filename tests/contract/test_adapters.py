@@ -358,7 +358,7 @@ def test_decoding_by_hand_needs_neither_mask_nor_positions():
         tokens = []
         for _ in range(8):
             logits = out.logits[0, -1].clone()
-            logits[tiny.IMAGE] = -torch.inf
+            logits[tiny.SUPPRESSED] = -torch.inf
             tokens.append(int(logits.argmax()))
             out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
     assert tokens == want
