@@ -210,6 +210,7 @@ class Compaction:
         if is_prefill and embeds is not None:
             keep, n_marked, facts = self._inspect(embeds, kwargs.get("attention_mask"))
             self.observer.before_prefill(facts, starts_call=past_inner == 0)
+            _refuse_empty(facts, past_inner)
         if columns is None and not facts.get("marked"):
             if is_prefill:
                 self.observer.after_prefill(Ran(n_new, n_new, None, past_inner))
@@ -248,11 +249,6 @@ class Compaction:
         if facts["bad"]:
             raise BadFeaturesError(
                 "the vision tower or the embeddings produced NaN; run the model in float32 or bfloat16"
-            )
-        if facts["marked"] and values[1] == 0:
-            raise TokPruneError(
-                "every token of a row was dropped and it has no text: keep at least one visual token "
-                "(keep_tokens=1), or add text to the prompt"
             )
         return (
             keep,
@@ -319,6 +315,19 @@ class _Passes(threading.local):
 def _marked_before(x: Tensor, new: NewColumns) -> Tensor:
     """Marked columns before every kept one, (B, K)."""
     return find_marks(x)[0].long().cumsum(1).gather(1, new.source)
+
+
+def _refuse_empty(facts: Mapping, past_inner: int) -> None:
+    if not facts["marked"] or facts["shortest"]:
+        return
+    if past_inner:
+        raise TokPruneError(
+            "a part of the prompt holds dropped tokens alone; pass larger parts (prefill_chunk_size in generate)"
+        )
+    raise TokPruneError(
+        "every token of a row was dropped and it has no text: keep at least one visual token (keep_tokens=1), "
+        "or add text to the prompt"
+    )
 
 
 def _new_columns(keep: Tensor, n_marked: Tensor, facts: Mapping) -> NewColumns:
