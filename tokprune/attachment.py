@@ -331,7 +331,7 @@ class Attachment:
                 # generate() of older releases repeats the pictures of every beam and encodes them here.
                 self._local.rows = ids
         elif embeds is not None and embeds.shape[1] > 1:
-            rows = module.get_input_embeddings()(torch.tensor(wanted, device=embeds.device))
+            rows = self.adapter.base.get_input_embeddings()(torch.tensor(wanted, device=embeds.device))
             self._local.placeholders = (embeds[:, :, None] == rows).all(-1).any()
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> None:

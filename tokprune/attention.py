@@ -61,7 +61,7 @@ def _received_and_given(
 ) -> tuple[Tensor, Tensor]:
     heads, n_patches = q.shape[1], q.shape[2] - n_special
     k_t = k.float().transpose(-1, -2)
-    column_sum, rows = 0, []
+    column_sum, rows = q.new_zeros(q.shape[0], n_patches, dtype=torch.float32), []
     for queries in q[:, :, n_special:].split(chunk, dim=2):
         patches = (queries.float() @ k_t * scale).softmax(-1)[..., n_special:]  # (B, H, chunk, N)
         column_sum = column_sum + patches.sum((1, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from numbers import Integral, Real
+from typing import Any
 
 from .errors import BudgetError
 
@@ -43,15 +44,16 @@ class Budget:
         return f"keep_ratio={self.keep_ratio}"
 
 
-def _check_ratio(ratio) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+def _check_ratio(ratio: Any) -> None:
+    number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    if not number or not 0 < float(ratio) <= 1:
         hint = ""
-        if isinstance(ratio, Real) and 1 < ratio <= 100:
+        if number and 1 < float(ratio) <= 100:
             hint = f" Did you mean keep_ratio={ratio / 100:g}?"
         raise BudgetError(f"keep_ratio={ratio!r} is not a fraction in (0, 1].{hint} A count goes in keep_tokens=.")
 
 
-def _check_tokens(tokens) -> None:
+def _check_tokens(tokens: Any) -> None:
     if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1:
         raise BudgetError(
             f"keep_tokens={tokens!r} is not a whole number of at least 1. "

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -123,14 +123,21 @@ class Columns:
 
 @dataclass(frozen=True)
 class NewColumns:
-    """The columns of one forward pass that stay: source and valid (B, K), and marked ones a row (B, 1)."""
+    """The columns of one forward pass that stay.
+
+    Args:
+        source, valid, n_outer, all_valid, n_tail: as in `Columns`, of this pass alone.
+        marked_before: (B, K) marked columns before every kept one.
+        n_marked: (B, 1) marked columns of every row.
+    """
 
     source: Tensor
     valid: Tensor
     n_outer: int
     all_valid: bool
-    n_marked: Tensor
     n_tail: int
+    marked_before: Tensor
+    n_marked: Tensor
 
 
 # ---------------------------------------------------------------------------------------- the hooks
@@ -165,8 +172,7 @@ class _Pass:
 
     cache: Any
     new: NewColumns | None = None
-    columns: Columns | None = None
-    kwargs: dict = field(default_factory=dict)
+    columns: Columns | None = None  # with the new ones
 
 
 class Compaction:
@@ -206,81 +212,63 @@ class Compaction:
         columns = getattr(cache, _STATE, None)
         n_new, past_inner = x.shape[1], _length(cache)
         is_prefill = n_new > 1 or past_inner == 0
-        keep, facts = None, {}
+        seen = None
         if is_prefill and embeds is not None:
-            keep, n_marked, facts = self._inspect(embeds, kwargs.get("attention_mask"))
-            self.observer.before_prefill(facts, starts_call=past_inner == 0)
-            _refuse_empty(facts, past_inner)
-        if columns is None and not facts.get("marked"):
+            seen = self._inspect(embeds, kwargs.get("attention_mask"))
+            self.observer.before_prefill(seen.flags, starts_call=past_inner == 0)
+            _refuse_empty(seen, past_inner)
+        if columns is None and not (seen and seen.any_marked):
             if is_prefill:
                 self.observer.after_prefill(Ran(n_new, n_new, None, past_inner))
             return None
         _refuse_unsupported(cache, kwargs.get("attention_mask"))
-        if columns is None:
-            columns = Columns.identity(x.shape[0], past_inner, x.device)
-        elif columns.source.shape[0] != x.shape[0]:
-            raise UnsupportedCacheError(
-                f"the cache was pruned with a batch of {columns.source.shape[0]} and now meets {x.shape[0]} "
-                "rows; start a new cache when the batch changes"
-            )
+        columns = _known_columns(columns, x, past_inner)
         past, columns = _rewound(columns, cache, kwargs, n_new, past_inner)
-        if facts.get("marked"):
-            this.new = _new_columns(keep, n_marked, facts)
-        this.columns = columns.extended(past, this.new) if this.new else columns
-        this.kwargs = self._short(kwargs, x, columns, this, past)
+        this.new = _new_columns(seen) if seen and seen.any_marked else None
+        short = self._short(kwargs, x, columns, this, past)
         if is_prefill:
-            lengths = this.new.valid.sum(1) if this.new else None
-            n_inner = this.kwargs["inputs_embeds"].shape[1] if this.new else n_new
+            n_inner, lengths = (this.new.source.shape[1], this.new.valid.sum(1)) if this.new else (n_new, None)
             self.observer.after_prefill(Ran(n_new, n_inner, lengths, past_inner))
-        return args, this.kwargs
+        return args, short
 
-    def _inspect(self, embeds: Tensor, mask) -> tuple[Tensor, Tensor, dict]:
-        """Which columns stay, how many are marked a row, and all facts in one synchronisation."""
+    def _inspect(self, embeds: Tensor, mask) -> _Seen:
+        """Which columns stay, and every fact about them, in one synchronisation."""
         marked, bad = find_marks(embeds)
         keep = ~marked
         if isinstance(mask, Tensor) and mask.ndim == 2:
             keep = keep & mask[:, -embeds.shape[1] :].to(keep.device).bool()  # squeezes padding out, too
         lengths = keep.sum(1)
-        flags = {**self.observer.flags(), "marked": marked.any(), "bad": bad.any()}
         places = torch.arange(1, keep.shape[1] + 1, device=keep.device)
+        flags = {**self.observer.flags(), "marked": marked.any(), "bad": bad.any()}
         numbers = [lengths.amax(), lengths.amin(), places.masked_fill(keep, 0).amax()]
         values = torch.stack([*numbers, *(f.to(lengths) for f in flags.values())]).tolist()
-        facts = dict(zip(flags, map(bool, values[3:]), strict=True))
-        if facts["bad"]:
-            raise BadFeaturesError(
-                "the vision tower or the embeddings produced NaN; run the model in float32 or bfloat16"
-            )
-        return (
-            keep,
-            marked.sum(1, keepdim=True),
-            {
-                **facts,
-                "longest": values[0],
-                "shortest": values[1],
-                "n_tail": keep.shape[1] - values[2],
-            },
-        )
+        longest, shortest, last_dropped = values[:3]
+        read = dict(zip(flags, map(bool, values[3:]), strict=True))
+        if read["bad"]:
+            raise BadFeaturesError("the vision tower or the embeddings produced NaN; run them in float32 or bfloat16")
+        return _Seen(keep, marked, longest, shortest, keep.shape[1] - last_dropped, read)
 
-    def _short(self, kwargs: dict, x: Tensor, columns: Columns, this: _Pass, past: int) -> dict:
+    def _short(self, kwargs: dict, x: Tensor, before: Columns, this: _Pass, past: int) -> dict:
         """The keywords for the short sequence."""
-        short, new, n_new = dict(kwargs), this.new, x.shape[1]
+        short, new, n_new, cache = dict(kwargs), this.new, x.shape[1], this.cache
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(past, past + n_new, device=x.device)[None]
-        shift = columns.shift
+        shift = before.shift
         if new is not None:
             embeds = gather_columns(x, new.source, 1)
             # NaN under a mask is still NaN: 0 * NaN in the product of weights and values.
             short["inputs_embeds"] = embeds if new.all_valid else embeds.masked_fill(~new.valid[..., None], 0)
             position_ids = gather_columns(position_ids, new.source, -1)
-            shift = shift + _marked_before(x, new)
+            shift = shift + new.marked_before
         if self.positions == "contiguous":
             position_ids = position_ids - shift.to(position_ids.device)
         short["position_ids"] = position_ids
         mask = kwargs.get("attention_mask")
         mask = None if mask is None else mask[:, : past + n_new]
+        this.columns = before.extended(past, new) if new else before
         inner = this.columns.inner_mask(mask, past + n_new)
-        past_inner, n_inner = _length(this.cache), short["inputs_embeds"].shape[1] if new else n_new
+        past_inner, n_inner = _length(cache), new.source.shape[1] if new else n_new
         if inner is None and self.positions == "original":
             # Gapped positions without mask and cache are taken for several packed sequences.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
@@ -312,13 +300,36 @@ class _Passes(threading.local):
     current: _Pass | None = None
 
 
-def _marked_before(x: Tensor, new: NewColumns) -> Tensor:
-    """Marked columns before every kept one, (B, K)."""
-    return find_marks(x)[0].long().cumsum(1).gather(1, new.source)
+@dataclass(frozen=True)
+class _Seen:
+    """What a prefill's embeddings hold; flags and numbers are read from the device already."""
+
+    keep: Tensor  # (B, S)
+    marked: Tensor  # (B, S)
+    longest: int
+    shortest: int
+    n_tail: int
+    flags: dict[str, bool]
+
+    @property
+    def any_marked(self) -> bool:
+        return self.flags["marked"]
 
 
-def _refuse_empty(facts: Mapping, past_inner: int) -> None:
-    if not facts["marked"] or facts["shortest"]:
+def _known_columns(columns: Columns | None, x: Tensor, past_inner: int) -> Columns:
+    """What the cache holds; without a note on it, everything."""
+    if columns is None:
+        return Columns.identity(x.shape[0], past_inner, x.device)
+    if columns.source.shape[0] != x.shape[0]:
+        raise UnsupportedCacheError(
+            f"the cache was pruned with a batch of {columns.source.shape[0]} and now meets {x.shape[0]} rows; "
+            "start a new cache when the batch changes"
+        )
+    return columns
+
+
+def _refuse_empty(seen: _Seen, past_inner: int) -> None:
+    if not seen.any_marked or seen.shortest:
         return
     if past_inner:
         raise TokPruneError(
@@ -330,10 +341,17 @@ def _refuse_empty(facts: Mapping, past_inner: int) -> None:
     )
 
 
-def _new_columns(keep: Tensor, n_marked: Tensor, facts: Mapping) -> NewColumns:
-    source, valid = right_align(keep, facts["longest"])
-    all_valid = facts["longest"] == facts["shortest"]
-    return NewColumns(source, valid, keep.shape[1], all_valid, n_marked, facts["n_tail"])
+def _new_columns(seen: _Seen) -> NewColumns:
+    source, valid = right_align(seen.keep, seen.longest)
+    return NewColumns(
+        source=source,
+        valid=valid,
+        n_outer=seen.keep.shape[1],
+        all_valid=seen.longest == seen.shortest,
+        n_tail=seen.n_tail,
+        marked_before=seen.marked.long().cumsum(1).gather(1, source),
+        n_marked=seen.marked.sum(1, keepdim=True),
+    )
 
 
 def _length(cache) -> int:

@@ -43,3 +43,11 @@ class BadFeaturesError(TokPruneError, RuntimeError):
 
 class NotCopyableError(TokPruneError, TypeError):
     """An attached model was copied or pickled."""
+
+
+class TaskError(TokPruneError):
+    """A task, its pictures or its folder cannot be used."""
+
+
+class RunError(TokPruneError):
+    """A run cannot start or go on: the model, the output folder or the settings."""

@@ -96,6 +96,7 @@ def build_processor() -> LlavaProcessor:
         pad_token="<pad>",
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=1024,
     )
     return LlavaProcessor(

@@ -15,6 +15,7 @@ that only ever saw complete pictures answers nonsense on pruned ones, whatever s
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
@@ -308,13 +310,13 @@ def pack(questions: list[list[tuple[str, str, str]]]) -> dict[str, Tensor]:
     return dict(zip(("ids", "offset", "block", "target"), filled.unbind(-1), strict=True))
 
 
-def draw_kept(rng: np.random.Generator, x: Tensor) -> tuple[Tensor, bool]:
+def draw_kept(rng: np.random.Generator, x: Tensor, drops: bool) -> tuple[Tensor, bool]:
     """Which tokens stay, (B, K) ascending, and whether their positions become contiguous.
 
-    A quarter of the steps keep all. Else K is log-uniform and the subset is uniform, a smooth blob, or the
-    top of a random direction in feature space: no method's own choice.
+    A quarter of the steps, and all that do not drop yet, keep all. Else K is log-uniform and the subset is
+    uniform, a smooth blob, or the top of a random direction in feature space: no method's own choice.
     """
-    if rng.random() < 0.25:
+    if not drops or rng.random() < 0.25:
         return torch.arange(N_VISUAL).expand(len(x), -1), False
     n_keep = 0 if rng.random() < 0.04 else round(math.exp(rng.uniform(math.log(3), math.log(N_VISUAL))))
     kind = rng.integers(3)
@@ -376,8 +378,13 @@ def answer_accuracy(trainer: LanguageTrainer, sets: list[tuple[np.ndarray, list]
 
 
 @app.command()
-def language(work: Path, steps: int = 6000, lr: float = 1.4e-3, per_process: int = 12, seed: int = 0) -> None:
-    """Train projector and language model on cached features; best started with torchrun."""
+def language(
+    work: Path, steps: int = 8000, lr: float = 1.3e-3, per_process: int = 8, drop_from: float = 0.35, seed: int = 0
+) -> None:
+    """Train projector and language model on cached features; best started with torchrun.
+
+    Tokens are dropped from `drop_from` of the steps on: before that, the model learns to find what is asked for.
+    """
     rank, _ = start_processes(seed)
     model = build_model()
     trainer = LanguageTrainer(model)
@@ -394,13 +401,17 @@ def language(work: Path, steps: int = 6000, lr: float = 1.4e-3, per_process: int
         (x_easy[-EASYVQA_VALIDATION:], [q[:8] for q in easy[-EASYVQA_VALIDATION:]]),
     ]
 
+    done = 0
+
     def loss(parallel: nn.Module) -> Tensor:
+        nonlocal done
+        done += 1
         a = rng.integers(0, len(x_scenes), per_process - n_easy)
         e = rng.integers(0, len(x_easy) - EASYVQA_VALIDATION, n_easy)
         questions = [findit.ask(rng, scenes.shapes[i], rounds=2) for i in a]
         questions += [[easy[i][j] for j in rng.permutation(len(easy[i]))[:10]] for i in e]
         x = torch.from_numpy(np.concatenate([x_scenes[a], x_easy[e]])).float()
-        kept, contiguous = draw_kept(rng, x)
+        kept, contiguous = draw_kept(rng, x, done > drop_from * steps)
         text = pack(questions)
         return F.cross_entropy(parallel(x, kept, contiguous, text), text["target"][text["target"] != -100])
 
@@ -412,6 +423,19 @@ def language(work: Path, steps: int = 6000, lr: float = 1.4e-3, per_process: int
     optimise(trainer, loss, save, steps, lr, every=500)
 
 
+def rewrite_json(path: Path, **values: object) -> None:
+    """Set top-level values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}, indent=2) + "\n")
+
+
+def with_nested_tower_names(path: Path) -> None:
+    """Rename CLIP weights as releases 4 of transformers (and vLLM) spell them; releases 5 read both."""
+    weights = load_file(path)
+    new, old = "vision_tower.", "vision_tower.vision_model."
+    renamed = {(k.replace(new, old) if new in k and old not in k else k): w for k, w in weights.items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+
+
 @app.command()
 def export(work: Path, out: Path) -> None:
     """Put tower and language model together and save model and processor, half precision."""
@@ -420,7 +444,14 @@ def export(work: Path, out: Path) -> None:
     model.model.vision_tower.load_state_dict(torch.load(work / "tower.pt"))
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_length=None)
     model.half().save_pretrained(out)
-    build_processor().save_pretrained(out)
+    with_nested_tower_names(out / "model.safetensors")
+    processor = build_processor()
+    processor.save_pretrained(out)
+    processor.image_processor.save_pretrained(out)
+    # Releases 4 of transformers look for the image processor in a file of its own, and know these classes.
+    rewrite_json(out / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
+    special = {"image_token": "<image>"}
+    rewrite_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=special)
     total = sum(f.stat().st_size for f in out.iterdir())
     typer.echo(f"{total / 1e6:.1f} MB, image token {IMAGE}, in {out}")
 

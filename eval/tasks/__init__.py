@@ -1,1 +1,42 @@
 """Tasks: samples and pictures. The embedded ones need no network."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+
+from tokprune.errors import UnknownNameError
+
+from .base import Sample, Task, normalise
+from .subset import stratified
+
+TASKS = {
+    "easyvqa": "tokprune.eval.tasks.easyvqa:EasyVQA",
+    "findit": "tokprune.eval.tasks.findit:FindIt",
+}
+
+
+def load_task(name: str) -> Task:
+    """A task by its name, or a local folder with pictures and a `metadata.jsonl`.
+
+    Raises:
+        UnknownNameError: neither a name nor a folder.
+        TaskError: the folder is no task.
+    """
+    if name in TASKS:
+        module, _, attribute = TASKS[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)()
+    if Path(name).is_dir():
+        from .imagefolder import ImageFolder
+
+        return ImageFolder(Path(name))
+    near = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UnknownNameError(
+        f"no task named {name!r} and no such folder.{hint} Type {', '.join(sorted(TASKS))}, "
+        "or a folder with pictures and a metadata.jsonl"
+    )
+
+
+__all__ = ["TASKS", "Sample", "Task", "load_task", "normalise", "stratified"]

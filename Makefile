@@ -1,0 +1,61 @@
+# `make demo` and `make test` do all of their own set-up from a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+PIP := -m pip install --quiet --disable-pip-version-check
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test check fix wheel test-oldest clean
+
+setup: $(VENV)/ready
+
+# torch first and alone: the pinned version has a CPU build, a range may take gigabytes of CUDA.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) -c constraints.txt torch
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(OLDEST)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) -c constraints.txt torch
+	grep -E '^(torch|numpy|pillow|accelerate|datasets|matplotlib|typer|rich|easy-vqa|pytest|pytest-xdist|peft)==' \
+	  constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt transformers==4.57.6 -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/tokprune compare --limit 100 --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The laws on the oldest supported transformers, in an environment of its own.
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest -n 2 tests/contract tests/golden tests/test_attention.py
+
+# The built wheel, imported from outside the repository.
+wheel: setup
+	rm -rf build dist .venv-wheel
+	$(BIN)/python $(PIP) build
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(PYTHON) -m venv --system-site-packages .venv-wheel
+	.venv-wheel/bin/python $(PIP) --no-deps dist/*.whl
+	cd / && PYTHONPATH=$(CURDIR)/$$(echo $(VENV)/lib/python3*/site-packages) $(CURDIR)/.venv-wheel/bin/python -c \
+	  "import tokprune, tokprune.eval.run as r, tokprune.integrations.transformers as t; \
+	   assert '.venv-wheel' in tokprune.__file__ and '.venv-wheel' in t.__file__, tokprune.__file__; \
+	   assert (r.EMBEDDED_MODEL / 'model.safetensors').is_file(); print('wheel ok')"
+
+clean:
+	rm -rf $(VENV) $(OLDEST) .venv-wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

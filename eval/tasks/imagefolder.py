@@ -1,0 +1,73 @@
+"""A local folder of pictures with a `metadata.jsonl`: what the `datasets` library calls imagefolder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from tokprune.errors import TaskError
+
+from .base import Sample
+
+FIELDS = ("file_name", "question", "answer")
+
+
+class ImageFolder:
+    """The task: one question a line, {"file_name": ..., "question": ..., "answer": ..., "kind": optional}.
+
+    Raises:
+        TaskError: no metadata.jsonl, a line that is no JSON object, a missing field, or a missing picture.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.resolve().name
+        self._samples = _read(folder)
+
+    def samples(self) -> list[Sample]:
+        """All lines, in order."""
+        return self._samples
+
+    def train_samples(self) -> None:
+        """None: a folder has no training split."""
+        return
+
+    def image(self, image_id: str) -> Image.Image:
+        """The picture, RGB."""
+        path = self.folder / image_id
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise TaskError(f"cannot read the picture {path}: {error}; replace it or remove its lines") from error
+
+
+def _read(folder: Path) -> list[Sample]:
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise TaskError(
+            f"{folder} has no metadata.jsonl; write one line a question: "
+            '{"file_name": "a.png", "question": "what is it?", "answer": "a cat"}'
+        )
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            samples.append(_sample(folder, path, number, line))
+    if not samples:
+        raise TaskError(f"{path} has no line; write one line a question with {', '.join(FIELDS)}")
+    return samples
+
+
+def _sample(folder: Path, path: Path, number: int, line: str) -> Sample:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{path} line {number} is not JSON ({error.msg}); write one object a line") from error
+    missing = [f for f in FIELDS if not (isinstance(row, dict) and f in row)]
+    if missing:
+        raise TaskError(f"{path} line {number} lacks {', '.join(missing)}; every line needs {', '.join(FIELDS)}")
+    name, question, answer = (str(row[f]) for f in FIELDS)
+    if not (folder / name).is_file():
+        raise TaskError(f"{path} line {number} names {name}, which is not in {folder}")
+    return Sample(str(number), name, question, answer, str(row.get("kind", "all")))
