@@ -148,7 +148,12 @@ class Comparison:
                 done = self._run_task(task, samples, lambda n, bar=bar: progress.advance(bar, n))
                 self.floors[task.name] = question_only(task, samples)
                 self.rows += self._summaries(task.name, done)
-        write_jsonl(self.out / "rows.jsonl", [asdict(row) for row in self.rows])
+        floors = [
+            {"task": name, "method": "question only", "accuracy": floor}
+            for name, floor in self.floors.items()
+            if floor is not None
+        ]
+        write_jsonl(self.out / "rows.jsonl", [*floors, *(asdict(row) for row in self.rows)])
 
     def _run_task(self, task: Task, samples: list[Sample], advance) -> dict[Config, list[SampleRow]]:
         done: dict[Config, list[SampleRow]] = {config: [] for config in self.configs}
@@ -302,12 +307,13 @@ def table(task: str, rows: Sequence[Row], floor: float | None) -> Table:
         out.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     if floor is not None:
         out.add_row("question only", "", f"{floor:.3f}", *[""] * (len(COLUMNS) - 3))
-    for row in sorted(pooled(rows), key=_order):
+    for row in sorted(pooled(rows), key=order):
         out.add_row(*cells(row))
     return out
 
 
-def _order(row: Row) -> tuple:
+def order(row: Row) -> tuple:
+    """Floors first, then by budget."""
     floors = [SHUFFLED, "blind", NONE]
     return (floors.index(row.method) if row.method in floors else len(floors), -(row.keep_ratio or 0))
 

@@ -1,0 +1,367 @@
+"""The harness: tasks, subsets, answers, intervals, the command line; with the embedded model where it matters."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokprune.eval import compare
+from tokprune.eval.run import EMBEDDED_MODEL, Config, Runner, _begins_with, _other_pictures
+from tokprune.eval.tasks import Sample, load_task, normalise, stratified
+from tokprune.eval.tasks.findit import KINDS, FindIt, draw
+
+import tokprune
+from tokprune.errors import TaskError, UnknownNameError
+
+# ---- tasks
+
+
+def test_findit_is_the_same_everywhere():
+    """Pixels and questions are frozen: a number measured on them means the same next year."""
+    image, shapes = draw("test", 7)
+    assert image.shape == (96, 96, 3)
+    assert int(image.astype(int).sum()) == FROZEN["pixels"]
+    assert [s.question for s in FindIt(n_scenes=2).samples()] == FROZEN["questions"]
+    assert len(shapes) == FROZEN["shapes"]
+
+
+FROZEN = {
+    "pixels": 5169306,
+    "questions": [
+        "what color is the square?",
+        "what shape is blue?",
+        "is there a yellow triangle?",
+        "how many yellow shapes are there?",
+        "where is the yellow square?",
+        "what color is the cross?",
+        "what shape is purple?",
+        "is there a red square?",
+        "how many crosses are there?",
+        "where is the purple circle?",
+    ],
+    "shapes": 3,
+}
+
+
+def test_findit_answers_are_true():
+    """Every question, answered again from the shapes by other code."""
+    words = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross", "rings": "ring"}
+    for s in FindIt(n_scenes=200).samples():
+        _, shapes = draw("test", int(s.image_id.split("-")[1]))
+        asked = s.question.rstrip("?").split()
+        if s.kind == "colour":
+            assert [o.colour for o in shapes if o.kind == asked[-1]] == [s.answer]
+        elif s.kind == "shape":
+            assert [o.kind for o in shapes if o.colour == asked[-1]] == [s.answer]
+        elif s.kind == "existence":
+            assert any((o.colour, o.kind) == (asked[-2], asked[-1]) for o in shapes) == (s.answer == "yes")
+        elif s.kind == "count":
+            name = asked[2]
+            matches = [o for o in shapes if words.get(name, name) in (o.kind, o.colour)]
+            assert len(matches) == int(s.answer)
+        else:
+            (shape,) = [o for o in shapes if (o.colour, o.kind) == (asked[-2], asked[-1])]
+            vertical, horizontal = s.answer.split()
+            assert (vertical == "top") == (shape.y < 48)
+            assert (horizontal == "left") == (shape.x < 48)
+
+
+def test_findit_splits_are_different_scenes():
+    assert not (draw("train", 0)[0] == draw("test", 0)[0]).all()
+
+
+def test_easyvqa_is_the_packages_own_test_split():
+    samples = load_task("easyvqa").samples()
+    assert len(samples) == 9673
+    assert collections.Counter(s.kind for s in samples)["yes/no"] == 7136
+    assert load_task("easyvqa").image(samples[0].image_id).size == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["findit", "easyvqa"])
+def test_subset_is_stratified_and_stable(name):
+    samples = load_task(name).samples()
+    subset = stratified(samples, 800)
+    assert len(subset) == len({s.id for s in subset}) == 800
+    assert subset == stratified(list(reversed(samples)), 800)[::-1]
+    share = collections.Counter(s.kind for s in samples)
+    for kind, n in collections.Counter(s.kind for s in subset).items():
+        assert abs(n - 800 * share[kind] / len(samples)) < 1
+    published = (Path(compare.__file__).parent / "tasks" / f"subset-{name}.txt").read_text().split()
+    assert [s.id for s in subset] == published
+
+
+def test_stratified_takes_all_when_asked_for_more():
+    samples = [Sample(str(i), "a", "q", "a") for i in range(3)]
+    assert stratified(samples, 5) == samples
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A user's own questions about three pictures."""
+    lines = []
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (50 + 10 * i, 40), colour).save(tmp_path / f"{i}.png")
+        lines.append({"file_name": f"{i}.png", "question": "what color is the shape?", "answer": colour})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    return tmp_path
+
+
+def test_folder_is_a_task(folder):
+    task = load_task(str(folder))
+    assert [s.answer for s in task.samples()] == ["red", "green", "blue"]
+    assert task.image("1.png").size == (60, 40)
+    assert task.train_samples() is None
+
+
+BAD_FOLDERS = {
+    "no metadata": (lambda f: (f / "metadata.jsonl").unlink(), "has no metadata.jsonl"),
+    "empty metadata": (lambda f: (f / "metadata.jsonl").write_text(""), "has no line"),
+    "no JSON": (lambda f: (f / "metadata.jsonl").write_text("{oops"), "line 1 is not JSON"),
+    "no object": (lambda f: (f / "metadata.jsonl").write_text("[1]"), "line 1 lacks file_name, question, answer"),
+    "missing field": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "question": "q"}'),
+        "line 1 lacks answer",
+    ),
+    "missing picture": (lambda f: (f / "2.png").unlink(), "line 3 names 2.png"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FOLDERS)
+def test_bad_folder_says_where(folder, what):
+    spoil, message = BAD_FOLDERS[what]
+    spoil(folder)
+    with pytest.raises(TaskError, match=message):
+        load_task(str(folder))
+
+
+def test_unreadable_picture_says_which(folder):
+    (folder / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(TaskError, match=r"cannot read the picture .*1\.png"):
+        load_task(str(folder)).image("1.png")
+
+
+def test_unknown_task_offers_the_nearest():
+    with pytest.raises(UnknownNameError, match="Did you mean 'findit'"):
+        load_task("findt")
+
+
+# ---- answers and numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "right", "words"),
+    [
+        ("top left", "top left", True, True),
+        (" Top  LEFT.", "top left", True, True),
+        ("red red", "red", False, True),
+        ("reddish", "red", False, False),
+        ("", "red", False, False),
+    ],
+)
+def test_answers_are_compared_by_words(text, expected, right, words):
+    assert (normalise(text) == normalise(expected)) is right
+    assert _begins_with(normalise(text), normalise(expected)) is words
+
+
+def test_wilson_interval_by_hand():
+    low, high = compare.wilson(8, 10)  # from the formula, worked with z = 1.959964
+    assert low == pytest.approx(0.490162, abs=1e-6)
+    assert high == pytest.approx(0.943318, abs=1e-6)
+    assert compare.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert compare.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_shuffled_pictures_are_other_pictures():
+    samples = FindIt(n_scenes=6).samples()
+    others = _other_pictures(samples)
+    assert all(other != s.image_id for other, s in zip(others, samples, strict=True))
+    assert set(others) <= {s.image_id for s in samples}
+
+
+def test_question_only_floor_is_the_training_majority():
+    class Toy:
+        name = "toy"
+
+        def train_samples(self):
+            pairs = [("q", "a"), ("q", "a"), ("q", "b"), ("other", "c")]
+            return [Sample(str(i), "x", q, a, "k") for i, (q, a) in enumerate(pairs)]
+
+    samples = [Sample("1", "x", "q", "a", "k"), Sample("2", "x", "q", "b", "k"), Sample("3", "x", "new", "a", "k")]
+    assert compare.question_only(Toy(), samples) == pytest.approx(2 / 3)
+
+
+def test_grid_of_configurations():
+    grid = compare.configurations(compare.METHODS, compare.RATIOS)
+    labels = [c.label for c in grid]
+    assert len(labels) == len(set(labels)) == 2 + 1 + 4 * 3 + 3 * 3
+    assert "random:seed=2@0.11" in labels
+    assert compare.configurations(["vtc_cls:start_layer=2"], [0.5]) == [Config("vtc_cls:start_layer=2", 0.5)]
+    for methods, ratios in ((["vtc"], [0.5]), (["vtc_cls"], [50]), (["vtc_cls:x=1"], [0.5])):
+        with pytest.raises(tokprune.TokPruneError):
+            compare.configurations(methods, ratios)
+
+
+def test_seeds_are_pooled_into_one_row():
+    row = dict.fromkeys(compare.Row.__dataclass_fields__, 0) | {"task": "t", "keep_ratio": 0.5, "n_samples": 100}
+    rows = [
+        compare.Row(**row | {"method": f"random:seed={i}", "accuracy": a, "by_kind": {"k": a}})
+        for i, a in enumerate((0.5, 0.6, 0.7))
+    ]
+    (pooled,) = compare.pooled(rows)
+    assert (pooled.method, pooled.n_samples) == ("random, 3 seeds", 300)
+    assert pooled.accuracy == pytest.approx(0.6)
+    assert (pooled.low, pooled.high) == compare.wilson(180, 300)
+
+
+# ---- the embedded model
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    return Runner.load(str(EMBEDDED_MODEL))
+
+
+def test_embedded_model_is_small_and_genuine(runner):
+    assert sum(f.stat().st_size for f in EMBEDDED_MODEL.iterdir()) < 12e6
+    assert type(runner.model).__name__ == "LlavaForConditionalGeneration"
+    assert type(runner.processor).__name__ == "LlavaProcessor"
+    assert runner.model.config.text_config.num_hidden_layers >= 8
+    assert runner.prompt("is there a red ring?") == "USER: <image>\nis there a red ring? ASSISTANT:"
+
+
+def test_embedded_model_beats_its_floors_and_survives_pruning(runner):
+    task = load_task("findit")
+    samples = stratified(task.samples(), 100)
+    configs = compare.configurations(["none", "blind", "vtc_cls", "random"], [0.25], seeds=1)
+    right = collections.Counter()
+    for config, rows in runner.run(task, samples, configs, batch_size=50):
+        right[config.label] += sum(r.right for r in rows)
+        assert all(r.n_visual == 144 for r in rows)
+        kept = {"none": 144, "shuffled pictures": 144, "blind": 0}.get(config.label, 36)
+        assert {r.n_visual_kept for r in rows} == {kept}
+        assert {r.llm_columns - r.llm_columns_kept for r in rows} == {144 - kept}
+    assert right["none"] > right["shuffled pictures"] + 20
+    assert right["vtc_cls@0.25"] > right["blind"] + 20
+
+
+def test_batches_answer_as_single_questions_do(runner):
+    task = load_task("findit")
+    samples = stratified(task.samples(), 12)
+    configs = [Config("none"), Config("vtc_cls", 0.25), Config("random:seed=1", 0.11)]
+    answers = []
+    for batch_size in (12, 1):
+        rows = [row for _, part in runner.run(task, samples, configs, batch_size) for row in part]
+        answers.append({(r.config, r.sample): r.answer for r in rows})
+    assert answers[0] == answers[1]
+
+
+def test_kinds_cover_the_task():
+    assert {s.kind for s in FindIt(n_scenes=20).samples()} == set(KINDS)
+
+
+# ---- the README
+
+
+def test_readme_tables_are_rendered_from_the_committed_rows():
+    from tokprune.eval.render import rendered
+
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert rendered(readme) == readme
+    assert readme.count("| question only |") == 2
+
+
+# ---- the command line
+
+
+def tokprune_cli(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", "tokprune.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=cwd,
+        check=False,
+    )
+
+
+def test_cli_compares_on_a_folder_of_ones_own(folder, tmp_path):
+    out = tmp_path / "out"
+    done = tokprune_cli(
+        "compare",
+        "--task",
+        str(folder),
+        "--methods",
+        "none,vtc_cls,fopru:strategy=row",
+        "--keep",
+        "0.25",
+        "--out",
+        str(out),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [r["config"] for r in rows] == ["none", "shuffled pictures", "vtc_cls@0.25", "fopru:strategy=row@0.25"]
+    assert len(samples) == 4 * 3
+    assert {r["n_visual_kept"] for r in rows} == {144, 36}
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "fopru:strategy=row" in done.stdout
+    assert "visual tokens" in done.stdout
+    assert "144 -> 36" in done.stdout
+
+
+def test_cli_lists():
+    done = tokprune_cli("methods")
+    assert all(name in done.stdout for name in tokprune.list_methods())
+    assert "llava" in tokprune_cli("models").stdout
+
+
+BAD_COMMANDS = {
+    "method": (["--methods", "vtc_csl"], "Did you mean 'vtc_cls'"),
+    "option of a method": (["--methods", "fopru:rows=1"], "has no option 'rows'"),
+    "ratio": (["--keep", "25"], "keep_ratio=0.25"),
+    "no ratio": (["--keep", "half"], "--keep 0.5,0.25"),
+    "task": (["--task", "findt"], "Did you mean 'findit'"),
+    "model": (["--model", "/no/such/folder"], "cannot load '/no/such/folder'"),
+    "limit": (["--limit", "0"], "at least 1"),
+    "unknown flag": (["--keeep", "0.5"], "--keep"),
+    "flag without a value": (["--limit", "many"], "--limit"),
+    "folder": (["--out", "/proc/no/out", "--limit", "1"], "name another folder with --out"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_COMMANDS)
+def test_cli_answers_bad_input_in_one_line(what):
+    arguments, fix = BAD_COMMANDS[what]
+    done = tokprune_cli("compare", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("tokprune:")]
+    assert len(lines) == 1
+    assert fix in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_cli_model_that_is_no_supported_family(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path)
+    done = tokprune_cli("compare", "--model", str(tmp_path))
+    assert done.returncode == 2
+    assert "of: llava" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_model_on_a_folder_runs_in_another_dtype(runner):
+    half = Runner(runner.model.bfloat16(), runner.processor)
+    task = load_task("findit")
+    samples = stratified(task.samples(), 10)
+    rows = [r for _, part in half.run(task, samples, [Config("vtc_cls", 0.25)]) for r in part]
+    runner.model.to(torch.float32)
+    assert {r.n_visual_kept for r in rows} == {36}
