@@ -39,7 +39,8 @@ def comparison_tables(rows: list[dict]) -> str:
         first = shown[0]
         parts.append(
             f"**{task}**: {first.n_samples} questions, {first.model}, {first.device}, {first.dtype}, "
-            f"{first.attn_implementation}, batch {first.batch_size}, transformers {first.transformers}, {first.date}\n\n"
+            f"{first.attn_implementation}, batch {first.batch_size}, transformers {first.transformers}, "
+            f"{first.date}\n\n"
         )
         body = [["question only", "", f"{f['accuracy']:.3f}", *[""] * (len(COLUMNS) - 3)] for f in floors]
         body += [list(cells(r)) for r in sorted(pooled(shown), key=order)]

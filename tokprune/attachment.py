@@ -125,9 +125,9 @@ class _Local(threading.local):
 
     call: _Call | None = None
     paused: int = 0
-    placeholders: Tensor | None = None  # any in this pass, a scalar on the device
+    placeholders: Tensor | None = None  # how many in this pass, a scalar on the device
     rows: Tensor | None = None
-    facts: Mapping[str, bool] = {}
+    facts: Mapping[str, int] = {}
 
 
 class Attachment:
@@ -320,19 +320,19 @@ class Attachment:
     # --------------------------------------------------------------------------- the language model
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note whether the prompt has placeholders, on the device."""
+        """Count the prompt's placeholders, on the device."""
         self._local.placeholders = self._local.rows = None
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
         wanted = self.adapter.placeholder_ids
         if ids is not None and ids.shape[1] > 1:
-            self._local.placeholders = torch.isin(ids, torch.tensor(wanted, device=ids.device)).any()
+            self._local.placeholders = torch.isin(ids, torch.tensor(wanted, device=ids.device)).sum()
             if kwargs.get("past_key_values") is not None:
                 # generate() of older releases repeats the pictures of every beam and encodes them here.
                 self._local.rows = ids
         elif embeds is not None and embeds.shape[1] > 1:
             rows = self.adapter.base.get_input_embeddings()(torch.tensor(wanted, device=embeds.device))
-            self._local.placeholders = (embeds[:, :, None] == rows).all(-1).any()
+            self._local.placeholders = (embeds[:, :, None] == rows).all(-1).sum()
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> None:
         """Take the marks out of the features that the model hands back."""
@@ -353,10 +353,10 @@ class Attachment:
             flags["dropped"] = torch.stack(call.dropped).any()
         return flags
 
-    def before_prefill(self, facts: Mapping[str, bool], starts_call: bool) -> None:
+    def before_prefill(self, facts: Mapping[str, int], starts_call: bool) -> None:
         """Raise where what happened is not what was asked for."""
         call = self._local.call
-        placeholders = facts.get("placeholders", False)
+        placeholders = facts.get("placeholders", 0)
         if call is None or (starts_call and call.ran and not (facts["marked"] or placeholders)):
             call = self._local.call = _Call()
         encoded_now = bool(call.images) and not (starts_call and call.ran)
@@ -370,8 +370,10 @@ class Attachment:
                 "the features were encoded while the attachment was active and are used while it is paused; "
                 "encode them again inside paused()"
             )
-        # A chunk of a prompt may hold kept tokens alone, so it is enough that this call dropped some.
-        as_promised = facts["marked"] or (encoded_now and (not call.below_budget or facts.get("dropped")))
+        # A chunk of a prompt may hold kept tokens alone; then it is enough that this call dropped some.
+        is_chunk = placeholders < sum(i.n_visual + i.n_special for i in call.images)
+        excused = encoded_now and (not call.below_budget or (is_chunk and facts.get("dropped")))
+        as_promised = facts["marked"] or excused
         if placeholders and not as_promised and not self._local.paused:
             raise NothingPrunedError(
                 f"the prompt has image placeholders and {self.label!r} asks for fewer tokens, but nothing was "

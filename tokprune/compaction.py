@@ -157,9 +157,9 @@ class Observer(Protocol):
     """Who is told what happens; the attachment."""
 
     def flags(self) -> Mapping[str, Tensor]:
-        """Boolean scalars on the device, to be read in the one synchronisation of a prefill."""
+        """Truths and counts, scalars on the device, to be read in the one synchronisation of a prefill."""
 
-    def before_prefill(self, facts: Mapping[str, bool], starts_call: bool) -> None:
+    def before_prefill(self, facts: Mapping[str, int], starts_call: bool) -> None:
         """Called with the flags' values and `marked`; raises where they contradict what was promised."""
 
     def after_prefill(self, ran: Ran) -> None:
@@ -243,7 +243,7 @@ class Compaction:
         numbers = [lengths.amax(), lengths.amin(), places.masked_fill(keep, 0).amax()]
         values = torch.stack([*numbers, *(f.to(lengths) for f in flags.values())]).tolist()
         longest, shortest, last_dropped = values[:3]
-        read = dict(zip(flags, map(bool, values[3:]), strict=True))
+        read = dict(zip(flags, values[3:], strict=True))
         if read["bad"]:
             raise BadFeaturesError("the vision tower or the embeddings produced NaN; run them in float32 or bfloat16")
         return _Seen(keep, marked, longest, shortest, keep.shape[1] - last_dropped, read)
@@ -309,11 +309,11 @@ class _Seen:
     longest: int
     shortest: int
     n_tail: int
-    flags: dict[str, bool]
+    flags: dict[str, int]
 
     @property
     def any_marked(self) -> bool:
-        return self.flags["marked"]
+        return bool(self.flags["marked"])
 
 
 def _known_columns(columns: Columns | None, x: Tensor, past_inner: int) -> Columns:
