@@ -20,7 +20,7 @@ from .errors import (
     BadFeaturesError,
     BudgetError,
     MissingSignalError,
-    NotCopyableError,
+    NotCopyable,
     NothingPrunedError,
     OptionError,
     TokPruneError,
@@ -88,9 +88,9 @@ def _checked_budget(method: Method, keep_ratio, keep_tokens) -> Budget | None:
 
 def _checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
     signals = method.needs(adapter.tower)
-    missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
-    if missing:
-        works = [n for n in METHODS.names() if works_on(n, adapter.tower, adapter.supplies)]
+    if not adapter.supplies_all(signals):
+        missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
+        works = [n for n in METHODS.names() if adapter.supplies_all(METHODS.build(n).needs(adapter.tower))]
         tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
         option = f" (or {label}:{method.if_missing})" if method.if_missing else ""
         raise MissingSignalError(
@@ -98,11 +98,6 @@ def _checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
             f"Methods that work here: {', '.join(works)}{option}"
         )
     return signals
-
-
-def works_on(spec: str, tower, supplies) -> bool:
-    """Whether a tower supplies what a method asks for."""
-    return all(s.kind in supplies for s in METHODS.build(spec).needs(tower))
 
 
 @dataclass
@@ -130,7 +125,7 @@ class _Local(threading.local):
     facts: Mapping[str, int] = {}
 
 
-class Attachment:
+class Attachment(NotCopyable):
     """The handle of an attached model; a context manager. Made by `attach`.
 
     Attributes:
@@ -166,12 +161,6 @@ class Attachment:
 
     def __exit__(self, *exception) -> None:
         self.detach()
-
-    def __deepcopy__(self, memo):
-        raise NotCopyableError("an attached model cannot be copied: call attachment.detach() first")
-
-    def __reduce_ex__(self, protocol):
-        raise NotCopyableError("an attached model cannot be pickled: call attachment.detach() first")
 
     def __repr__(self):
         return f"Attachment({self.label!r}, {self.budget or 'no budget'}, positions={self.positions!r})"

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import BadFeaturesError, NotCopyableError, TokPruneError, UnsupportedCacheError
+from .errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
 
 Positions = Literal["contiguous", "original"]
@@ -175,7 +175,7 @@ class _Pass:
     columns: Columns | None = None  # with the new ones
 
 
-class Compaction:
+class Compaction(NotCopyable):
     """Forward hooks of one language model.
 
     Args:
@@ -187,12 +187,6 @@ class Compaction:
     def __init__(self, language_model: nn.Module, positions: Positions, observer: Observer):
         self.language_model, self.positions, self.observer = language_model, positions, observer
         self._local = _Passes()
-
-    def __deepcopy__(self, memo):
-        raise NotCopyableError("an attached model cannot be copied: call attachment.detach() first")
-
-    def __reduce_ex__(self, protocol):
-        raise NotCopyableError("an attached model cannot be pickled: call attachment.detach() first")
 
     def install(self, stack) -> None:
         """Register the hooks; the stack removes them."""

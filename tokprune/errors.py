@@ -51,3 +51,13 @@ class TaskError(TokPruneError):
 
 class RunError(TokPruneError):
     """A run cannot start or go on: the model, the output folder or the settings."""
+
+
+class NotCopyable:
+    """What hangs on a model by hooks: a copy would still work on the original, so copying it raises."""
+
+    def __deepcopy__(self, memo):
+        raise NotCopyableError("an attached model cannot be copied: call attachment.detach() first")
+
+    def __reduce_ex__(self, protocol):
+        raise NotCopyableError("an attached model cannot be pickled: call attachment.detach() first")

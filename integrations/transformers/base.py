@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune import attention
-from tokprune.errors import NotCopyableError, TokPruneError, UnsupportedModelError
+from tokprune.errors import NotCopyable, TokPruneError, UnsupportedModelError
 from tokprune.types import Kind, Layout, Signal, Tower
 
 
@@ -58,6 +58,10 @@ class ModelAdapter:
     def supplies(self) -> frozenset[Kind]:
         """Kinds of signals that can be collected."""
         raise NotImplementedError
+
+    def supplies_all(self, signals: frozenset[Signal]) -> bool:
+        """Whether every signal is of a kind that can be collected."""
+        return all(s.kind in self.supplies for s in signals)
 
     def check_attention(self, positions: str) -> None:
         """Raise where the language model's attention implementation cannot serve a shorter sequence."""
@@ -103,7 +107,7 @@ def split_features(out: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any
     return list(out), type(out)
 
 
-class SignalTap:
+class SignalTap(NotCopyable):
     """Collects signals from the queries and keys of vision layers; open only while a picture is encoded.
 
     Hooks on the projections see what attention sees, whichever attention implementation runs, and cost no
@@ -114,12 +118,6 @@ class SignalTap:
         self.adapter, self.signals = adapter, signals
         self.n_special = 1 if adapter.tower.has_cls else 0
         self._local = _Open()
-
-    def __deepcopy__(self, memo):
-        raise NotCopyableError("an attached model cannot be copied: call attachment.detach() first")
-
-    def __reduce_ex__(self, protocol):
-        raise NotCopyableError("an attached model cannot be pickled: call attachment.detach() first")
 
     def install(self, stack) -> None:
         """Register the hooks; the stack removes them."""

@@ -6,8 +6,10 @@ import copy
 import inspect
 
 import pytest
+import tiny
 import torch
 from specs import BUDGETED, SPECS, TOWER, n_keeps, tokens_for
+from tokprune.integrations.transformers import adapter_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokprune
@@ -216,3 +218,18 @@ def test_fopru_rows_are_whole():
     keep = select("fopru:strategy=row", tokens_for("fopru:strategy=row", layout=layout), 20).keep.view(3, 4, 9)
     assert keep.all(2).sum(1).tolist() == [2, 2, 2]
     assert torch.equal(keep.all(2), keep.any(2))
+
+
+# Methods that a tower cannot serve, with the reason. A pair enters only with one.
+UNSUPPORTED = {
+    ("vtc_cls", "siglip"): "SigLIP has no [CLS] token; the option without_cls=received is explicit",
+    ("fastervlm", "siglip"): "SigLIP has no [CLS] token; the option without_cls=received is explicit",
+}
+
+
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+@pytest.mark.parametrize("name", tokprune.list_methods())
+def test_minimum_support_table(name, tower):
+    adapter = adapter_for(tiny.model(tower))
+    supported = adapter.supplies_all(METHODS.build(name).needs(adapter.tower))
+    assert supported == ((name, tower) not in UNSUPPORTED)

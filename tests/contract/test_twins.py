@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from tokprune import compaction
 from tokprune.methods import METHODS
