@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -82,12 +84,10 @@ def compare(
 
 def _eval(module: str):
     """A module of tokprune.eval, which needs the extra of that name."""
-    import importlib
-
-    try:
-        return importlib.import_module(f"tokprune.eval.{module}")
-    except ModuleNotFoundError as error:
-        raise RunError(f"{error.name} is not installed; type pip install 'tokprune[eval]'") from error
+    missing = [name for name in ("accelerate", "easy_vqa", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RunError(f"{', '.join(missing)} not installed; type pip install 'tokprune[eval]'")
+    return importlib.import_module(f"tokprune.eval.{module}")
 
 
 def _ratios(text: str) -> list[float]:
