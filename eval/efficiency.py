@@ -23,7 +23,7 @@ from .compare import device_name, percentile, write_jsonl
 
 SELECTORS = {
     "[CLS] row, 1 layer": "fastervlm",
-    "[CLS] rows, 7 layers": "vtc_cls:start_layer=16",
+    "[CLS] rows, 7 layers": "vtc_cls",
     "received and given, 1 layer": "fopru",
     "received and given before the softmax, 1 layer": "fopru:form=logits",
 }

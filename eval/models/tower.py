@@ -81,7 +81,11 @@ def easyvqa_label(questions: list[tuple[str, str, str]]) -> tuple[int, int]:
 
 
 class TowerTrainer(nn.Module):
-    """The tower with linear heads on [CLS] (last layer) and on every patch (the layer LLaVA reads)."""
+    """The tower with linear heads on [CLS] (last layer) and on every patch (the layer LLaVA reads).
+
+    The head for places asks every patch for its own row and column: without it the tower forgets where a patch
+    lies, and no language model can tell once tokens are dropped and positions made contiguous.
+    """
 
     def __init__(self, tower: nn.Module):
         super().__init__()
@@ -89,16 +93,25 @@ class TowerTrainer(nn.Module):
         n_whole = len(SHAPES) * len(COLOURS) + len(SHAPES) + len(COLOURS)
         self.whole, self.easy = nn.Linear(128, n_whole), nn.Linear(128, len(EASYVQA_SHAPES) + len(EASYVQA_COLOURS))
         self.dense = nn.Linear(128, N_DENSE)
+        self.place = nn.Linear(128, 2 * GRID)
 
-    def forward(self, x: Tensor, n_scenes: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits for the whole scene, for the easy-VQA object, and for every patch of the scenes."""
+    def forward(self, x: Tensor, n_scenes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits for the whole scene, for the easy-VQA object, for what patches show, and for where they lie."""
         out = self.tower(x, output_hidden_states=True)
-        cls, patches = out.pooler_output, out.hidden_states[-2][:n_scenes, 1:]
-        return self.whole(cls[:n_scenes]), self.easy(cls[n_scenes:]), self.dense(patches)
+        cls, patches = out.pooler_output, out.hidden_states[-2][:, 1:]
+        shown = self.dense(patches[:n_scenes])
+        return self.whole(cls[:n_scenes]), self.easy(cls[n_scenes:]), shown, self.place(patches)
 
 
-def tower_loss(logits: tuple[Tensor, Tensor, Tensor], whole: Tensor, patches: Tensor, easy: Tensor) -> Tensor:
-    """Binary losses on [CLS], cross entropies on patches and on easy-VQA's object."""
+def place_loss(logits: Tensor) -> Tensor:
+    """Cross entropy of every patch's row and column; logits (B, N, 2 * GRID)."""
+    rows, columns = torch.arange(GRID).repeat_interleave(GRID), torch.arange(GRID).repeat(GRID)
+    per_patch = logits.unflatten(-1, (2, GRID)).permute(0, 3, 1, 2)  # (B, GRID, N, 2)
+    return F.cross_entropy(per_patch, torch.stack([rows, columns], -1).expand(len(logits), -1, -1))
+
+
+def tower_loss(logits: tuple[Tensor, ...], whole: Tensor, patches: Tensor, easy: Tensor) -> Tensor:
+    """Binary losses on [CLS], cross entropies on patches, on their places and on easy-VQA's object."""
     n_s, n_c = len(SHAPES) + 1, len(COLOURS) + 1
     shape, colour, centre = logits[2].split([n_s, n_c, 1], -1)
     background = torch.ones(n_s).index_fill(0, torch.tensor(n_s - 1), 0.15)
@@ -110,15 +123,16 @@ def tower_loss(logits: tuple[Tensor, Tensor, Tensor], whole: Tensor, patches: Te
     )
     easy_shape, easy_colour = logits[1].split([len(EASYVQA_SHAPES), len(EASYVQA_COLOURS)], -1)
     named = [F.cross_entropy(o, t) for o, t in ((easy_shape, easy[:, 0]), (easy_colour, easy[:, 1])) if (t >= 0).any()]
-    return loss + 0.5 * dense + 0.25 * sum(named) + 0 * logits[1].sum()
+    return loss + 0.5 * dense + 0.25 * sum(named) + 0.3 * place_loss(logits[3]) + 0 * logits[1].sum()
 
 
 @torch.no_grad()
 def tower_accuracy(trainer: TowerTrainer, scenes: Scenes) -> str:
-    """Shape and colour at the centre patch of validation scenes."""
-    right = torch.zeros(3)
+    """Shape and colour at the centre patch of validation scenes, and the mean loss of places."""
+    right, places = torch.zeros(3), []
     for i in range(0, len(scenes.images), 50):
-        out = trainer(pixels(scenes.images[i : i + 50]), len(scenes.images[i : i + 50]))[2]
+        _, _, out, place = trainer(pixels(scenes.images[i : i + 50]), len(scenes.images[i : i + 50]))
+        places.append(place_loss(place).item())
         truth = torch.stack([scene_labels(s)[1] for s in scenes.shapes[i : i + 50]])
         centre = truth[:, 2] > 0
         n_s = len(SHAPES) + 1
@@ -126,4 +140,4 @@ def tower_accuracy(trainer: TowerTrainer, scenes: Scenes) -> str:
         right += torch.tensor(
             [(shape == truth[:, 0])[centre].sum(), (colour == truth[:, 1])[centre].sum(), centre.sum()]
         )
-    return f"shape {right[0] / right[2]:.3f} colour {right[1] / right[2]:.3f}"
+    return f"shape {right[0] / right[2]:.3f} colour {right[1] / right[2]:.3f} places {np.mean(places):.3f}"

@@ -73,13 +73,17 @@ def data(work: Path) -> None:
 
 
 @app.command()
-def tower(work: Path, steps: int = 7000, lr: float = 1.1e-3, per_process: int = 8, seed: int = 0) -> None:
-    """Train the vision tower; best started with torchrun."""
+def tower(
+    work: Path, steps: int = 7000, lr: float = 1.1e-3, per_process: int = 8, resume: bool = False, seed: int = 0
+) -> None:
+    """Train the vision tower; best started with torchrun. With --resume it goes on from the last one."""
     rank, _ = start_processes(seed)
     trainer = TowerTrainer(build_model().model.vision_tower)
+    if resume:
+        trainer.tower.load_state_dict(torch.load(work / "tower.pt"))
     train, crowded, valid = (Scenes(work, s) for s in ("train", "crowded", "validation"))
     easy, labels = np.load(work / "easyvqa.npy", mmap_mode="r"), [easyvqa_label(q) for q in easyvqa_questions()]
-    rng = np.random.default_rng((seed, rank))
+    rng = np.random.default_rng((seed, rank, int(resume)))
     n_easy = max(1, per_process // 8)
     n_crowded = (per_process - n_easy) // 2
 
@@ -113,15 +117,15 @@ def start_processes(seed: int) -> tuple[int, int]:
     return rank, world
 
 
-def optimise(model: nn.Module, loss_of, save, steps: int, lr: float, every: int) -> None:
-    """AdamW with warm-up and a cosine; rank 0 saves and reports every so many steps."""
+def optimise(model: nn.Module, loss_of, save, steps: int, lr: float, every: int, stop_at: int = 0) -> None:
+    """AdamW with warm-up and a cosine over `steps`; rank 0 saves and reports every so many; may stop before."""
     parallel = DistributedDataParallel(model) if torch.distributed.is_initialized() else model
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimiser, 100, int(steps * 1.02))
     started, losses = time.time(), []
-    for step in range(1, steps + 1):
+    for step in range(1, (stop_at or steps) + 1):
         loss = loss_of(parallel)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -129,7 +133,7 @@ def optimise(model: nn.Module, loss_of, save, steps: int, lr: float, every: int)
         optimiser.zero_grad()
         schedule.step()
         losses.append(loss.item())
-        if rank == 0 and (step % every == 0 or step == steps):
+        if rank == 0 and (step % every == 0 or step == (stop_at or steps)):
             model.eval()
             typer.echo(f"step {step} {time.time() - started:.0f} s loss {np.mean(losses[-every:]):.4f} {save(step)}")
             model.train()
@@ -157,7 +161,14 @@ def features(work: Path) -> None:
 
 @app.command()
 def language(
-    work: Path, steps: int = 8000, lr: float = 1.3e-3, per_process: int = 8, drop_from: float = 0.35, seed: int = 0
+    work: Path,
+    steps: int = 8000,
+    lr: float = 1.3e-3,
+    per_process: int = 8,
+    drop_from: float = 0.35,
+    resume: bool = False,
+    stop_at: int = 0,
+    seed: int = 0,
 ) -> None:
     """Train projector and language model on cached features; best started with torchrun.
 
@@ -165,13 +176,15 @@ def language(
     """
     rank, _ = start_processes(seed)
     model = build_model()
+    if resume:
+        model.load_state_dict(torch.load(work / "language.pt"))
     trainer = LanguageTrainer(model)
     scenes, valid = Scenes(work, "train"), Scenes(work, "validation")
     x_scenes, x_easy, x_valid = (
         np.load(work / f"features-{n}.npy", mmap_mode="r") for n in ("train", "easyvqa", "validation")
     )
     easy = easyvqa_questions()
-    rng, n_easy = np.random.default_rng((seed, rank, 1)), max(1, per_process // 6)
+    rng, n_easy = np.random.default_rng((seed, rank, 1 + resume)), max(1, per_process // 6)
     torch.manual_seed(1000 * seed + rank)
     asked = np.random.default_rng((seed, 2))
     sets = [
@@ -198,7 +211,7 @@ def language(
         n_some = N_VISUAL // 4
         return f"| {answer_accuracy(trainer, sets, N_VISUAL)} | {n_some}: {answer_accuracy(trainer, sets, n_some)}"
 
-    optimise(trainer, loss, save, steps, lr, every=500)
+    optimise(trainer, loss, save, steps, lr, every=500, stop_at=stop_at)
 
 
 def rewrite_json(path: Path, **values: object) -> None:
