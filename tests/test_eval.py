@@ -369,7 +369,6 @@ def test_model_on_a_folder_runs_in_another_dtype(runner):
 
 def test_cost_of_signals_is_measured_apart_from_the_tower():
     import tiny
-
     from tokprune.eval.efficiency import SELECTORS, measure
 
     costs = measure(tiny.model(), rounds=2)

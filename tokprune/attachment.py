@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .budget import Budget
 from .compaction import Compaction, Ran, mark_dropped, without_marks
 from .errors import (
@@ -92,7 +93,8 @@ def _checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
         missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
         works = [n for n in METHODS.names() if adapter.supplies_all(METHODS.build(n).needs(adapter.tower))]
         tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
-        option = f" (or {label}:{method.if_missing})" if method.if_missing else ""
+        typed = label in METHODS.names() and method.if_missing
+        option = f" (or {label}:{method.if_missing})" if typed else ""
         raise MissingSignalError(
             f"{label!r} needs {', '.join(missing)}, but this model's vision tower {tower}. "
             f"Methods that work here: {', '.join(works)}{option}"
@@ -188,6 +190,7 @@ class Attachment(NotCopyable):
             signals=describe_signals(self._signals),
             n_layers=len(self.adapter.language_model.layers),
             images=without_beam_copies(call.images, call.rows),
+            encoded=call.images,
             prefills=list(call.prefills),
             clamped=call.clamped,
         )
@@ -219,14 +222,20 @@ class Attachment(NotCopyable):
 
         if self._local.paused:
             return original(*args, **kwargs)
+        if kwargs.get("return_dict") is False:
+            raise OptionError(f"{name}(return_dict=False) cannot carry marks; leave it out, or use attachment.paused()")
         call = self._call_of_encode(name)
-        out, signals = self._collect(functools.partial(original, *args, **kwargs))
-        features, put_back = split_features(out)
-        bound = signature.bind(*args, **kwargs).arguments
-        arguments = {**bound, **bound.get("kwargs", {})}
-        layouts = self.adapter.layouts(arguments, len(features))
-        packed = {s: self.adapter.pack(t, arguments) for s, t in signals.items()}
-        marked, keeps = self._prune(features, layouts, packed, call)
+        try:
+            out, signals = self._collect(functools.partial(original, *args, **kwargs))
+            features, put_back = split_features(out)
+            bound = signature.bind(*args, **kwargs).arguments
+            arguments = {**bound, **bound.get("kwargs", {})}
+            layouts = self.adapter.layouts(arguments, features)
+            packed = {s: self.adapter.pack(t.to(features[0].device), arguments) for s, t in signals.items()}
+            marked, keeps = self._prune(features, layouts, packed, call)
+        except BaseException:
+            self._local.call = None  # what was half encoded must not be taken for the next call's
+            raise
         for layout, keep in zip(layouts, keeps, strict=True):
             call.clamped |= self._asked_more(layout)
             call.images.append(ImageReport(layout.n_visual, len(layout.crop) - layout.n_visual, keep))
@@ -255,27 +264,18 @@ class Attachment(NotCopyable):
 
     def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict[Signal, Tensor]]:
         keeps_all = self.budget is not None and self.budget.keep_ratio == 1
-        if self._tap is None or keeps_all:
-            return original(), {}
-        self._tap.open()
-        try:
-            out = original()
-        except BaseException:
-            self._tap.discard()
-            raise
-        return out, self._tap.close()
+        return self._tap.collect(original) if self._tap and not keeps_all else (original(), {})
 
     def _select(
         self, features: Tensor, layout: Layout, signals: dict, salts: list[int], n_keep: int
     ) -> tuple[Tensor, Tensor]:
         """Marked features and keep of a group; rows that show no patch are kept and never reach the method."""
-        visual = torch.tensor(layout.visual, device=features.device)
-        all_visual = layout.n_visual == len(layout.crop)
-        inner = features if all_visual else features[:, visual]
-        tokens = VisualTokens.of(inner, layout.without_specials, signals, salts)
-        selected = self.method.select(tokens, n_keep)
-        if all_visual:
+        if layout.n_visual == len(layout.crop):
+            selected = self.method.select(VisualTokens.of(features, layout, signals, salts), n_keep)
             return mark_dropped(selected.features, selected.keep), selected.keep
+        visual = ops.on_device(layout.visual, features.device)
+        tokens = VisualTokens.of(features[:, visual], layout.without_specials, signals, salts)
+        selected = self.method.select(tokens, n_keep)
         keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         keep[:, visual] = selected.keep
         features = features.index_copy(1, visual, selected.features)
@@ -315,21 +315,22 @@ class Attachment(NotCopyable):
         embeds = kwargs.get("inputs_embeds")
         wanted = self.adapter.placeholder_ids
         if ids is not None and ids.shape[1] > 1:
-            self._local.placeholders = torch.isin(ids, torch.tensor(wanted, device=ids.device)).sum()
+            self._local.placeholders = sum((ids == i).sum() for i in wanted)
             if kwargs.get("past_key_values") is not None:
                 # generate() of older releases repeats the pictures of every beam and encodes them here.
                 self._local.rows = ids
         elif embeds is not None and embeds.shape[1] > 1:
-            rows = self.adapter.base.get_input_embeddings()(torch.tensor(wanted, device=embeds.device))
+            rows = self.adapter.base.get_input_embeddings()(ops.on_device(wanted, embeds.device))
             self._local.placeholders = (embeds[:, :, None] == rows).all(-1).sum()
 
-    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> None:
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> Any:
         """Take the marks out of the features that the model hands back."""
         self._local.placeholders = self._local.rows = None
-        states = getattr(out, "image_hidden_states", None)
-        if states is not None:
-            clean = without_marks(states) if isinstance(states, Tensor) else [without_marks(s) for s in states]
-            out["image_hidden_states"] = clean
+        if isinstance(out, tuple):
+            return tuple(_clean(part) for part in out)
+        if getattr(out, "image_hidden_states", None) is not None:
+            out["image_hidden_states"] = _clean(out.image_hidden_states)
+        return None
 
     def flags(self) -> dict[str, Tensor]:
         """Scalars for the one synchronisation of a prefill."""
@@ -337,15 +338,21 @@ class Attachment(NotCopyable):
         if self._local.placeholders is not None:
             flags["placeholders"] = self._local.placeholders
         call = self._local.call
-        if call and call.bad:
+        if call and call.bad and not self._local.paused:
             flags["bad_features"] = torch.stack(call.bad).any()
             flags["dropped"] = torch.stack(call.dropped).any()
         return flags
 
     def before_prefill(self, facts: Mapping[str, int], starts_call: bool) -> None:
         """Raise where what happened is not what was asked for."""
-        call = self._local.call
-        placeholders = facts.get("placeholders", 0)
+        if self._local.paused:
+            if facts["marked"]:
+                raise TokPruneError(
+                    "the features were encoded while the attachment was active and are used while it is paused; "
+                    "encode them again inside paused()"
+                )
+            return
+        call, placeholders = self._local.call, facts.get("placeholders", 0)
         if call is None or (starts_call and call.ran and not (facts["marked"] or placeholders)):
             call = self._local.call = _Call()
         encoded_now = bool(call.images) and not (starts_call and call.ran)
@@ -353,17 +360,13 @@ class Attachment(NotCopyable):
             call.prefills.clear()  # without a cache every step passes the whole prompt again
         self._local.facts = facts
         if facts.get("bad_features"):
+            self._local.call = None
             raise BadFeaturesError("the vision tower or the projector produced NaN; run it in float32 or bfloat16")
-        if facts["marked"] and self._local.paused:
-            raise TokPruneError(
-                "the features were encoded while the attachment was active and are used while it is paused; "
-                "encode them again inside paused()"
-            )
         # A chunk of a prompt may hold kept tokens alone; then it is enough that this call dropped some.
         is_chunk = placeholders < sum(i.n_visual + i.n_special for i in call.images)
-        excused = encoded_now and (not call.below_budget or (is_chunk and facts.get("dropped")))
-        as_promised = facts["marked"] or excused
-        if placeholders and not as_promised and not self._local.paused:
+        keeps_all = bool(call.images) and not call.below_budget
+        as_promised = facts["marked"] or keeps_all or (encoded_now and is_chunk and facts.get("dropped"))
+        if placeholders and not as_promised:
             raise NothingPrunedError(
                 f"the prompt has image placeholders and {self.label!r} asks for fewer tokens, but nothing was "
                 "dropped: the features were not encoded under this attachment. Pass pixel_values, or encode "
@@ -373,7 +376,7 @@ class Attachment(NotCopyable):
     def after_prefill(self, ran: Ran) -> None:
         """Note the lengths of a pass over a prompt; candidates of assisted decoding are none."""
         call = self._local.call
-        if call is None:
+        if call is None or self._local.paused:
             return
         call.ran = True
         facts = self._local.facts
@@ -388,3 +391,12 @@ def _repeated(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
             f"{len(salts)} salts for {n_images} images; set attachment.salts to one an image, or to one for all"
         )
     return tuple(salt for salt in salts for _ in range(n_images // len(salts)))
+
+
+def _clean(states: Any) -> Any:
+    """Features without marks; anything else as it is."""
+    if isinstance(states, Tensor) and states.is_floating_point():
+        return without_marks(states)
+    if isinstance(states, (list, tuple)) and states and all(isinstance(s, Tensor) for s in states):
+        return type(states)(_clean(s) for s in states)
+    return states

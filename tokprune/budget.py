@@ -35,7 +35,7 @@ class Budget:
         if self.keep_tokens is not None:
             return min(int(self.keep_tokens), n_visual)
         # Decimal, because 0.145 * 100 is below 14.5 in binary.
-        exact = Decimal(str(self.keep_ratio)) * n_visual
+        exact = Decimal(str(float(self.keep_ratio or 0))) * n_visual
         return max(1, min(n_visual, int(exact.quantize(Decimal(1), ROUND_HALF_UP))))
 
     def __str__(self):

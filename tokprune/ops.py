@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Host integers as an int64 tensor, copied without waiting for the device."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def keep_top(scores: Tensor, n_keep: int) -> Tensor:

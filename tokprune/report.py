@@ -56,6 +56,7 @@ class Report:
         signals: what was collected, with its layers.
         n_layers: decoder layers.
         images: one entry an image, beam copies folded.
+        encoded: one entry an encoded image, copies included.
         prefills: one entry a pass over prompt tokens.
         clamped: whether a count above an image's number of tokens was asked for.
     """
@@ -67,6 +68,7 @@ class Report:
     images: list[ImageReport] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
     clamped: bool = False
+    encoded: list[ImageReport] = field(default_factory=list)
 
     @property
     def layers(self) -> list[int]:

@@ -39,7 +39,8 @@ def _unwrapped(model: Any) -> nn.Module:
         raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
     for part in model.modules():
         name = type(part).__name__
-        if name == "OptimizedModule" or part._compiled_call_impl is not None:
+        compiled = part._compiled_call_impl is not None or hasattr(part.forward, "_torchdynamo_orig_callable")
+        if name == "OptimizedModule" or compiled:
             raise UnsupportedModelError("the model is compiled; attach first and compile nothing inside it")
         if name.startswith(("FullyShardedDataParallel", "FSDP")):
             raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")

@@ -80,7 +80,7 @@ class ModelAdapter:
         """The attention module of a vision layer; has q_proj, k_proj, num_heads and scale."""
         raise NotImplementedError
 
-    def layouts(self, arguments: Mapping[str, Any], n_images: int) -> list[Layout]:
+    def layouts(self, arguments: Mapping[str, Any], features: list[Tensor]) -> list[Layout]:
         """Where the rows of every encoded image lie; arguments are those of the encode function."""
         raise NotImplementedError
 
@@ -129,6 +129,16 @@ class SignalTap(NotCopyable):
                 hook = functools.partial(self._seen, layer, module, side)
                 stack.callback(projection.register_forward_hook(hook).remove)
 
+    def collect(self, encode: Callable[[], Any]) -> tuple[Any, dict[Signal, Tensor]]:
+        """What an encode function returns, and the signals of its vision layers."""
+        self.open()
+        try:
+            out = encode()
+        except BaseException:
+            self._local.rows, self._local.sides = None, {}
+            raise
+        return out, self.close()
+
     def open(self) -> None:
         """Start collecting in this thread."""
         self._local.sides, self._local.rows = {}, {}
@@ -146,11 +156,11 @@ class SignalTap(NotCopyable):
                 f"vision layers {missing} did not run while the picture was encoded; "
                 "choose layers up to the one whose features the model reads"
             )
-        return {s: torch.stack([rows[s, layer] for layer in s.layers], 1) for s in self.signals}
-
-    def discard(self) -> None:
-        """Stop without a result."""
-        self._local.rows, self._local.sides = None, {}
+        # The tower's layers may sit on several devices.
+        return {
+            s: torch.stack([rows[s, layer].to(rows[s, s.layers[0]].device) for layer in s.layers], 1)
+            for s in self.signals
+        }
 
     @torch.no_grad()
     def _seen(self, layer: int, module: nn.Module, side: str, projection: nn.Module, args: tuple, out: Tensor):
@@ -162,8 +172,9 @@ class SignalTap(NotCopyable):
             del self._local.sides[layer]
             q, k = (sides[s].unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for s in ("q", "k"))
             asked = [s for s in self.signals if layer in s.layers]
-            for signal, row in signal_rows(asked, q, k, module.scale, self.n_special):
-                self._local.rows[signal, layer] = row
+            with torch.autocast(q.device.type, enabled=False):  # it would turn the products back to half precision
+                for signal, row in signal_rows(asked, q, k, module.scale, self.n_special):
+                    self._local.rows[signal, layer] = row
 
 
 class _Open(threading.local):

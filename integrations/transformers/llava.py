@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokprune.errors import UnsupportedModelError
 from tokprune.types import Kind, Layout, Tower, grid_layout
@@ -43,11 +43,16 @@ class Llava(ModelAdapter):
         tower = self.base.vision_tower
         return getattr(tower, "vision_model", tower).encoder.layers[layer].self_attn
 
-    def layouts(self, arguments: Mapping[str, Any], n_images: int) -> list[Layout]:
+    def layouts(self, arguments: Mapping[str, Any], features: list[Tensor]) -> list[Layout]:
         """The raster of patches; with feature selection "full", CLIP's [CLS] feature comes first."""
         patch = self.base.config.vision_config.patch_size
         height, width = (side // patch for side in arguments["pixel_values"].shape[-2:])
         strategy = arguments.get("vision_feature_select_strategy")
         strategy = strategy or self.base.config.vision_feature_select_strategy
-        leading = int(self.tower.has_cls and strategy == "full")
-        return [grid_layout(height, width, leading)] * n_images
+        layout = grid_layout(height, width, n_leading=int(self.tower.has_cls and strategy == "full"))
+        if any(len(f) != len(layout.crop) for f in features):
+            raise UnsupportedModelError(
+                f"the tower gave {len(features[0])} rows for {height} x {width} patches; a tower without [CLS] token "
+                "needs vision_feature_select_strategy='full' (with 'default' its first patch is cut off)"
+            )
+        return [layout] * len(features)

@@ -535,3 +535,100 @@ def test_entry_point_adds_a_method(tmp_path):
     names, label = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert "norm" in names
     assert label == "Norm(power=3)"
+
+
+# ---- found by review, kept from coming back
+
+
+@pytest.mark.parametrize("budget", [{"keep_ratio": 1.0}, {"keep_tokens": 100}])
+@torch.no_grad()
+def test_keep_all_generates_without_cache(warm, budget):
+    want = tiny.generate(warm, tiny.batch(), use_cache=False)
+    with tokprune.attach(warm, "vtc_cls", **budget):
+        assert torch.equal(tiny.generate(warm, tiny.batch(), use_cache=False), want)
+
+
+@torch.no_grad()
+def test_nan_picture_does_not_spoil_later_calls(warm):
+    good, text = tiny.batch(), {"input_ids": torch.tensor([[1, 5, 6]])}
+    bad = {**good, "pixel_values": good["pixel_values"] * float("nan")}
+    with tokprune.attach(warm, "uniform", keep_ratio=0.3) as attachment:
+        want = warm(**good).logits
+        for _ in range(2):
+            with pytest.raises(errors.BadFeaturesError):
+                warm(**bad)
+            warm(**text)
+            with attachment.paused():
+                warm(**good)
+            assert torch.equal(warm(**good).logits, want)
+
+
+@torch.no_grad()
+def test_report_is_of_the_last_active_call(warm):
+    with tokprune.attach(warm, "vtc_cls", keep_ratio=0.25) as attachment:
+        with attachment.paused():
+            tiny.generate(warm, tiny.batch())
+        assert "no call yet" in str(attachment.report)
+        tiny.generate(warm, tiny.batch())
+        before = attachment.report.to_dict()
+        with attachment.paused():
+            tiny.generate(warm, tiny.batch(((0,),)))
+        assert attachment.report.to_dict() == before
+
+
+def test_tower_without_cls_and_a_cut_patch_is_refused():
+    model = tiny.fresh_model("siglip")
+    model.config.vision_feature_select_strategy = "default"
+    with tokprune.attach(model, "uniform", keep_ratio=0.3):
+        with pytest.raises(errors.UnsupportedModelError, match="select_strategy='full'"):
+            model(
+                **{
+                    **tiny.batch(((0,),)),
+                    "input_ids": torch.tensor([[1, *[tiny.IMAGE] * 35, 5]]),
+                    "attention_mask": None,
+                }
+            )
+
+
+@torch.no_grad()
+def test_autocast_leaves_scores_alone(warm):
+    kept = []
+    for enabled in (False, True):
+        with tokprune.attach(warm, "vtc_cls", keep_ratio=0.25) as attachment:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                rows = attachment._tap.collect(lambda: warm.model.vision_tower(tiny.pictures(2)))[1]
+            kept.append(next(iter(rows.values())))
+    assert kept[1].dtype == torch.float32
+    assert torch.allclose(kept[0], kept[1], atol=0.05)  # the tower itself ran in half precision
+
+
+def test_method_object_is_checked_like_a_specification():
+    from tokprune.methods.fopru import FoPru
+
+    with pytest.raises(errors.OptionError, match="'rank', 'row'"):
+        FoPru(strategy="rnak")
+
+
+def test_compiled_forward_is_refused():
+    model = tiny.fresh_model()
+    model.forward = torch.compile(model.forward)
+    with pytest.raises(errors.UnsupportedModelError, match="compiled"):
+        tokprune.attach(model, "uniform", keep_ratio=0.3)
+
+
+@torch.no_grad()
+def test_tuples_carry_no_mark(warm):
+    with tokprune.attach(warm, "vtc_cls", keep_ratio=0.3):
+        out = warm.model(**tiny.batch(), return_dict=False)
+        tensors = [t for part in out for t in (part if isinstance(part, (list, tuple)) else [part])]
+        assert not any(t.isnan().any() for t in tensors if isinstance(t, torch.Tensor))
+        with pytest.raises(errors.OptionError, match="paused"):
+            warm.model.get_image_features(tiny.pictures(1), return_dict=False)
+
+
+def test_any_real_number_is_a_ratio(warm):
+    from fractions import Fraction
+
+    with torch.no_grad(), tokprune.attach(warm, "vtc_cls", keep_ratio=Fraction(1, 4)) as attachment:
+        warm(**tiny.batch())
+        assert attachment.report.to_dict()["n_kept"] == [9, 9, 9]

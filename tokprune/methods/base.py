@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import ops
+from ..registry import check
 from ..types import Count, Layout, Signal, Stage, Tower, VisualTokens
 
 
@@ -23,6 +24,10 @@ class Method:
     takes_budget: ClassVar[bool] = True
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
+
+    def __post_init__(self):
+        for option in fields(self):
+            check(type(self), option.name, getattr(self, option.name))
 
     @property
     def count(self) -> Count:

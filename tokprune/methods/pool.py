@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from .. import ops
 from ..types import Count, VisualTokens
 from .base import Method
@@ -38,6 +36,6 @@ class Pool(Method):
             for i in range(rows)
             for j in range(columns)
         ]
-        index = torch.tensor(middles, device=tokens.features.device).expand(len(pooled), -1)
+        index = ops.on_device(middles, tokens.features.device).expand(len(pooled), -1)
         target = index[..., None].expand_as(pooled)
         return replace(tokens.keeping(index), features=tokens.features.scatter(1, target, pooled))

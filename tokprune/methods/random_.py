@@ -32,7 +32,7 @@ class Random(ScoreMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         """Negative place in a random order, (G, N)."""
         orders = {salt: self._order(tokens.n_visual, salt) for salt in set(tokens.salts)}
-        return torch.stack([orders[salt] for salt in tokens.salts]).to(tokens.features.device)
+        return torch.stack([orders[salt] for salt in tokens.salts]).to(tokens.features.device, non_blocking=True)
 
     def _order(self, n_visual: int, salt: int) -> Tensor:
         mixed = (self.seed * 1_000_003 + n_visual) * 1_000_003 + salt

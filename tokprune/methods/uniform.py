@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from .. import ops
 from ..types import VisualTokens
 from .base import Method
@@ -27,5 +25,5 @@ class Uniform(Method):
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The same cells in every image of a layout."""
         cells = ops.spread(tokens.layout.height, tokens.layout.width, n_keep)
-        index = torch.tensor(cells, device=tokens.features.device)
+        index = ops.on_device(cells, tokens.features.device)
         return tokens.keeping(index.expand(len(tokens.features), -1))
