@@ -42,7 +42,7 @@ def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int =
     for ratio in ratios:
         Budget(keep_ratio=ratio)
     grid = []
-    for spec in dict.fromkeys(methods):
+    for spec in methods:
         if spec == NONE:
             grid += [Config(NONE), Config(NONE, shuffled=True)]
             continue
@@ -50,7 +50,7 @@ def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int =
         budgeted = [tokprune.get_method(s).takes_budget for s in specs]
         grid += [Config(s, ratio) for s, b in zip(specs, budgeted, strict=True) if b for ratio in ratios]
         grid += [Config(s) for s, b in zip(specs, budgeted, strict=True) if not b]
-    return grid
+    return list(dict.fromkeys(grid))
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Row:
     prefill_s_p20: float
     prefill_s_p50: float
     prefill_s_p80: float
-    prefill_ratio: float
+    prefill_ratio: float | None
     batch_size: int
     device: str
     dtype: str
@@ -89,7 +89,7 @@ class Row:
     date: str
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: int) -> tuple[float, float]:
     """The 95 % Wilson interval of a proportion (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
@@ -144,6 +144,8 @@ class Comparison:
                 progress.add_task(f"{task.name}, {len(samples)} questions", total=len(samples) * len(self.configs))
                 for task, samples in tasks
             ]
+            for name in ("rows.jsonl", "accuracy.png"):
+                (self.out / name).unlink(missing_ok=True)  # an earlier run's
             for bar, (task, samples) in zip(bars, tasks, strict=True):
                 done = self._run_task(task, samples, lambda n, bar=bar: progress.advance(bar, n))
                 self.floors[task.name] = question_only(task, samples)
@@ -171,12 +173,12 @@ class Comparison:
         return [self._summary(task, c, rows, times[c], bare) for c, rows in done.items() if rows]
 
     def _times(self, task: str, config: Config) -> dict[int, float]:
-        wanted = f"{task} {config.label}"
-        return {t.batch: t.prefill_s for t in self.runner.times if t.config == wanted and t.size == self._full(task)}
+        mine = [t for t in self.runner.times if (t.task, t.config) == (task, config.label)]
+        return {t.batch: t.prefill_s for t in mine if t.size == self._full(task)}
 
     def _full(self, task: str) -> int:
         """The size of a full batch of a task; a last smaller one is not timed."""
-        return max(t.size for t in self.runner.times if t.config.startswith(f"{task} "))
+        return max(t.size for t in self.runner.times if t.task == task)
 
     def _summary(self, task: str, config: Config, rows: list[SampleRow], times: dict, bare: dict | None) -> Row:
         right, n = sum(r.right for r in rows), len(rows)
@@ -186,7 +188,7 @@ class Comparison:
             kinds[r.kind].append(r.right)
         model = self.runner.model
         ordered = sorted(times.values())
-        ratio = median(times[b] / bare[b] for b in times) if bare else math.nan
+        ratio = median(times[b] / bare[b] for b in times) if bare else None
         return Row(
             model=self.model_name,
             task=task,
@@ -250,7 +252,10 @@ def chosen_samples(task: Task, limit: int | None = None, full: bool = False) -> 
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
-    """Rows with the seeds of `random` put together: means, with the interval over all their answers."""
+    """Rows with the seeds of `random` put together: means, with the interval of one seed's number of questions.
+
+    Seeds answer the same questions, so their answers are not independent: three seeds are not three times the data.
+    """
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         name = row.method.split(":")[0] if row.method.startswith("random:") else row.method
@@ -260,16 +265,16 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
         if len(group) == 1:
             out.append(group[0])
             continue
-        n = sum(r.n_samples for r in group)
-        low, high = wilson(round(sum(r.accuracy * r.n_samples for r in group)), n)
+        low, high = wilson(mean(r.accuracy for r in group) * group[0].n_samples, group[0].n_samples)
         fields = asdict(group[0])
         fields |= {
             key: mean(getattr(r, key) for r in group)
-            for key in ("accuracy", "words_accuracy", "stop_rate", "prefill_ratio", "n_visual_kept", "llm_columns_kept")
+            for key in ("accuracy", "words_accuracy", "stop_rate", "n_visual_kept", "llm_columns_kept")
         }
+        ratios = [r.prefill_ratio for r in group if r.prefill_ratio is not None]
         fields |= {
             "method": f"{name}, {len(group)} seeds",
-            "n_samples": n,
+            "prefill_ratio": mean(ratios) if ratios else None,
             "low": low,
             "high": high,
             "by_kind": {k: mean(r.by_kind[k] for r in group) for k in group[0].by_kind},
@@ -291,7 +296,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.stop_rate:.3f}",
         f"{row.n_visual:g} -> {row.n_visual_kept:g}",
         f"{row.llm_columns:.1f} -> {row.llm_columns_kept:.1f}",
-        "" if math.isnan(row.prefill_ratio) else f"x {row.prefill_ratio:.2f}",
+        "" if row.prefill_ratio is None else f"x {row.prefill_ratio:.2f}",
     )
 
 

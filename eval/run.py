@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokprune
-from tokprune.errors import RunError
+from tokprune.errors import MissingSignalError, RunError
 
 from .tasks import Sample, Task, normalise
 
@@ -67,6 +67,7 @@ class SampleRow:
 class BatchTime:
     """Seconds from the call of generate to the first token, one batch of one configuration."""
 
+    task: str
     config: str
     batch: int
     size: int
@@ -101,13 +102,30 @@ class Runner:
         try:
             processor = AutoProcessor.from_pretrained(path)
             model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto" if gpu else torch.float32)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(
                 f"cannot load {path!r}: {first} Type a local folder or a hub id of: {', '.join(tokprune.list_models())}"
             ) from error
         processor.tokenizer.padding_side = "left"
         return cls(model.eval().to("cuda" if gpu else "cpu"), processor, **options)
+
+    def missing(self, configs: Sequence[Config]) -> dict[str, str]:
+        """Configurations that this model cannot run, with the reason; nothing is run for it.
+
+        Raises:
+            TokPruneError: a reason that no other model would mend, such as an option that does not exist.
+        """
+        reasons = {}
+        for config in configs:
+            if config.method == NONE:
+                continue
+            budget = {} if config.keep_ratio is None else {"keep_ratio": config.keep_ratio}
+            try:
+                tokprune.attach(self.model, config.method, **budget).detach()
+            except MissingSignalError as error:
+                reasons[config.method] = str(error)
+        return reasons
 
     def prompt(self, question: str) -> str:
         """The question in the processor's chat template, or in LLaVA 1.5's where there is none."""
@@ -147,7 +165,7 @@ class Runner:
         after = (report.prefills[0].rows if report else None) or before
         image_id = self.model.config.image_token_id
         n_visual = (inputs["input_ids"] == image_id).sum(1).tolist()
-        n_kept = [i.n_kept + i.n_special for i in report.images] if report else n_visual
+        n_kept = [i.n_kept + i.n_special for i in report.encoded] if report else n_visual
         stops = _stop_ids(self.model)
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [
@@ -175,6 +193,9 @@ class Runner:
         self, task: Task, samples: Sequence[Sample], configs: Sequence[Config], batch_size: int = 32
     ) -> Iterator[tuple[Config, list[SampleRow]]]:
         """Rows of every configuration on every batch, as they come; times gather in `times`."""
+        if samples and configs:  # the first run of anything is slow, and the first configuration should not pay for it
+            part = samples[:batch_size]
+            self.answer(self.prepare(task, part, [s.image_id for s in part]), Config(NONE), [0])
         others = dict(zip((s.id for s in samples), _other_pictures(samples), strict=True))
         for start in range(0, len(samples), batch_size):
             part = samples[start : start + batch_size]
@@ -185,7 +206,7 @@ class Runner:
             turn = (start // batch_size) % len(configs)  # no configuration is always first
             for config in [*configs[turn:], *configs[:turn]]:
                 rows, seconds = self.rows(task, part, config, shuffled if config.shuffled else right)
-                self.times.append(BatchTime(f"{task.name} {config.label}", start // batch_size, len(part), seconds))
+                self.times.append(BatchTime(task.name, config.label, start // batch_size, len(part), seconds))
                 yield config, rows
 
 

@@ -129,6 +129,11 @@ BAD_FOLDERS = {
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "question": "q"}'),
         "line 1 lacks answer",
     ),
+    "not UTF-8": (lambda f: (f / "metadata.jsonl").write_bytes(b'{"question": "\xff"}'), "is not UTF-8"),
+    "placeholder": (
+        lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "question": "<image> q", "answer": "a"}'),
+        "leave <image> out",
+    ),
     "missing picture": (lambda f: (f / "2.png").unlink(), "line 3 names 2.png"),
 }
 
@@ -215,9 +220,12 @@ def test_seeds_are_pooled_into_one_row():
         for i, a in enumerate((0.5, 0.6, 0.7))
     ]
     (pooled,) = compare.pooled(rows)
-    assert (pooled.method, pooled.n_samples) == ("random, 3 seeds", 300)
+    assert (pooled.method, pooled.n_samples) == ("random, 3 seeds", 100)  # the same 100 questions three times
     assert pooled.accuracy == pytest.approx(0.6)
-    assert (pooled.low, pooled.high) == compare.wilson(180, 300)
+    assert (pooled.low, pooled.high) == pytest.approx(compare.wilson(60, 100))
+    assert compare.configurations(["random", "random:seed=0"], [0.5, 0.5]) == [
+        Config(f"random:seed={i}", 0.5) for i in range(3)
+    ]
 
 
 # ---- the embedded model
@@ -335,6 +343,21 @@ BAD_COMMANDS = {
     "flag without a value": (["--limit", "many"], "--limit"),
     "folder": (["--out", "/proc/no/out", "--limit", "1"], "name another folder with --out"),
 }
+
+
+def test_cli_refuses_two_tasks_of_one_name(folder, tmp_path):
+    done = tokprune_cli("compare", "--task", str(folder), "--task", str(folder), "--out", str(tmp_path / "out"))
+    assert (done.returncode, "named alike" in done.stderr) == (2, True)
+
+
+def test_cli_broken_weights_are_one_line(tmp_path):
+    for file in EMBEDDED_MODEL.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    done = tokprune_cli("compare", "--model", str(tmp_path), "--limit", "1")
+    assert done.returncode == 2
+    assert "cannot load" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("what", BAD_COMMANDS)

@@ -66,9 +66,19 @@ def compare(
     names = methods.split(",") if methods else list(compared.METHODS)
     configs = compared.configurations([n.strip() for n in names], _ratios(keep))
     loaded = [tasks.load_task(name) for name in task or sorted(tasks.TASKS)]
+    if len({t.name for t in loaded}) < len(loaded):
+        raise RunError(
+            f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
+        )
     chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
     console = Console()
     runner = run.Runner.load(model or str(run.EMBEDDED_MODEL), max_new_tokens=max_new_tokens, suffix=suffix)
+    missing = runner.missing(configs)
+    if missing and methods:
+        raise RunError(next(iter(missing.values())))
+    if missing:
+        console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
+        configs = [c for c in configs if c.method not in missing]
     comparison = compared.Comparison(runner, model or run.EMBEDDED_MODEL.name, out, configs, batch_size)
     comparison.run(chosen, console)
     for t, _ in chosen:

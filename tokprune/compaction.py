@@ -210,7 +210,7 @@ class Compaction(NotCopyable):
         if is_prefill and embeds is not None:
             seen = self._inspect(embeds, kwargs.get("attention_mask"))
             self.observer.before_prefill(seen.flags, starts_call=past_inner == 0)
-            _refuse_empty(seen, past_inner)
+            _refuse_unusable(seen, past_inner)
         if columns is None and not (seen and seen.any_marked):
             if is_prefill:
                 self.observer.after_prefill(Ran(n_new, n_new, None, past_inner))
@@ -238,8 +238,6 @@ class Compaction(NotCopyable):
         values = torch.stack([*numbers, *(f.to(lengths) for f in flags.values())]).tolist()
         longest, shortest, last_dropped = values[:3]
         read = dict(zip(flags, values[3:], strict=True))
-        if read["bad"]:
-            raise BadFeaturesError("the vision tower or the embeddings produced NaN; run them in float32 or bfloat16")
         return _Seen(keep, marked, longest, shortest, keep.shape[1] - last_dropped, read)
 
     def _short(self, kwargs: dict, x: Tensor, before: Columns, this: _Pass, past: int) -> dict:
@@ -322,7 +320,9 @@ def _known_columns(columns: Columns | None, x: Tensor, past_inner: int) -> Colum
     return columns
 
 
-def _refuse_empty(seen: _Seen, past_inner: int) -> None:
+def _refuse_unusable(seen: _Seen, past_inner: int) -> None:
+    if seen.flags["bad"]:
+        raise BadFeaturesError("the vision tower or the embeddings produced NaN; run them in float32 or bfloat16")
     if not seen.any_marked or seen.shortest:
         return
     if past_inner:

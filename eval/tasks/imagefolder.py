@@ -50,8 +50,12 @@ def _read(folder: Path) -> list[Sample]:
             f"{folder} has no metadata.jsonl; write one line a question: "
             '{"file_name": "a.png", "question": "what is it?", "answer": "a cat"}'
         )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             samples.append(_sample(folder, path, number, line))
     if not samples:
@@ -67,6 +71,8 @@ def _sample(folder: Path, path: Path, number: int, line: str) -> Sample:
     missing = [f for f in FIELDS if not (isinstance(row, dict) and f in row)]
     if missing:
         raise TaskError(f"{path} line {number} lacks {', '.join(missing)}; every line needs {', '.join(FIELDS)}")
+    if "<image>" in str(row["question"]):
+        raise TaskError(f"{path} line {number}: leave <image> out of the question; the prompt puts it in place")
     name, question, answer = (str(row[f]) for f in FIELDS)
     if not (folder / name).is_file():
         raise TaskError(f"{path} line {number} names {name}, which is not in {folder}")
