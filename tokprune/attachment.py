@@ -327,9 +327,9 @@ class Attachment(NotCopyable):
         """Take the marks out of the features that the model hands back."""
         self._local.placeholders = self._local.rows = None
         if isinstance(out, tuple):
-            return tuple(_clean(part) for part in out)
+            return tuple(without_marks(part) for part in out)
         if getattr(out, "image_hidden_states", None) is not None:
-            out["image_hidden_states"] = _clean(out.image_hidden_states)
+            out["image_hidden_states"] = without_marks(out.image_hidden_states)
         return None
 
     def flags(self) -> dict[str, Tensor]:
@@ -391,12 +391,3 @@ def _repeated(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
             f"{len(salts)} salts for {n_images} images; set attachment.salts to one an image, or to one for all"
         )
     return tuple(salt for salt in salts for _ in range(n_images // len(salts)))
-
-
-def _clean(states: Any) -> Any:
-    """Features without marks; anything else as it is."""
-    if isinstance(states, Tensor) and states.is_floating_point():
-        return without_marks(states)
-    if isinstance(states, (list, tuple)) and states and all(isinstance(s, Tensor) for s in states):
-        return type(states)(_clean(s) for s in states)
-    return states

@@ -71,7 +71,7 @@ def compare(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
         )
     chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=130)
     runner = run.Runner.load(model or str(run.EMBEDDED_MODEL), max_new_tokens=max_new_tokens, suffix=suffix)
     missing = runner.missing(configs)
     if missing and methods:

@@ -27,9 +27,6 @@ Positions = Literal["contiguous", "original"]
 _STATE = "_tokprune_columns"
 
 
-# ------------------------------------------------------------------------------------------- marks
-
-
 def mark_dropped(features: Tensor, keep: Tensor) -> Tensor:
     """Features, (..., N, D), whose dropped rows carry the mark; keep is (..., N) bool."""
     mark = features.new_zeros(features.shape[-1])
@@ -44,12 +41,13 @@ def find_marks(features: Tensor) -> tuple[Tensor, Tensor]:
     return marked, nan_rows & ~marked
 
 
-def without_marks(features: Tensor) -> Tensor:
-    """The same with zeros in place of marked rows."""
+def without_marks(features: Any) -> Any:
+    """Features, or a list of them, with zeros in place of marked rows; anything else as it is."""
+    if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
+        return type(features)(without_marks(f) for f in features)
+    if not (isinstance(features, Tensor) and features.is_floating_point()):
+        return features
     return features.masked_fill(find_marks(features)[0][..., None], 0)
-
-
-# ----------------------------------------------------------------------------------------- columns
 
 
 @dataclass(frozen=True)
@@ -190,10 +188,9 @@ class Compaction(NotCopyable):
 
     def install(self, stack) -> None:
         """Register the hooks; the stack removes them."""
-        before = self.language_model.register_forward_pre_hook(self.before, with_kwargs=True)
-        stack.callback(before.remove)
-        after = self.language_model.register_forward_hook(self.after, with_kwargs=True)
-        stack.callback(after.remove)
+        module = self.language_model
+        stack.callback(module.register_forward_pre_hook(self.before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(self.after, with_kwargs=True).remove)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
