@@ -61,7 +61,9 @@ def clip_large() -> LlavaForConditionalGeneration:
         projection_dim=768,
     )
     text = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=32)).eval()
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=32)
+    ).eval()
 
 
 class Stopwatch:
