@@ -1,14 +1,14 @@
 """Train the embedded model: seeded, step-scheduled, two CPU processes, resumable by stage.
 
-    python -m tokprune.eval.models.train data     --work DIR
-    torchrun --nproc_per_node 2 -m tokprune.eval.models.train tower    --work DIR
-    python -m tokprune.eval.models.train features --work DIR
-    torchrun --nproc_per_node 2 -m tokprune.eval.models.train language --work DIR
-    python -m tokprune.eval.models.train export   --work DIR --out eval/models/tiny-llava
+    python -m tokprune.eval.models.train data DIR
+    torchrun --nproc_per_node 2 -m tokprune.eval.models.train tower DIR
+    python -m tokprune.eval.models.train features DIR
+    torchrun --nproc_per_node 2 -m tokprune.eval.models.train language DIR
+    python -m tokprune.eval.models.train export DIR eval/models/tiny-llava
 
-The tower learns from labels per patch (what shape, what colour, where the centre is) and from what its [CLS]
+The tower learns from labels per patch (what shape, what colour, where the centre is, where the patch lies) and from what its [CLS]
 token can tell about the whole picture; then it is frozen. The language model and the projector learn from
-questions and answers on its features. In three of four steps most visual tokens are dropped, by subsets that
+questions and answers on its features. After a first part, in three of four steps most visual tokens are dropped, by subsets that
 favour no method, half of the time with contiguous and half with the original positions: a language model
 that only ever saw complete pictures answers nonsense on pruned ones, whatever selected the tokens.
 """
