@@ -6,11 +6,12 @@
     torchrun --nproc_per_node 2 -m tokprune.eval.models.train language DIR
     python -m tokprune.eval.models.train export DIR eval/models/tiny-llava
 
-The tower learns from labels per patch (what shape, what colour, where the centre is, where the patch lies) and from what its [CLS]
-token can tell about the whole picture; then it is frozen. The language model and the projector learn from
-questions and answers on its features. After a first part, in three of four steps most visual tokens are dropped, by subsets that
-favour no method, half of the time with contiguous and half with the original positions: a language model
-that only ever saw complete pictures answers nonsense on pruned ones, whatever selected the tokens.
+The tower learns from labels per patch (what shape, what colour, where the centre is, where the patch lies) and
+from what its [CLS] token can tell about the whole picture; then it is frozen. The language model and the
+projector learn from questions and answers on its features. After a first part, three of four steps drop most
+visual tokens, by subsets that favour no method, half of the time with contiguous and half with the original
+positions: a language model that only ever saw complete pictures answers nonsense on pruned ones, whatever
+selected the tokens.
 """
 
 from __future__ import annotations
