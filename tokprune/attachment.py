@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .budget import Budget
+from .budget import REFERENCE_TEXT, Budget, Scope
 from .compaction import Compaction, Ran, mark_dropped, without_marks
+from .compatibility import checked_signals
 from .errors import (
     AlreadyAttachedError,
     BadFeaturesError,
     BudgetError,
-    MissingSignalError,
     NotCopyable,
     NothingPrunedError,
     OptionError,
     TokPruneError,
 )
-from .methods import METHODS, Spec, build_method
+from .flops import Ops, SelectionCost
+from .methods import Spec, build_method
 from .methods.base import Method
 from .report import ImageReport, Prefill, Report, describe_signals, without_beam_copies
 from .types import Layout, Signal, VisualTokens
@@ -38,6 +39,8 @@ def attach(
     *,
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
+    flops_ratio: float | None = None,
+    flops_scope: Scope = "llm",
     positions: Literal["auto", "contiguous", "original"] = "auto",
     **options: Any,
 ) -> Attachment:
@@ -50,6 +53,9 @@ def attach(
             with "fopru" elsewhere.
         keep_ratio: fraction of each image's visual tokens to keep, in (0, 1]. Start with 0.25.
         keep_tokens: number of each image's visual tokens to keep, instead of a fraction.
+        flops_ratio: fraction of the unpruned FLOPs to spend, instead of a number of tokens, in (0, 1]; solved for
+            each image beside 64 text tokens.
+        flops_scope: "llm" counts the language model, "prefill" everything up to the first token.
         positions: "contiguous" renumbers the kept tokens without gaps, "original" leaves them their numbers;
             "auto" is what papers measure for the model's family.
         **options: options of the method, such as start_layer=22.
@@ -63,13 +69,15 @@ def attach(
     from .integrations.transformers import adapter_for
 
     built, label = build_method(method, options)
-    budget = _checked_budget(built, keep_ratio, keep_tokens)
+    budget = _checked_budget(built, (keep_ratio, keep_tokens, flops_ratio), flops_scope)
     adapter = adapter_for(model)
+    if flops_ratio is not None and adapter.shape is None:
+        raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
     if positions not in ("auto", "contiguous", "original"):
         raise OptionError(f"positions={positions!r} is not one of 'auto', 'contiguous', 'original'")
     positions = adapter.default_positions if positions == "auto" else positions
     adapter.check_attention(positions)
-    signals = _checked_signals(built, label, adapter)
+    signals = checked_signals(built, label, adapter)
     current = [getattr(adapter.base, name) for name in adapter.encode_functions]
     owners = [a for a in (getattr(f, "_tokprune_attachment", None) for f in current) if a is not None]
     if owners:
@@ -79,27 +87,12 @@ def attach(
     return Attachment(adapter, built, label, budget, positions, signals)
 
 
-def _checked_budget(method: Method, keep_ratio, keep_tokens) -> Budget | None:
+def _checked_budget(method: Method, given: tuple, flops_scope: Scope) -> Budget | None:
     if method.takes_budget:
-        return Budget(keep_ratio, keep_tokens)
-    if (keep_ratio, keep_tokens) != (None, None):
-        raise BudgetError(f"{method} keeps no visual token; leave keep_ratio and keep_tokens out")
+        return Budget(*given, flops_scope)
+    if given != (None, None, None):
+        raise BudgetError(f"{method} keeps no visual token; leave keep_ratio, keep_tokens and flops_ratio out")
     return None
-
-
-def _checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
-    signals = method.needs(adapter.tower)
-    if not adapter.supplies_all(signals):
-        missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
-        works = [n for n in METHODS.names() if adapter.supplies_all(METHODS.build(n).needs(adapter.tower))]
-        tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
-        typed = label in METHODS.names() and method.if_missing
-        option = f" (or {label}:{method.if_missing})" if typed else ""
-        raise MissingSignalError(
-            f"{label!r} needs {', '.join(missing)}, but this model's vision tower {tower}. "
-            f"Methods that work here: {', '.join(works)}{option}"
-        )
-    return signals
 
 
 @dataclass
@@ -145,6 +138,8 @@ class Attachment(NotCopyable):
         self.budget, self.positions = budget, positions
         self.salts: Sequence[int] = (0,)
         self._signals = signals
+        self._n_keep = functools.lru_cache(maxsize=64)(self._count)  # a FLOPs budget is searched for
+        self._cost: Any = adapter.shape and SelectionCost(adapter.shape, signals, method.cost)
         self._local = _Local()
         self._tap = SignalTap(adapter, signals) if signals else None
         with contextlib.ExitStack() as stack:
@@ -193,6 +188,8 @@ class Attachment(NotCopyable):
             encoded=call.images,
             prefills=list(call.prefills),
             clamped=call.clamped,
+            shape=self.adapter.shape,
+            bytes_per_value=self.adapter.model.dtype.itemsize,
         )
 
     @property
@@ -238,7 +235,7 @@ class Attachment(NotCopyable):
             raise
         for layout, keep in zip(layouts, keeps, strict=True):
             call.clamped |= self._asked_more(layout)
-            call.images.append(ImageReport(layout.n_visual, len(layout.crop) - layout.n_visual, keep))
+            call.images.append(self._image_report(layout, keep, collected=bool(signals)))
         return put_back(marked) if call.below_budget else out
 
     def _prune(
@@ -281,17 +278,28 @@ class Attachment(NotCopyable):
         features = features.index_copy(1, visual, selected.features)
         return mark_dropped(features, keep), keep
 
-    def _n_keep(self, layout: Layout) -> int:
+    def _count(self, layout: Layout) -> int:
         if self.budget is None:
             return 0
-        n_keep = self.budget.n_keep(layout.n_visual)
         least = min(self.method.min_keep(layout), layout.n_visual)
+        n_keep = self.budget.n_keep(layout.n_visual, functools.partial(self._flops, layout), least)
         if n_keep < least:
             raise BudgetError(
                 f"{self.label!r} cannot keep {n_keep} of {layout.n_visual} tokens: {least} is its least here; "
                 f"type keep_tokens={least} or more"
             )
         return n_keep
+
+    def _flops(self, layout: Layout, n_keep: int) -> int:
+        """What keeping so many tokens of an image costs, beside the reference text."""
+        ledger = self._cost.prefill(layout, n_keep, REFERENCE_TEXT, self.adapter.crop_patches(layout))
+        return getattr(ledger, self.budget.flops_scope if self.budget else "llm").flops
+
+    def _image_report(self, layout: Layout, keep: Tensor, collected: bool) -> ImageReport:
+        n_patches = self.adapter.crop_patches(layout)
+        selector = self._cost.selector(layout, self._n_keep(layout), n_patches, collected) if self._cost else Ops()
+        n_special = len(layout.crop) - layout.n_visual
+        return ImageReport(layout.n_visual, n_special, keep, layout, n_patches, selector)
 
     def _asked_more(self, layout: Layout) -> bool:
         asked = self.budget.keep_tokens if self.budget else None
@@ -381,7 +389,7 @@ class Attachment(NotCopyable):
         call.ran = True
         facts = self._local.facts
         if ran.past_inner == 0 or facts.get("marked") or facts.get("placeholders"):
-            call.prefills.append(Prefill(ran.n_outer, ran.n_inner, ran.lengths))
+            call.prefills.append(Prefill(**vars(ran)))
 
 
 def _repeated(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:

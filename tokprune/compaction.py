@@ -143,12 +143,14 @@ class NewColumns:
 
 @dataclass(frozen=True)
 class Ran:
-    """What one pass really ran on: its columns before and after, kept columns a row (B,), and the past."""
+    """What one pass really ran on: rows, columns and cached columns before and after, kept columns a row (B,)."""
 
+    n_rows: int
     n_outer: int
     n_inner: int
-    lengths: Tensor | None
+    past_outer: int
     past_inner: int
+    lengths: Tensor | None = None
 
 
 class Observer(Protocol):
@@ -210,7 +212,7 @@ class Compaction(NotCopyable):
             _refuse_unusable(seen, past_inner)
         if columns is None and not (seen and seen.any_marked):
             if is_prefill:
-                self.observer.after_prefill(Ran(n_new, n_new, None, past_inner))
+                self.observer.after_prefill(Ran(len(x), n_new, n_new, past_inner, past_inner))
             return None
         _refuse_unsupported(cache, kwargs.get("attention_mask"))
         columns = _known_columns(columns, x, past_inner)
@@ -219,7 +221,7 @@ class Compaction(NotCopyable):
         short = self._short(kwargs, x, columns, this, past)
         if is_prefill:
             n_inner, lengths = (this.new.source.shape[1], this.new.valid.sum(1)) if this.new else (n_new, None)
-            self.observer.after_prefill(Ran(n_new, n_inner, lengths, past_inner))
+            self.observer.after_prefill(Ran(len(x), n_new, n_inner, past, _length(cache), lengths))
         return args, short
 
     def _inspect(self, embeds: Tensor, mask) -> _Seen:

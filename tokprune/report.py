@@ -1,25 +1,39 @@
-"""What really happened in a call: tokens an image and columns a layer, in one honest line and as a dict."""
+"""What really happened in a call: tokens, columns, FLOPs and KV bytes, in one honest line and as a dict."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .types import Signal
+from .flops import Ledger, Ops, Shape
+from .types import Layout, Signal
 
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image: visual tokens before and after, rows that show no patch, and the kept indices, ascending."""
+    """One image: visual tokens before and after, and what encoding it took.
+
+    Args:
+        n_visual: tokens that show a patch.
+        n_special: rows that show none.
+        keep: (N,) bool on the device, read when asked for.
+        layout: where the rows lie.
+        n_patches: patches of a crop, or None for the configuration's.
+        selector: what collecting signals and selecting computed.
+    """
 
     n_visual: int
     n_special: int
-    keep: Tensor  # (N,) bool on the device, read when asked for
+    keep: Tensor
+    layout: Layout
+    n_patches: int | None = None
+    selector: Ops = field(default_factory=Ops)
 
     @functools.cached_property
     def kept(self) -> Tensor:
@@ -34,11 +48,17 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class Prefill:
-    """One pass over a prompt: columns in, columns the decoder layers saw, kept columns a row."""
+    """One pass over a prompt: rows, columns in and columns the decoder layers saw, cached ones before them.
 
+    `lengths` holds the kept columns of each row, (B,) on the device; None where nothing was dropped.
+    """
+
+    n_rows: int
     n_outer: int
     n_inner: int
-    lengths: Tensor | None  # (B,) on the device; None where nothing was dropped
+    past_outer: int
+    past_inner: int
+    lengths: Tensor | None
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -57,6 +77,8 @@ class Report:
         n_layers: decoder layers.
         images: one entry an image, beam copies folded.
         encoded: one entry an encoded image, copies included.
+        shape: the model as the ledger sees it; None where its cost is not known.
+        bytes_per_value: of keys and values.
         prefills: one entry a pass over prompt tokens.
         clamped: whether a count above an image's number of tokens was asked for.
     """
@@ -69,6 +91,8 @@ class Report:
     prefills: list[Prefill] = field(default_factory=list)
     clamped: bool = False
     encoded: list[ImageReport] = field(default_factory=list)
+    shape: Shape | None = None
+    bytes_per_value: int = 2
 
     @property
     def layers(self) -> list[int]:
@@ -85,6 +109,28 @@ class Report:
         """Prompt columns that the language model ran on, padding included."""
         return sum(p.n_inner for p in self.prefills)
 
+    @functools.cached_property
+    def ledger(self) -> Ledger | None:
+        """The call as it ran, at its padded width; None where the cost of the model is not known."""
+        selectors = [image.selector for image in self.encoded]
+        return self._ledger([(p.n_inner, p.past_inner) for p in self.prefills], selectors)
+
+    @functools.cached_property
+    def ledger_unpruned(self) -> Ledger | None:
+        """The same call of the bare model."""
+        return self._ledger([(p.n_outer, p.past_outer) for p in self.prefills], [Ops()] * len(self.encoded))
+
+    def _ledger(self, columns: list[tuple[int, int]], selectors: list[Ops]) -> Ledger | None:
+        shape = self.shape
+        if shape is None or not self.prefills:
+            return None
+        ledger = Ledger(layers=(Ops(),) * shape.text.n_layers)
+        for image, selector in zip(self.encoded, selectors, strict=True):
+            ledger += shape.encode(image.layout.n_crops, image.n_patches, selector)
+        for p, (n, past) in zip(self.prefills, columns, strict=True):
+            ledger += shape.read(n, rows=p.n_rows, past=past, bytes_per_value=self.bytes_per_value)
+        return ledger
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists."""
         return {
@@ -97,6 +143,19 @@ class Report:
             "prompt_columns": self.n_prompt,
             "prompt_columns_kept": self.n_prompt_kept,
             "layers": self.layers,
+            **self._costs(),
+        }
+
+    def _costs(self) -> dict[str, Any]:
+        before, after = self.ledger_unpruned, self.ledger
+        if before is None or after is None:
+            return {}
+        return {
+            "llm_flops": [before.llm.flops, after.llm.flops],
+            "prefill_flops": [before.prefill.flops, after.prefill.flops],
+            "selector_flops": after.selector.flops,
+            "before_llm_flops": before.before_llm.flops,
+            "kv_bytes": [before.kv_bytes, after.kv_bytes],
         }
 
     def __str__(self):
@@ -108,6 +167,8 @@ class Report:
             parts.append("more tokens asked for than an image has: all kept")
         elif self.images and self.n_prompt == self.n_prompt_kept and self._dropped:
             parts.append("nothing is saved in this batch: its longest row is text")
+        if self.ledger and self.ledger_unpruned:
+            parts += _cost_lines(self.ledger_unpruned, self.ledger)
         if self.signals:
             parts.append(self.signals)
         return f"{head}: " + "; ".join(parts)
@@ -115,6 +176,30 @@ class Report:
     @property
     def _dropped(self) -> bool:
         return any(i.n_kept < i.n_visual for i in self.images)
+
+
+LIMIT_SHOWN = 0.1  # the share of tower and projector from which a report names it
+
+
+def _cost_lines(before: Ledger, after: Ledger) -> list[str]:
+    """FLOPs of language model and prefill, KV bytes, and how far the vision tower limits what can be saved."""
+    llm, whole = (before.llm.flops, after.llm.flops), (before.prefill.flops, after.prefill.flops)
+    lines = [
+        f"LLM {arrow(*llm, 'FLOPs', 1000)}, whole prefill {arrow(*whole, 'FLOPs', 1000)}",
+        f"KV cache {arrow(before.kv_bytes, after.kv_bytes, 'B', 1024)}",
+    ]
+    share = before.before_llm.flops / whole[0]
+    if share >= LIMIT_SHOWN:
+        lines.append(f"vision tower and projector are {100 * share:.0f} % of the unpruned prefill and cannot be saved")
+    return lines
+
+
+def arrow(before: int, after: int, unit: str, base: int) -> str:
+    """Two amounts in one readable unit, and their ratio: "8.50 -> 2.51 TFLOPs (29.5 %)"."""
+    prefixes = ("", "K", "M", "G", "T", "P") if base == 1000 else ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+    power = min(int(math.log(max(before, 1), base)), len(prefixes) - 1)
+    a, b = (f"{amount / base**power:.3g}" for amount in (before, after))
+    return f"{a} -> {b} {prefixes[power]}{unit} ({100 * after / max(before, 1):.3g} %)"
 
 
 def _tokens_line(images: list[ImageReport]) -> str:

@@ -105,6 +105,11 @@ class Layout:
         """Indices of the tokens that show a patch."""
         return tuple(i for i, crop in enumerate(self.crop) if crop >= 0)
 
+    @property
+    def n_crops(self) -> int:
+        """Crops, the thumbnail included."""
+        return 1 + max(self.crop, default=-1)
+
     @functools.cached_property
     def height(self) -> int:
         """Rows of the mosaic."""

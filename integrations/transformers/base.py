@@ -11,14 +11,23 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokprune import attention
 from tokprune.errors import NotCopyable, TokPruneError, UnsupportedModelError
+from tokprune.flops import Shape
+from tokprune.shapes import shape_from_config
 from tokprune.types import Kind, Layout, Signal, Tower
+
+
+class TowerKind(NamedTuple):
+    """A kind of vision tower: its name for tables, and whether it has a [CLS] token."""
+
+    name: str
+    has_cls: bool
 
 
 class ModelAdapter:
@@ -30,10 +39,12 @@ class ModelAdapter:
     Attributes:
         encode_functions: functions of the base model that turn pictures into rows for the language model.
         default_positions: what positions="auto" means here.
+        towers: the vision towers it knows, by `vision_config.model_type`.
     """
 
     encode_functions: ClassVar[tuple[str, ...]] = ("get_image_features",)
     default_positions: ClassVar[str] = "contiguous"
+    towers: ClassVar[Mapping[str, TowerKind]] = {}
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -49,15 +60,29 @@ class ModelAdapter:
         """Ids in `input_ids` that stand for one visual token each."""
         return (self.base.config.image_token_id,)
 
-    @property
+    @functools.cached_property
     def tower(self) -> Tower:
         """Depth of the vision tower, and whether it has a [CLS] token."""
-        raise NotImplementedError
+        config = self.base.config.vision_config
+        return Tower(config.num_hidden_layers, self.towers[config.model_type].has_cls)
+
+    @functools.cached_property
+    def shape(self) -> Shape | None:
+        """What the ledger needs, or None for a family that it cannot count."""
+        try:
+            return shape_from_config(self.base.config)
+        except UnsupportedModelError:
+            return None
 
     @property
     def supplies(self) -> frozenset[Kind]:
         """Kinds of signals that can be collected."""
-        raise NotImplementedError
+        return self.supplies_of(self.tower.has_cls)
+
+    @classmethod
+    def supplies_of(cls, has_cls: bool) -> frozenset[Kind]:
+        """Kinds of signals from a tower with or without a [CLS] token."""
+        return frozenset({Kind.RECEIVED, Kind.GIVEN} | ({Kind.CLS_ROW} if has_cls else set()))
 
     def supplies_all(self, signals: frozenset[Signal]) -> bool:
         """Whether every signal is of a kind that can be collected."""
@@ -83,6 +108,10 @@ class ModelAdapter:
     def layouts(self, arguments: Mapping[str, Any], features: list[Tensor]) -> list[Layout]:
         """Where the rows of every encoded image lie; arguments are those of the encode function."""
         raise NotImplementedError
+
+    def crop_patches(self, layout: Layout) -> int | None:
+        """Patches of a crop where the picture's size decides; None where the configuration does."""
+        return None
 
     def pack(self, signal: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
         """A signal over patches, (crops, l, patches), as one (l, N) an image in packed space."""

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from tokprune.errors import UnsupportedModelError
-from tokprune.types import Kind, Layout, Tower, grid_layout
+from tokprune.types import Layout, grid_layout
 
-from .base import ModelAdapter
-
-HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+from .base import ModelAdapter, TowerKind
 
 
 class Llava(ModelAdapter):
     """LlavaForConditionalGeneration. Packed space is the tower's raster of patches, one to one."""
 
+    towers: ClassVar = {"clip_vision_model": TowerKind("CLIP", True), "siglip_vision_model": TowerKind("SigLIP", False)}
+
     def __init__(self, model: nn.Module):
         super().__init__(model)
         kind = self.base.config.vision_config.model_type
-        if kind not in HAS_CLS:
+        if kind not in self.towers:
             raise UnsupportedModelError(
-                f"the 'llava' adapter knows the towers {', '.join(HAS_CLS)}; this model has {kind!r}, "
+                f"the 'llava' adapter knows the towers {', '.join(self.towers)}; this model has {kind!r}, "
                 "which packs its pictures differently"
             )
-
-    @property
-    def tower(self) -> Tower:
-        """CLIP has a [CLS] token, SigLIP has none."""
-        config = self.base.config.vision_config
-        return Tower(config.num_hidden_layers, HAS_CLS[config.model_type])
-
-    @property
-    def supplies(self) -> frozenset[Kind]:
-        """Attention received and given; the [CLS] row where there is one."""
-        return frozenset({Kind.RECEIVED, Kind.GIVEN} | ({Kind.CLS_ROW} if self.tower.has_cls else set()))
 
     def attention_module(self, layer: int) -> nn.Module:
         """Self-attention of a layer; transformers 4 nests the tower once more."""
@@ -56,3 +45,7 @@ class Llava(ModelAdapter):
                 "needs vision_feature_select_strategy='full' (with 'default' its first patch is cut off)"
             )
         return [layout] * len(features)
+
+    def crop_patches(self, layout: Layout) -> int:
+        """The crop is the picture."""
+        return layout.n_visual

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import ops
+from ..flops import Ops
 from ..registry import check
 from ..types import Count, Layout, Signal, Stage, Tower, VisualTokens
 
@@ -45,6 +46,10 @@ class Method:
             OptionError: a layer option does not exist in this tower.
         """
         return frozenset()
+
+    def cost(self, n_visual: int, n_keep: int, width: int) -> Ops:
+        """Matrix products of `select` for one image of `n_visual` tokens of a width, signals not counted."""
+        return Ops()
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The tokens with `keep` set, and `features` changed where the method merges."""

@@ -1,0 +1,70 @@
+"""Which method runs on which model: what methods need against what model adapters supply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import MissingSignalError
+from .methods import METHODS
+from .methods.base import Method
+from .types import Kind, Signal, Tower
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method on a model family with one kind of vision tower.
+
+    Args:
+        model: `config.model_type`.
+        tower: name of the kind of tower.
+        method: as `attach` takes it.
+        works: whether it runs as it is.
+        instead: what to type where it does not run as it is; empty where nothing helps.
+    """
+
+    model: str
+    tower: str
+    method: str
+    works: bool
+    instead: str = ""
+
+
+def compatibility() -> list[Pair]:
+    """Every method on every model family, from what methods need and adapters supply."""
+    from .integrations.transformers import MODELS
+
+    pairs = []
+    for model in MODELS.names():
+        adapter = MODELS.load(model)
+        for kind in adapter.towers.values():
+            supplied = adapter.supplies_of(kind.has_cls)
+            tower = Tower(n_layers=24, has_cls=kind.has_cls)
+            pairs += [_pair(model, kind.name, name, tower, supplied) for name in METHODS.names()]
+    return pairs
+
+
+def _pair(model: str, tower_name: str, name: str, tower: Tower, supplied: frozenset[Kind]) -> Pair:
+    method = METHODS.build(name)
+    works = all(s.kind in supplied for s in method.needs(tower))
+    instead = "" if works or not method.if_missing else f"{name}:{method.if_missing}"
+    return Pair(model, tower_name, name, works, instead)
+
+
+def checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
+    """What a method needs from the tower of a model.
+
+    Raises:
+        MissingSignalError: the tower does not supply it; the message names methods that work.
+    """
+    signals = method.needs(adapter.tower)
+    if not adapter.supplies_all(signals):
+        missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
+        works = [n for n in METHODS.names() if adapter.supplies_all(METHODS.build(n).needs(adapter.tower))]
+        tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
+        typed = label in METHODS.names() and method.if_missing
+        option = f" (or {label}:{method.if_missing})" if typed else ""
+        raise MissingSignalError(
+            f"{label!r} needs {', '.join(missing)}, but this model's vision tower {tower}. "
+            f"Methods that work here: {', '.join(works)}{option}"
+        )
+    return signals
