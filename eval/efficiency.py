@@ -5,6 +5,7 @@ python -m tokprune.eval.efficiency            # CLIP ViT-L/14-336 shapes, random
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import tokprune
 
-from .compare import device_name, percentile, write_jsonl
+from .rows import device_name, percentile
 
 SELECTORS = {
     "[CLS] row, 1 layer": "fastervlm",
@@ -169,7 +170,7 @@ def main(
         )
     Console(width=110).print(table)
     if out:
-        write_jsonl(out, [asdict(cost) for cost in costs])
+        out.write_text("".join(json.dumps(asdict(cost)) + "\n" for cost in costs), encoding="utf-8")
 
 
 if __name__ == "__main__":

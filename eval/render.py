@@ -1,4 +1,4 @@
-"""Renders the tables of the README from the committed rows in `eval/results/`.
+"""Renders the tables of the README from the committed rows in `eval/results/` and from the registries.
 
 python -m tokprune.eval.render            # rewrite README.md
 """
@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import typer
 
-from .compare import COLUMNS, Row, cells, order, pooled
+import tokprune
+
+from .rows import Row, pooled
+from .tables import COLUMNS, body, caption, of_kinds, order, unpruned
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EASY_KINDS = ("colour", "shape", "existence", "position")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,48 +33,68 @@ def read_rows(name: str) -> list[dict]:
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
-def comparison_tables(rows: list[dict]) -> str:
+def comparison(name: str) -> str:
     """One table a task, floors first."""
-    parts = []
+    rows, parts = read_rows(name), []
     for task in dict.fromkeys(r["task"] for r in rows):
         mine = [r for r in rows if r["task"] == task]
-        floors = [r for r in mine if r["method"] == "question only"]
-        shown = [Row(**r) for r in mine if r["method"] != "question only"]
-        first = shown[0]
-        parts.append(
-            f"**{task}**: {first.n_samples} questions, {first.model}, {first.device}, {first.dtype}, "
-            f"{first.attn_implementation}, batch {first.batch_size}, transformers {first.transformers}, "
-            f"{first.date}\n\n"
-        )
-        body = [["question only", "", f"{f['accuracy']:.3f}", *[""] * (len(COLUMNS) - 3)] for f in floors]
-        body += [list(cells(r)) for r in sorted(pooled(shown), key=order)]
-        parts.append(markdown(COLUMNS, body) + "\n")
+        floor = next((r["value"] for r in mine if r["method"] == "question only"), None)
+        shown = [Row.read(r) for r in mine if r["method"] != "question only"]
+        parts.append(f"**{task}**: {caption(shown[0])}. {unpruned(shown[0])}\n\n")
+        parts.append(markdown(COLUMNS, body(shown, floor)) + "\n")
     return "".join(parts)
 
 
-def signal_table(rows: list[dict]) -> str:
+def kinds(names: str) -> str:
+    """Findit at the smallest budget by kind of question: four kinds together, and counting apart."""
+    lines = []
+    for name in names.split(","):
+        rows = [Row.read(r) for r in read_rows(name) if r["task"] == "findit" and r["method"] != "question only"]
+        least = min(r.keep_ratio for r in rows if r.keep_ratio is not None)
+        shown = [r for r in pooled(rows) if r.keep_ratio in (None, least)]
+        for row in sorted(shown, key=order):
+            value, low, high, n = of_kinds(row, EASY_KINDS)
+            keep = "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
+            each = [f"{row.by_kind[kind]['value']:.3f}" for kind in (*EASY_KINDS, "count")]
+            lines.append([row.model, row.method, keep, f"{value:.3f} [{low:.3f}, {high:.3f}], n = {n}", *each])
+    return markdown(("model", "method", "keep", "all but count [95 %]", *EASY_KINDS, "count"), lines)
+
+
+def signals(name: str) -> str:
     """Share of the tower's time by signal."""
+    rows = read_rows(name)
     first = rows[0]
     head = (
         f"{first['n_layers']} layers, {first['n_tokens']} tokens, batch {first['batch_size']}, {first['device']}, "
         f"{first['dtype']}, median of {first['rounds']}\n\n"
     )
-    body = [
+    lines = [
         [r["selector"], f"{r['tower_s_p50']:.2f} s", f"{1000 * r['signals_s_p50']:.1f} ms", f"{100 * r['share']:.2f} %"]
         for r in rows
     ]
-    return head + markdown(("signals", "tower", "signals alone", "share"), body)
+    return head + markdown(("signals", "tower", "signals alone", "share"), lines)
+
+
+def models(_: str) -> str:
+    """Which method runs on which model."""
+    pairs = tokprune.list_support()
+    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
+    cell = {(p.model, p.tower, p.method): "yes" if p.works else f"`{p.instead}`" if p.instead else "no" for p in pairs}
+    lines = [[f"`{name}`", *(cell[(*c, name)] for c in columns)] for name in tokprune.list_methods()]
+    return markdown(("method", *(f"`{model}`, {tower}" for model, tower in columns)), lines)
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {
+    "comparison": comparison,
+    "kinds": kinds,
+    "models": models,
+    "signals": signals,
+}
 
 
 def rendered(text: str) -> str:
-    """A text with its result blocks filled in."""
-
-    def fill(match: re.Match) -> str:
-        rows = read_rows(match[2])
-        body = signal_table(rows) if "selector" in rows[0] else comparison_tables(rows)
-        return f"{match[1]}\n{body}\n{match[3]}"
-
-    return BLOCK.sub(fill, text)
+    """A text with its generated blocks filled in."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](match[3])}\n{match[4]}", text)
 
 
 def main(readme: Path = Path("README.md")) -> None:

@@ -6,11 +6,13 @@ are compared on the same inputs minutes, not hours, apart.
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +20,14 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokprune
-from tokprune.errors import MissingSignalError, RunError
+from tokprune.errors import MissingSignalError, RunError, UnsupportedModelError
+from tokprune.flops import Ops, Shape
+from tokprune.shapes import shape_from_config
 
+from .rows import NONE, BatchTime, Config, Costs, SampleRow
 from .tasks import Sample, Task, normalise
 
-NONE = "none"
-SHUFFLED = "shuffled pictures"
 EMBEDDED_MODEL = Path(__file__).parent / "models" / "tiny-llava"
-
-
-@dataclass(frozen=True)
-class Config:
-    """What is compared: a method specification (or "none") with its budget, on the right or on other pictures."""
-
-    method: str
-    keep_ratio: float | None = None
-    shuffled: bool = False
-
-    @property
-    def label(self) -> str:
-        """A name unique within a run."""
-        keep = "" if self.keep_ratio is None else f"@{self.keep_ratio:g}"
-        return (SHUFFLED if self.shuffled else self.method) + keep
-
-
-@dataclass
-class SampleRow:
-    """One answer. Columns are of the prompt row alone, without padding."""
-
-    task: str
-    config: str
-    method: str
-    keep_ratio: float | None
-    sample: str
-    kind: str
-    expected: str
-    answer: str
-    right: bool  # the whole answer, and nothing after it
-    words_right: bool  # it begins with the expected words
-    stopped: bool  # the stop token came
-    n_visual: int
-    n_visual_kept: int
-    llm_columns: int
-    llm_columns_kept: int
-
-
-@dataclass
-class BatchTime:
-    """Seconds from the call of generate to the first token, one batch of one configuration."""
-
-    task: str
-    config: str
-    batch: int
-    size: int
-    prefill_s: float
 
 
 @dataclass
@@ -89,7 +45,6 @@ class Runner:
     processor: Any
     max_new_tokens: int = 8
     suffix: str = ""
-    times: list[BatchTime] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: str, **options: Any) -> Runner:
@@ -144,34 +99,53 @@ class Runner:
         inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
+    @functools.cached_property
+    def shape(self) -> Shape | None:
+        """The model as the ledger sees it; None where its cost is not known."""
+        try:
+            return shape_from_config(self.model.config)
+        except UnsupportedModelError:
+            return None
+
+    def fingerprint(self) -> str:
+        """A checksum of names, shapes and a part of the values of the weights: tells checkpoints apart."""
+        total = 0
+        for name, weight in self.model.state_dict().items():
+            head = weight.flatten()[:256].float().cpu().numpy().tobytes()
+            total = zlib.crc32(f"{name} {tuple(weight.shape)}".encode() + head, total)
+        return f"{total:08x}"
+
     @torch.no_grad()
-    def answer(self, inputs, config: Config, salts: Sequence[int]) -> tuple[torch.Tensor, Any, float]:
-        """New tokens, the report (None for "none"), and the seconds to the first token."""
+    def answer(self, inputs, config: Config, salts: Sequence[int]) -> tuple[torch.Tensor, Any, Stopwatch]:
+        """New tokens, the report (None for "none"), and the times."""
         budget = {} if config.keep_ratio is None else {"keep_ratio": config.keep_ratio}
         bare = config.method == NONE
         with nullcontext() if bare else tokprune.attach(self.model, config.method, **budget) as attachment:
             if attachment is not None:
                 attachment.salts = list(salts)
-            with _FirstToken(self.model) as first:
+            with Stopwatch(self.model) as watch:
                 out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
             report = None if attachment is None else attachment.report
-        return out[:, inputs["input_ids"].shape[1] :], report, first.seconds
+        return out[:, inputs["input_ids"].shape[1] :], report, watch
 
-    def rows(self, task: Task, samples: Sequence[Sample], config: Config, inputs) -> tuple[list[SampleRow], float]:
-        """One row a sample of a batch, and the seconds to the first token."""
+    def rows(
+        self, task: Task, samples: Sequence[Sample], config: Config, inputs, batch: int = 0
+    ) -> tuple[list[SampleRow], BatchTime]:
+        """One row a sample of a batch, and its times."""
         salts = [zlib.crc32(s.id.encode()) for s in samples]
-        tokens, report, seconds = self.answer(inputs, config, salts)
+        tokens, report, watch = self.answer(inputs, config, salts)
         before = inputs["attention_mask"].sum(1).tolist()
         after = (report.prefills[0].rows if report else None) or before
-        image_id = self.model.config.image_token_id
-        n_visual = (inputs["input_ids"] == image_id).sum(1).tolist()
+        n_visual = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
         n_kept = [i.n_kept + i.n_special for i in report.encoded] if report else n_visual
+        selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
         stops = _stop_ids(self.model)
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [
+        rows = [
             SampleRow(
                 task=task.name,
                 config=config.label,
+                batch=batch,
                 method=config.method,
                 keep_ratio=config.keep_ratio,
                 sample=s.id,
@@ -181,54 +155,78 @@ class Runner:
                 right=normalise(text) == normalise(s.answer),
                 words_right=_begins_with(normalise(text), normalise(s.answer)),
                 stopped=bool(set(row.tolist()) & stops),
-                n_visual=n_visual[i],
-                n_visual_kept=n_kept[i],
-                llm_columns=before[i],
-                llm_columns_kept=after[i],
+                n_visual_before=n_visual[i],
+                n_visual_after=n_kept[i],
+                llm_columns_before=before[i],
+                llm_columns_after=after[i],
+                costs=self._costs(inputs, before[i], after[i], selectors[i]),
             )
             for i, (s, text, row) in enumerate(zip(samples, texts, tokens, strict=True))
-        ], seconds
+        ]
+        decode_s = watch.decode_s / (tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
+        time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
+        return rows, time
+
+    def _costs(self, inputs, before: int, after: int, selector: Ops) -> Costs:
+        pictures = inputs["pixel_values"]
+        # One picture of one crop a sample; anything else has a number of crops that is not known here.
+        known = pictures.ndim == 4 and len(pictures) == len(inputs["input_ids"])
+        return Costs.of(self.shape if known else None, before, after, selector, self.model.dtype.itemsize)
 
     def run(
-        self, task: Task, samples: Sequence[Sample], configs: Sequence[Config], batch_size: int = 32
-    ) -> Iterator[tuple[Config, list[SampleRow]]]:
-        """Rows of every configuration on every batch, as they come; times gather in `times`."""
-        if samples and configs:  # the first run of anything is slow, and the first configuration should not pay for it
-            part = samples[:batch_size]
-            self.answer(self.prepare(task, part, [s.image_id for s in part]), Config(NONE), [0])
+        self,
+        task: Task,
+        samples: Sequence[Sample],
+        configs: Sequence[Config],
+        batch_size: int = 32,
+        done: Container[tuple[str, int]] = (),
+    ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
+        """Rows and times of every configuration on every batch, as they come; (label, batch) in `done` are left out."""
         others = dict(zip((s.id for s in samples), _other_pictures(samples), strict=True))
+        is_cold = True
         for start in range(0, len(samples), batch_size):
-            part = samples[start : start + batch_size]
+            part, batch = samples[start : start + batch_size], start // batch_size
+            turn = batch % len(configs)  # no configuration is always first
+            open_ = [c for c in [*configs[turn:], *configs[:turn]] if (c.label, batch) not in done]
+            if not open_:
+                continue
             right = self.prepare(task, part, [s.image_id for s in part])
+            if is_cold:  # the first run of anything is slow, and the first configuration should not pay for it
+                self.answer(right, Config(NONE), [0])
+                is_cold = False
             shuffled = None
-            if any(c.shuffled for c in configs):
+            if any(c.shuffled for c in open_):
                 shuffled = self.prepare(task, part, [others[s.id] for s in part])
-            turn = (start // batch_size) % len(configs)  # no configuration is always first
-            for config in [*configs[turn:], *configs[:turn]]:
-                rows, seconds = self.rows(task, part, config, shuffled if config.shuffled else right)
-                self.times.append(BatchTime(task.name, config.label, start // batch_size, len(part), seconds))
-                yield config, rows
+            for config in open_:
+                yield config, *self.rows(task, part, config, shuffled if config.shuffled else right, batch)
 
 
-class _FirstToken:
-    """Seconds until the first forward pass of a model ended, within a `with` block."""
+class Stopwatch:
+    """Seconds until the first forward pass of a model ended, and after it, within a `with` block."""
 
     def __init__(self, model: torch.nn.Module):
-        self.model, self.seconds = model, float("nan")
+        self.model, self.prefill_s, self.decode_s = model, math.nan, math.nan
+        self.peak_bytes: int | None = None
 
-    def __enter__(self) -> _FirstToken:
+    def __enter__(self) -> Stopwatch:
         self.hook = self.model.register_forward_hook(self._forward_ended)
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         _synchronise(self.model)
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, *exception) -> None:
         self.hook.remove()
+        _synchronise(self.model)
+        self.decode_s = time.perf_counter() - self.started - self.prefill_s
+        if self.model.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.model.device)
 
     def _forward_ended(self, *ignored) -> None:
-        if self.seconds != self.seconds:  # still NaN
+        if math.isnan(self.prefill_s):
             _synchronise(self.model)
-            self.seconds = time.perf_counter() - self.started
+            self.prefill_s = time.perf_counter() - self.started
 
 
 def _synchronise(model: torch.nn.Module) -> None:

@@ -259,7 +259,7 @@ def test_known_shapes_have_the_parameters_of_their_name(name):
     whole = text + 2 * shape.lm_head.macs + shape.vision.stack.n_layers * shape.vision.stack.layer(1, 0).macs
     size = 1e9 * float(name.split("-")[-1].removesuffix("b"))
     assert text <= 1.05 * size
-    assert size <= 1.05 * whole
+    assert size <= 1.1 * whole
 
 
 # ---- as a budget

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from pathlib import Path as _Path
 
 from .attachment import Attachment, attach
+from .compatibility import list_support
 from .errors import TokPruneError
 from .methods import METHODS as _METHODS
 from .methods import build_method as _build_method
@@ -44,4 +45,13 @@ def list_models() -> list[str]:
     return MODELS.names()
 
 
-__all__ = ["Attachment", "Method", "TokPruneError", "attach", "get_method", "list_methods", "list_models"]
+__all__ = [
+    "Attachment",
+    "Method",
+    "TokPruneError",
+    "attach",
+    "get_method",
+    "list_methods",
+    "list_models",
+    "list_support",
+]

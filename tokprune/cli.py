@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -14,7 +15,11 @@ from rich.table import Table
 
 import tokprune
 
+from .budget import Budget
 from .errors import RunError, TokPruneError
+from .flops import COMPAT, PARTS, Ledger, Ops, Shape
+from .shapes import KNOWN, known_shape, shape_from_config
+from .types import Tower
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -32,14 +37,148 @@ def methods() -> None:
         method = tokprune.get_method(name)
         first = (type(method).__doc__ or "").strip().splitlines()[0]
         table.add_row(name, first, method.count.value, method.source or "control")
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
 def models() -> None:
-    """List the model families, by `config.model_type`."""
-    for name in tokprune.list_models():
-        typer.echo(name)
+    """Show which method runs on which model family and vision tower."""
+    pairs = tokprune.list_support()
+    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
+    cell = {(p.model, p.tower, p.method): "yes" if p.works else p.instead or "no" for p in pairs}
+    table = Table("method", *(f"{model}, {tower}" for model, tower in columns), title="Models", title_justify="left")
+    for name in tokprune.list_methods():
+        table.add_row(name, *(cell[(*column, name)] for column in columns))
+    _console().print(table)
+
+
+@app.command()
+def flops(
+    model: Annotated[str, typer.Option(help="A known shape such as llava-1.5-7b, a local folder, or a hub id.")],
+    visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture; one crop by default.")] = None,
+    text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
+    keep: Annotated[float, typer.Option(help="Ratio of the visual tokens kept.")] = 0.25,
+    crops: Annotated[int | None, typer.Option(help="Crops encoded; by default as many as the tokens fill.")] = None,
+    method: Annotated[str, typer.Option(help="Count the signals of this method as selector.")] = "",
+    layers: Annotated[bool, typer.Option("--layers", help="Show every decoder layer.")] = False,
+) -> None:
+    """Show what a prefill costs, part by part, before and after pruning; nothing is run or downloaded for a shape."""
+    shape = _shape(model)
+    visual = shape.n_visual if visual is None else visual
+    if min(visual, text, 1 if crops is None else crops) < 1:
+        raise RunError("--visual, --text and --crops take whole numbers of at least 1")
+    crops = crops or -(-visual // shape.n_visual)
+    n_keep = Budget(keep_ratio=keep).n_keep(visual)
+    tower = Tower(shape.vision.stack.n_layers, has_cls=shape.vision.n_special > 0)
+    signals = tokprune.get_method(method).needs(tower) if method and n_keep < visual else frozenset()
+    pair = shape.prefill(visual + text, crops=crops), shape.prefill(n_keep + text, crops=crops, signals=signals)
+    _console().print(_ledger_table(shape, pair, (visual + text, n_keep + text), layers))
+    share = pair[0].before_llm.flops / pair[0].prefill.flops
+    typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
+
+
+def _shape(model: str) -> Shape:
+    if model in KNOWN or ("/" not in model and not Path(model).exists()):
+        return known_shape(model)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:  # whatever a broken or foreign folder makes transformers raise
+        raise RunError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
+    return shape_from_config(config)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, int], layers: bool) -> Table:
+    """Parts of two ledgers beside each other."""
+    title = f"{shape.name}: {columns[0]} -> {columns[1]} tokens; 1 MAC = 2 FLOPs, attention counted dense"
+    head = ("part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all")
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i == 0 else "right")
+
+    def add(name: str, before: Ops, after: Ops) -> None:
+        numbers = [f"{n / 1e9:,.2f}" for ops in (before, after) for n in (ops.macs, ops.flops)]
+        table.add_row(name, *numbers, f"{100 * after.macs / before.macs:.1f} %" if before.macs else "")
+
+    for part in PARTS:
+        add("LLM decoder layers" if part == "decoder" else part.replace("_", " "), *(p.part(part) for p in pair))
+        if part == "decoder" and layers:
+            for i, ops in enumerate(zip(pair[0].layers, pair[1].layers, strict=True)):
+                add(f"  layer {i}", *ops)
+    table.add_section()
+    add("LLM", pair[0].llm, pair[1].llm)
+    add("whole prefill", pair[0].prefill, pair[1].prefill)
+    add("decode, per token", *(shape.decode(n) for n in columns))
+    table.add_section()
+    for name, formula in COMPAT.items():
+        before, after = (formula(shape.text, n) for n in columns)
+        numbers = [
+            f"{before.macs / 1e9:,.2f}",
+            "",
+            f"{after.macs / 1e9:,.2f}",
+            "",
+            f"{100 * after.macs / before.macs:.1f} %",
+        ]
+        table.add_row(f"{name}'s formula (MACs, LLM alone)", *numbers)
+    table.add_section()
+    for dtype, size in (("half precision", 2), ("float32", 4)):
+        before, after = (n * shape.text.n_layers * shape.text.kv_bytes(size) / 2**20 for n in columns)
+        table.add_row(
+            f"KV cache, {dtype}", f"{before:.1f} MiB", "", f"{after:.1f} MiB", "", f"{100 * after / before:.1f} %"
+        )
+    return table
+
+
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="Name or specification; repeatable, or several with commas.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Ratio of the visual tokens kept.")] = 0.25,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
+    model: Annotated[str, typer.Option(help="Local folder or hub id; the embedded model by default.")] = "",
+    question: Annotated[str, typer.Option(help="Asked beside the picture.")] = "what is in the image?",
+) -> None:
+    """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
+    run, explained = _eval("run", needs=()), _eval("explained", needs=())
+    specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
+    budgets = [{"keep_ratio": keep} if tokprune.get_method(s).takes_budget else {} for s in specs]
+    Budget(keep_ratio=keep)
+    picture = explained.open_picture(image)
+    runner = run.Runner.load(model or str(run.EMBEDDED_MODEL))
+    sheet, lines = explained.explained(runner, picture, question, list(zip(specs, budgets, strict=True)))
+    try:
+        sheet.save(out, format="PNG")
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}; name another file with --out") from error
+    for line in lines:
+        typer.echo(line)
+    typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, check on the embedded model that pruning prunes, and exit with 1 where it does not."""
+    from . import doctor as checks
+
+    console = _console()
+    for name, version in checks.versions().items():
+        console.print(f"{name:14} {version}", highlight=False)
+    run = _eval("run", needs=())
+    failed = 0
+    for finding in checks.findings(run.Runner.load(str(run.EMBEDDED_MODEL))):
+        failed += not finding.ok
+        console.print(f"{'ok    ' if finding.ok else 'FAILED'} {finding.what}: {finding.seen}", highlight=False)
+    if failed:
+        typer.echo(f"tokprune: {failed} checks failed; do not trust a number from this installation", err=True)
+        raise typer.Exit(1)
+    console.print("All checks passed.")
 
 
 @app.command()
@@ -56,11 +195,15 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
     suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
 ) -> None:
-    """Compare methods and ratios on accuracy, tokens and prefill time."""
+    """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
+
+    A run that was cut off goes on where it stopped when the same command is typed again.
+    """
     compared = _eval("compare")
     tasks = _eval("tasks")
-    run = _eval("run")
+    run, folder, tables = _eval("run"), _eval("folder"), _eval("tables")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
         raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
     names = methods.split(",") if methods else list(compared.METHODS)
@@ -71,7 +214,7 @@ def compare(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
         )
     chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    console = _console()
     runner = run.Runner.load(model or str(run.EMBEDDED_MODEL), max_new_tokens=max_new_tokens, suffix=suffix)
     missing = runner.missing(configs)
     if missing and methods:
@@ -79,22 +222,33 @@ def compare(
     if missing:
         console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
         configs = [c for c in configs if c.method not in missing]
-    comparison = compared.Comparison(runner, model or run.EMBEDDED_MODEL.name, out, configs, batch_size)
-    comparison.run(chosen, console)
+    name = model or run.EMBEDDED_MODEL.name
+    settings = compared.settings(runner, name, chosen, configs, batch_size=batch_size)
+    with contextlib.closing(folder.RunFolder(out, settings, overwrite)) as results:
+        if results.answers:
+            n_done = sum(len(rows) for rows in results.answers.values())
+            console.print(f"{n_done} answers are in {out} already and are not asked for again")
+        comparison = compared.Comparison(runner, name, results, configs, batch_size)
+        comparison.run(chosen, console)
+        with results.writing():
+            tables.plot(comparison.rows, comparison.floors, out / "accuracy.png")
     for t, _ in chosen:
         rows = [r for r in comparison.rows if r.task == t.name]
-        console.print(compared.table(t.name, rows, comparison.floors[t.name]))
+        console.print(tables.table(t.name, rows, comparison.floors[t.name]))
     if not model:
         console.print(
             "A model this small shows that things work and what they save, not which method is better on large models."
         )
-    compared.plot(comparison.rows, comparison.floors, out / "accuracy.png")
     console.print(f"rows.jsonl, samples.jsonl and accuracy.png are in {out}")
 
 
-def _eval(module: str):
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _eval(module: str, needs: tuple[str, ...] = ("accelerate", "easy_vqa", "filelock", "matplotlib")):
     """A module of tokprune.eval, which needs the extra of that name."""
-    missing = [name for name in ("accelerate", "easy_vqa", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
         raise RunError(f"{', '.join(missing)} not installed; type pip install 'tokprune[eval]'")
     return importlib.import_module(f"tokprune.eval.{module}")

@@ -29,7 +29,7 @@ class Pair:
     instead: str = ""
 
 
-def compatibility() -> list[Pair]:
+def list_support() -> list[Pair]:
     """Every method on every model family, from what methods need and adapters supply."""
     from .integrations.transformers import MODELS
 

@@ -1,0 +1,160 @@
+"""The folder of a run: what is written when, so that a run that was cut off goes on where it stopped.
+
+`run.json` holds the settings. `samples.jsonl` gets the answers of a batch, then `times.jsonl` one line for that
+batch: a batch counts as done when both are there. Going on drops what belongs to no done batch, and a folder of
+other settings is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tokprune.errors import RunError
+
+from .rows import BatchTime, Costs, SampleRow
+
+Key = tuple[str, str, int]  # task, configuration, batch
+
+
+class RunFolder:
+    """Answers and times of a run, on disk.
+
+    Args:
+        path: created where it does not exist.
+        settings: everything that an answer depends on, as JSON values.
+        overwrite: start over, whatever is there.
+
+    Raises:
+        RunError: it cannot be written, another process is at it, or it holds a run with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False):
+        self.path = path
+        settings = json.loads(json.dumps(settings))  # as they read back
+        self.answers: dict[Key, list[SampleRow]] = {}
+        self.times: dict[Key, BatchTime] = {}
+        with self.writing():
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(path / ".lock")
+            self._acquire()
+            if overwrite:
+                self.clear()
+            self._check(settings)
+            self._read()
+            self._write("run.json", [json.dumps(settings, indent=1)])
+            self._rewrite()
+
+    def add(self, key: Key, rows: Sequence[SampleRow], time: BatchTime) -> None:
+        """Append a batch; the line of its time makes it count."""
+        with self.writing():
+            self._append("samples.jsonl", [asdict(row) for row in rows])
+            self._append("times.jsonl", [asdict(time)])
+        self.answers[key], self.times[key] = list(rows), time
+
+    def write_jsonl(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """A whole file at once: it is there complete, or not at all."""
+        with self.writing():
+            self._write(name, [json.dumps(row) for row in rows])
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run."""
+        for name in ("run.json", "samples.jsonl", "times.jsonl", "rows.jsonl", "accuracy.png"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let another process at the folder."""
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What cannot be written inside becomes one clear error."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self.path}: {error.strerror or error}. Nothing that was answered is lost: make "
+                "room and type the same command again, or name another folder with --out"
+            ) from error
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"another process writes to {self.path}; name another folder with --out") from error
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        path = self.path / "run.json"
+        if not path.exists():
+            if (self.path / "samples.jsonl").exists():
+                raise RunError(
+                    f"{self.path} holds answers without their settings; name another folder with --out, or start over "
+                    "with --overwrite"
+                )
+            return
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} cannot be read; start over with --overwrite") from error
+        for name in {**there, **settings}:
+            if there.get(name) != settings.get(name):
+                raise RunError(
+                    f"{self.path} holds a run with other settings ({name}: {_short(there.get(name))} there, "
+                    f"{_short(settings.get(name))} now); name another folder with --out, or start over with --overwrite"
+                )
+
+    def _read(self) -> None:
+        times = {_key(t): t for t in (BatchTime(**line) for line in self._lines("times.jsonl"))}
+        found: dict[Key, list[SampleRow]] = {}
+        for line in self._lines("samples.jsonl"):
+            row = SampleRow(**{**line, "costs": Costs(**line["costs"])})
+            found.setdefault(_key(row), []).append(row)
+        for key, time in times.items():
+            if len(found.get(key, [])) == time.size:
+                self.answers[key], self.times[key] = found[key], time
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """Whole lines of a file; the last one may have been cut off."""
+        path = self.path / name
+        for line in path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    def _rewrite(self) -> None:
+        """Keep what belongs to done batches."""
+        self._write("samples.jsonl", [json.dumps(asdict(r)) for rows in self.answers.values() for r in rows])
+        self._write("times.jsonl", [json.dumps(asdict(t)) for t in self.times.values()])
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        path = self.path / name
+        size = path.stat().st_size
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+    def _write(self, name: str, lines: Iterable[str]) -> None:
+        partial = self.path / f".{name}.partial"
+        try:
+            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(partial, self.path / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _key(part: BatchTime | SampleRow) -> Key:
+    return part.task, part.config, part.batch
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

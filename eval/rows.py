@@ -1,0 +1,315 @@
+"""Rows: one answer, the times of a batch, and one configuration on one task as tables show it."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+import subprocess
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist, mean, median
+from typing import Any
+
+import torch
+import transformers
+
+import tokprune
+from tokprune.flops import Ops, Shape
+
+NONE = "none"
+SHUFFLED = "shuffled pictures"
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared: a method specification (or "none") with its budget, on the right or on other pictures."""
+
+    method: str
+    keep_ratio: float | None = None
+    shuffled: bool = False
+
+    @property
+    def label(self) -> str:
+        """A name unique within a run."""
+        keep = "" if self.keep_ratio is None else f"@{self.keep_ratio:g}"
+        return (SHUFFLED if self.shuffled else self.method) + keep
+
+
+@dataclass
+class Costs:
+    """FLOPs of language model and prefill, and KV bytes, before and after; of one prompt without padding."""
+
+    llm_flops_before: float | None = None
+    llm_flops_after: float | None = None
+    prefill_flops_before: float | None = None
+    prefill_flops_after: float | None = None
+    kv_bytes_before: float | None = None
+    kv_bytes_after: float | None = None
+
+    @classmethod
+    def of(cls, shape: Shape | None, before: int, after: int, selector: Ops, bytes_per_value: int) -> Costs:
+        """Of one picture of one crop with a prompt of so many columns; unknown where the shape is."""
+        if shape is None:
+            return cls()
+        bare = shape.prefill(before, bytes_per_value=bytes_per_value)
+        pruned = shape.prefill(after, bytes_per_value=bytes_per_value)
+        return cls(
+            llm_flops_before=bare.llm.flops,
+            llm_flops_after=pruned.llm.flops,
+            prefill_flops_before=bare.prefill.flops,
+            prefill_flops_after=(pruned.prefill + selector).flops,
+            kv_bytes_before=bare.kv_bytes,
+            kv_bytes_after=pruned.kv_bytes,
+        )
+
+
+@dataclass
+class SampleRow:
+    """One answer. Columns are of the prompt row alone, without padding."""
+
+    task: str
+    config: str
+    batch: int
+    method: str
+    keep_ratio: float | None
+    sample: str
+    kind: str
+    expected: str
+    answer: str
+    right: bool  # the whole answer, and nothing after it
+    words_right: bool  # it begins with the expected words
+    stopped: bool  # the stop token came
+    n_visual_before: int
+    n_visual_after: int
+    llm_columns_before: int
+    llm_columns_after: int
+    costs: Costs
+
+
+@dataclass
+class BatchTime:
+    """One batch of one configuration: to the first token, and for each token after it (None where there is none)."""
+
+    task: str
+    config: str
+    batch: int
+    size: int
+    prefill_s: float
+    decode_s_per_token: float | None
+    peak_bytes: int | None  # of the GPU
+
+
+@dataclass
+class Row:
+    """One configuration on one task, as it is written to rows.jsonl.
+
+    `value` is the share of whole answers right, with its 95 % Wilson interval and standard error; `params` are
+    the method's options; `by_kind` holds value and number of questions by kind; counts, FLOPs and bytes are means
+    over questions; times are of full batches; `peak_gib` and `gpu` are empty on a CPU.
+    """
+
+    model: str
+    revision: str | None
+    method: str
+    params: dict[str, Any]
+    config: str
+    keep_ratio: float | None
+    n_visual_before: float
+    n_visual_after: float
+    llm_columns_before: float
+    llm_columns_after: float
+    task: str
+    split: str
+    n_samples: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    stderr: float
+    words_value: float
+    stop_rate: float
+    by_kind: dict[str, dict[str, float]]
+    costs: Costs
+    prefill_ms_p20: float
+    prefill_ms_p50: float
+    prefill_ms_p80: float
+    prefill_ratio: float | None
+    decode_ms_per_token_p50: float | None
+    peak_gib: float | None
+    gpu: str | None
+    device: str
+    dtype: str
+    batch_size: int
+    attn_implementation: str
+    positions: str
+    torch: str
+    transformers: str
+    tokprune: str
+    commit: str | None
+    seed: int | None
+    date: str
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> Row:
+        """From one line of rows.jsonl."""
+        return cls(**{**fields, "costs": Costs(**fields["costs"])})
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = right / n, Z95 * Z95
+    middle, half = p + z2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
+def percentile(ordered: Sequence[float], q: float) -> float:
+    """The nearest-rank percentile of an ascending list."""
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's architecture with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} cpu, {torch.get_num_threads()} threads"
+
+
+def conditions(model: torch.nn.Module) -> dict[str, Any]:
+    """Where and with what something runs; the columns of a row that describe it."""
+    device, config = model.device, model.config
+    return {
+        "revision": getattr(config, "_commit_hash", None),
+        "gpu": device_name(device) if device.type == "cuda" else None,
+        "device": device_name(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": config._attn_implementation,
+        "positions": "auto",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokprune": tokprune.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, or None where it is installed without one."""
+    root = Path(tokprune.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+@dataclass
+class Summariser:
+    """Makes a task's rows out of its answers and times."""
+
+    model_name: str
+    model: torch.nn.Module
+    task: str
+    split: str
+
+    def rows(self, answers: dict[Config, list[SampleRow]], times: dict[Config, list[BatchTime]]) -> list[Row]:
+        """One row a configuration. A last batch smaller than the others is not timed."""
+        full = max(t.size for batches in times.values() for t in batches)
+        timed = {c: {t.batch: t for t in batches if t.size == full} for c, batches in times.items()}
+        bare = next((timed[c] for c in answers if c.method == NONE and not c.shuffled), None)
+        shared = {**conditions(self.model), "batch_size": full}
+        return [self._row(c, rows, timed[c], bare, shared) for c, rows in answers.items() if rows]
+
+    def _row(self, config: Config, rows: list[SampleRow], timed: dict, bare: dict | None, shared: dict) -> Row:
+        right, n = sum(r.right for r in rows), len(rows)
+        low, high = wilson(right, n)
+        ordered = sorted(1000 * t.prefill_s for t in timed.values())
+        steps = [1000 * t.decode_s_per_token for t in timed.values() if t.decode_s_per_token is not None]
+        peaks = [t.peak_bytes for t in timed.values() if t.peak_bytes is not None]
+        params = {} if config.method == NONE else asdict_of_method(config.method)
+        return Row(
+            model=self.model_name,
+            method=SHUFFLED if config.shuffled else config.method,
+            params=params,
+            config=config.label,
+            keep_ratio=config.keep_ratio,
+            **{name: mean(getattr(r, name) for r in rows) for name in COUNTS},
+            task=self.task,
+            split=self.split,
+            n_samples=n,
+            metric="exact_match",
+            value=right / n,
+            low=low,
+            high=high,
+            stderr=math.sqrt(right / n * (1 - right / n) / n),
+            words_value=mean(r.words_right for r in rows),
+            stop_rate=mean(r.stopped for r in rows),
+            by_kind=_by_kind(rows),
+            costs=mean_costs([r.costs for r in rows]),
+            prefill_ms_p20=percentile(ordered, 0.2),
+            prefill_ms_p50=percentile(ordered, 0.5),
+            prefill_ms_p80=percentile(ordered, 0.8),
+            prefill_ratio=median(t.prefill_s / bare[b].prefill_s for b, t in timed.items()) if bare else None,
+            decode_ms_per_token_p50=median(steps) if steps else None,
+            peak_gib=max(peaks) / 2**30 if peaks else None,
+            seed=params.get("seed"),
+            **shared,
+        )
+
+
+COUNTS = ("n_visual_before", "n_visual_after", "llm_columns_before", "llm_columns_after")
+
+
+def asdict_of_method(spec: str) -> dict[str, Any]:
+    """The options of a method."""
+    return asdict(tokprune.get_method(spec))
+
+
+def _by_kind(rows: Sequence[SampleRow]) -> dict[str, dict[str, float]]:
+    kinds: dict[str, list[bool]] = defaultdict(list)
+    for r in rows:
+        kinds[r.kind].append(r.right)
+    return {kind: {"value": mean(values), "n_samples": len(values)} for kind, values in sorted(kinds.items())}
+
+
+def mean_costs(costs: Sequence[Costs]) -> Costs:
+    """Means by field; unknown where any is."""
+    fields = {name: [getattr(c, name) for c in costs] for name in Costs.__dataclass_fields__}
+    return Costs(**{name: None if None in values else mean(values) for name, values in fields.items()})
+
+
+def pooled(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the seeds of `random` put together: means, with the interval of one seed's number of questions.
+
+    Seeds answer the same questions, so their answers are not independent: three seeds are not three times the data.
+    """
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        name = row.method.split(":")[0] if row.method.startswith("random:") else row.method
+        groups[row.model, row.task, name, row.keep_ratio].append(row)
+    return [group[0] if len(group) == 1 else _pool(name, group) for (_, _, name, _), group in groups.items()]
+
+
+def _pool(name: str, group: list[Row]) -> Row:
+    first, value = group[0], mean(r.value for r in group)
+    low, high = wilson(value * first.n_samples, first.n_samples)
+    ratios = [r.prefill_ratio for r in group if r.prefill_ratio is not None]
+    means = {key: mean(getattr(r, key) for r in group) for key in (*COUNTS, "words_value", "stop_rate")}
+    kinds = {k: {**v, "value": mean(r.by_kind[k]["value"] for r in group)} for k, v in first.by_kind.items()}
+    changed = {
+        "method": f"{name}, {len(group)} seeds",
+        "value": value,
+        "low": low,
+        "high": high,
+        "prefill_ratio": mean(ratios) if ratios else None,
+        "by_kind": kinds,
+        "costs": mean_costs([r.costs for r in group]),
+        "seed": None,
+    }
+    return Row(**{**vars(first), **means, **changed})
