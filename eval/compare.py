@@ -18,6 +18,7 @@ from tokprune.budget import Budget
 from .folder import RunFolder
 from .rows import NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions
 from .run import Runner
+from .tables import plot, table
 from .tasks import Sample, Task, stratified
 from .tasks.subset import SUBSET_SIZE
 
@@ -80,7 +81,10 @@ class Comparison:
         self.floors: dict[str, float | None] = {}
 
     def run(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
-        """Answer every question under every configuration, with a progress bar."""
+        """Answer every question under every configuration, write rows and plot, and show the tables."""
+        if self.folder.answers:
+            n_done = sum(len(rows) for rows in self.folder.answers.values())
+            console.print(f"{n_done} answers are in {self.folder.path} already and are not asked for again")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             bars = [
@@ -101,6 +105,10 @@ class Comparison:
             if floor is not None
         ]
         self.folder.write_jsonl("rows.jsonl", [*floors, *(asdict(row) for row in self.rows)])
+        with self.folder.writing():
+            plot(self.rows, self.floors, self.folder.path / "accuracy.png")
+        for task, _ in tasks:
+            console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
 
     def _answer(self, task: Task, samples: list[Sample], advance) -> None:
         done = {(config, batch) for name, config, batch in self.folder.answers if name == task.name}

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import collections
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from tokprune.eval import compare
-from tokprune.eval.run import EMBEDDED_MODEL, Config, Runner, _begins_with, _other_pictures
+from tokprune.eval import compare, rows
+from tokprune.eval.rows import Config
+from tokprune.eval.run import EMBEDDED_MODEL, Runner, _begins_with, _other_pictures
 from tokprune.eval.tasks import Sample, load_task, normalise, stratified
 from tokprune.eval.tasks.findit import KINDS, FindIt, draw
 
@@ -102,17 +98,6 @@ def test_stratified_takes_all_when_asked_for_more():
     assert stratified(samples, 5) == samples
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A user's own questions about three pictures."""
-    lines = []
-    for i, colour in enumerate(("red", "green", "blue")):
-        Image.new("RGB", (50 + 10 * i, 40), colour).save(tmp_path / f"{i}.png")
-        lines.append({"file_name": f"{i}.png", "question": "what color is the shape?", "answer": colour})
-    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    return tmp_path
-
-
 def test_folder_is_a_task(folder):
     task = load_task(str(folder))
     assert [s.answer for s in task.samples()] == ["red", "green", "blue"]
@@ -176,11 +161,11 @@ def test_answers_are_compared_by_words(text, expected, right, words):
 
 
 def test_wilson_interval_by_hand():
-    low, high = compare.wilson(8, 10)  # from the formula, worked with z = 1.959964
+    low, high = rows.wilson(8, 10)  # from the formula, worked with z = 1.959964
     assert low == pytest.approx(0.490162, abs=1e-6)
     assert high == pytest.approx(0.943318, abs=1e-6)
-    assert compare.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
-    assert compare.wilson(0, 0) == (0.0, 1.0)
+    assert rows.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert rows.wilson(0, 0) == (0.0, 1.0)
 
 
 def test_shuffled_pictures_are_other_pictures():
@@ -214,15 +199,22 @@ def test_grid_of_configurations():
 
 
 def test_seeds_are_pooled_into_one_row():
-    row = dict.fromkeys(compare.Row.__dataclass_fields__, 0) | {"task": "t", "keep_ratio": 0.5, "n_samples": 100}
-    rows = [
-        compare.Row(**row | {"method": f"random:seed={i}", "accuracy": a, "by_kind": {"k": a}})
+    row = dict.fromkeys(rows.Row.__dataclass_fields__, 0) | {"task": "t", "keep_ratio": 0.5, "n_samples": 100}
+    seeds = [
+        rows.Row(
+            **row
+            | {"method": f"random:seed={i}", "value": a, "by_kind": {"k": {"value": a, "n_samples": 100}}}
+            | {"costs": rows.Costs(prefill_flops_after=a)}
+        )
         for i, a in enumerate((0.5, 0.6, 0.7))
     ]
-    (pooled,) = compare.pooled(rows)
+    (pooled,) = rows.pooled(seeds)
     assert (pooled.method, pooled.n_samples) == ("random, 3 seeds", 100)  # the same 100 questions three times
-    assert pooled.accuracy == pytest.approx(0.6)
-    assert (pooled.low, pooled.high) == pytest.approx(compare.wilson(60, 100))
+    assert pooled.value == pytest.approx(0.6)
+    assert pooled.by_kind["k"] == {"value": pytest.approx(0.6), "n_samples": 100}
+    assert pooled.costs.prefill_flops_after == pytest.approx(0.6)
+    assert pooled.costs.llm_flops_after is None
+    assert (pooled.low, pooled.high) == pytest.approx(rows.wilson(60, 100))
     assert compare.configurations(["random", "random:seed=0"], [0.5, 0.5]) == [
         Config(f"random:seed={i}", 0.5) for i in range(3)
     ]
@@ -249,12 +241,12 @@ def test_embedded_model_beats_its_floors_and_survives_pruning(runner):
     samples = stratified(task.samples(), 100)
     configs = compare.configurations(["none", "blind", "vtc_cls", "random"], [0.25], seeds=1)
     right = collections.Counter()
-    for config, rows in runner.run(task, samples, configs, batch_size=50):
-        right[config.label] += sum(r.right for r in rows)
-        assert all(r.n_visual == 144 for r in rows)
+    for config, answers, _ in runner.run(task, samples, configs, batch_size=50):
+        right[config.label] += sum(r.right for r in answers)
+        assert all(r.n_visual_before == 144 for r in answers)
         kept = {"none": 144, "shuffled pictures": 144, "blind": 0}.get(config.label, 36)
-        assert {r.n_visual_kept for r in rows} == {kept}
-        assert {r.llm_columns - r.llm_columns_kept for r in rows} == {144 - kept}
+        assert {r.n_visual_after for r in answers} == {kept}
+        assert {r.llm_columns_before - r.llm_columns_after for r in answers} == {144 - kept}
     assert right["none"] > right["shuffled pictures"] + 20
     assert right["vtc_cls@0.25"] > right["blind"] + 20
 
@@ -265,8 +257,8 @@ def test_batches_answer_as_single_questions_do(runner):
     configs = [Config("none"), Config("vtc_cls", 0.25), Config("random:seed=1", 0.11)]
     answers = []
     for batch_size in (12, 1):
-        rows = [row for _, part in runner.run(task, samples, configs, batch_size) for row in part]
-        answers.append({(r.config, r.sample): r.answer for r in rows})
+        given = [row for _, part, _ in runner.run(task, samples, configs, batch_size) for row in part]
+        answers.append({(r.config, r.sample): (r.answer, r.costs) for r in given})
     assert answers[0] == answers[1]
 
 
@@ -274,120 +266,14 @@ def test_kinds_cover_the_task():
     assert {s.kind for s in FindIt(n_scenes=20).samples()} == set(KINDS)
 
 
-# ---- the README
-
-
-def test_readme_tables_are_rendered_from_the_committed_rows():
-    from tokprune.eval.render import rendered
-
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    assert rendered(readme) == readme
-    assert readme.count("| question only |") == 2
-
-
-# ---- the command line
-
-
-def tokprune_cli(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "tokprune.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=cwd,
-        check=False,
-    )
-
-
-def test_cli_compares_on_a_folder_of_ones_own(folder, tmp_path):
-    out = tmp_path / "out"
-    done = tokprune_cli(
-        "compare",
-        "--task",
-        str(folder),
-        "--methods",
-        "none,vtc_cls,fopru:strategy=row",
-        "--keep",
-        "0.25",
-        "--out",
-        str(out),
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert [r["config"] for r in rows] == ["none", "shuffled pictures", "vtc_cls@0.25", "fopru:strategy=row@0.25"]
-    assert len(samples) == 4 * 3
-    assert {r["n_visual_kept"] for r in rows} == {144, 36}
-    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert "fopru:strategy=row" in done.stdout
-    assert "visual tokens" in done.stdout
-    assert "144 -> 36" in done.stdout
-
-
-def test_cli_lists():
-    done = tokprune_cli("methods")
-    assert all(name in done.stdout for name in tokprune.list_methods())
-    assert "llava" in tokprune_cli("models").stdout
-
-
-BAD_COMMANDS = {
-    "method": (["--methods", "vtc_csl"], "Did you mean 'vtc_cls'"),
-    "option of a method": (["--methods", "fopru:rows=1"], "has no option 'rows'"),
-    "ratio": (["--keep", "25"], "keep_ratio=0.25"),
-    "no ratio": (["--keep", "half"], "--keep 0.5,0.25"),
-    "task": (["--task", "findt"], "Did you mean 'findit'"),
-    "model": (["--model", "/no/such/folder"], "cannot load '/no/such/folder'"),
-    "limit": (["--limit", "0"], "at least 1"),
-    "unknown flag": (["--keeep", "0.5"], "--keep"),
-    "flag without a value": (["--limit", "many"], "--limit"),
-    "folder": (["--out", "/proc/no/out", "--limit", "1"], "name another folder with --out"),
-}
-
-
-def test_cli_refuses_two_tasks_of_one_name(folder, tmp_path):
-    done = tokprune_cli("compare", "--task", str(folder), "--task", str(folder), "--out", str(tmp_path / "out"))
-    assert (done.returncode, "named alike" in done.stderr) == (2, True)
-
-
-def test_cli_broken_weights_are_one_line(tmp_path):
-    for file in EMBEDDED_MODEL.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    done = tokprune_cli("compare", "--model", str(tmp_path), "--limit", "1")
-    assert done.returncode == 2
-    assert "cannot load" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("what", BAD_COMMANDS)
-def test_cli_answers_bad_input_in_one_line(what):
-    arguments, fix = BAD_COMMANDS[what]
-    done = tokprune_cli("compare", *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("tokprune:")]
-    assert len(lines) == 1
-    assert fix in lines[0]
-    assert "Traceback" not in done.stderr
-
-
-def test_cli_model_that_is_no_supported_family(tmp_path):
-    from transformers import LlamaConfig
-
-    LlamaConfig().save_pretrained(tmp_path)
-    done = tokprune_cli("compare", "--model", str(tmp_path))
-    assert done.returncode == 2
-    assert "of: llava" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_model_on_a_folder_runs_in_another_dtype(runner):
     half = Runner(runner.model.bfloat16(), runner.processor)
     task = load_task("findit")
     samples = stratified(task.samples(), 10)
-    rows = [r for _, part in half.run(task, samples, [Config("vtc_cls", 0.25)]) for r in part]
+    given = [r for _, part, _ in half.run(task, samples, [Config("vtc_cls", 0.25)]) for r in part]
     runner.model.to(torch.float32)
-    assert {r.n_visual_kept for r in rows} == {36}
+    assert {r.n_visual_after for r in given} == {36}
+    assert {r.costs.kv_bytes_after / r.llm_columns_after for r in given} == {2 * 8 * 160 * 2}
 
 
 def test_cost_of_signals_is_measured_apart_from_the_tower():
@@ -402,3 +288,14 @@ def test_cost_of_signals_is_measured_apart_from_the_tower():
         assert 0 < cost.signals_s_p20 <= cost.signals_s_p80
         assert cost.share > 0
     tokprune.attach(tiny.model(), "vtc_cls", keep_ratio=0.5).detach()  # nothing is left attached
+
+
+# ---- the README
+
+
+def test_readme_tables_are_rendered_from_the_committed_rows():
+    from tokprune.eval.render import rendered
+
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert rendered(readme) == readme
+    assert readme.count("| question only |") == 2

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .budget import REFERENCE_TEXT, Budget, Scope
+from .call import Call, Local, repeated_salts
 from .compaction import Compaction, Ran, mark_dropped, without_marks
 from .compatibility import checked_signals
 from .errors import (
@@ -87,37 +86,12 @@ def attach(
     return Attachment(adapter, built, label, budget, positions, signals)
 
 
-def _checked_budget(method: Method, given: tuple, flops_scope: Scope) -> Budget | None:
+def _checked_budget(method: Method, given: tuple[Any, Any, Any], flops_scope: Scope) -> Budget | None:
     if method.takes_budget:
         return Budget(*given, flops_scope)
     if given != (None, None, None):
         raise BudgetError(f"{method} keeps no visual token; leave keep_ratio, keep_tokens and flops_ratio out")
     return None
-
-
-@dataclass
-class _Call:
-    """What one call of the model did: begun by an encode, or by a language-model pass on an empty cache."""
-
-    encoded: set[str] = field(default_factory=set)
-    images: list[ImageReport] = field(default_factory=list)
-    prefills: list[Prefill] = field(default_factory=list)
-    bad: list[Tensor] = field(default_factory=list)  # whether features held NaN, on the device
-    dropped: list[Tensor] = field(default_factory=list)  # whether tokens were dropped, on the device
-    below_budget: bool = False  # some image had more tokens than its budget
-    clamped: bool = False
-    ran: bool = False
-    rows: Tensor | None = None  # input_ids whose rows may be beam copies
-
-
-class _Local(threading.local):
-    """State of one attachment in one thread."""
-
-    call: _Call | None = None
-    paused: int = 0
-    placeholders: Tensor | None = None  # how many in this pass, a scalar on the device
-    rows: Tensor | None = None
-    facts: Mapping[str, int] = {}
 
 
 class Attachment(NotCopyable):
@@ -140,7 +114,7 @@ class Attachment(NotCopyable):
         self._signals = signals
         self._n_keep = functools.lru_cache(maxsize=64)(self._count)  # a FLOPs budget is searched for
         self._cost: Any = adapter.shape and SelectionCost(adapter.shape, signals, method.cost)
-        self._local = _Local()
+        self._local = Local()
         self._tap = SignalTap(adapter, signals) if signals else None
         with contextlib.ExitStack() as stack:
             for name in adapter.encode_functions:
@@ -178,7 +152,7 @@ class Attachment(NotCopyable):
     @property
     def report(self) -> Report:
         """What the last call of this thread did."""
-        call = self._local.call or _Call()
+        call = self._local.call or Call()
         return Report(
             method=self.label,
             budget=str(self.budget or ""),
@@ -239,11 +213,11 @@ class Attachment(NotCopyable):
         return put_back(marked) if call.below_budget else out
 
     def _prune(
-        self, features: list[Tensor], layouts: list[Layout], packed: dict[Signal, list[Tensor]], call: _Call
+        self, features: list[Tensor], layouts: list[Layout], packed: dict[Signal, list[Tensor]], call: Call
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Marked features and keep of every image; the method sees the images of one layout at once."""
         marked, keeps = list(features), [f.new_ones(len(f), dtype=torch.bool) for f in features]
-        salts = _repeated(tuple(self.salts), len(features))
+        salts = repeated_salts(tuple(self.salts), len(features))
         for layout in dict.fromkeys(layouts):
             n_keep = self._n_keep(layout)
             if n_keep >= layout.n_visual:
@@ -305,10 +279,10 @@ class Attachment(NotCopyable):
         asked = self.budget.keep_tokens if self.budget else None
         return asked is not None and asked > layout.n_visual
 
-    def _call_of_encode(self, name: str) -> _Call:
+    def _call_of_encode(self, name: str) -> Call:
         call = self._local.call
         if call is None or call.ran or name in call.encoded:
-            call = self._local.call = _Call()
+            call = self._local.call = Call()
         call.encoded.add(name)
         if self._local.rows is not None:
             call.rows = self._local.rows
@@ -362,7 +336,7 @@ class Attachment(NotCopyable):
             return
         call, placeholders = self._local.call, facts.get("placeholders", 0)
         if call is None or (starts_call and call.ran and not (facts["marked"] or placeholders)):
-            call = self._local.call = _Call()
+            call = self._local.call = Call()
         encoded_now = bool(call.images) and not (starts_call and call.ran)
         if starts_call:
             call.prefills.clear()  # without a cache every step passes the whole prompt again
@@ -390,12 +364,3 @@ class Attachment(NotCopyable):
         facts = self._local.facts
         if ran.past_inner == 0 or facts.get("marked") or facts.get("placeholders"):
             call.prefills.append(Prefill(**vars(ran)))
-
-
-def _repeated(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
-    """One salt an image; each repeated in place where beams repeat the pictures."""
-    if not salts or n_images % len(salts):
-        raise OptionError(
-            f"{len(salts)} salts for {n_images} images; set attachment.salts to one an image, or to one for all"
-        )
-    return tuple(salt for salt in salts for _ in range(n_images // len(salts)))

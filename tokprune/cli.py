@@ -11,13 +11,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import tokprune
 
+from . import terminal
 from .budget import Budget
 from .errors import RunError, TokPruneError
-from .flops import COMPAT, PARTS, Ledger, Ops, Shape
+from .flops import Shape
 from .shapes import KNOWN, known_shape, shape_from_config
 from .types import Tower
 
@@ -32,24 +32,13 @@ def _root() -> None:
 @app.command()
 def methods() -> None:
     """List the methods, with what they promise and where they come from."""
-    table = Table("method", "keeps", "count", "source", title="Methods", title_justify="left")
-    for name in tokprune.list_methods():
-        method = tokprune.get_method(name)
-        first = (type(method).__doc__ or "").strip().splitlines()[0]
-        table.add_row(name, first, method.count.value, method.source or "control")
-    _console().print(table)
+    _console().print(terminal.methods_table())
 
 
 @app.command()
 def models() -> None:
     """Show which method runs on which model family and vision tower."""
-    pairs = tokprune.list_support()
-    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
-    cell = {(p.model, p.tower, p.method): "yes" if p.works else p.instead or "no" for p in pairs}
-    table = Table("method", *(f"{model}, {tower}" for model, tower in columns), title="Models", title_justify="left")
-    for name in tokprune.list_methods():
-        table.add_row(name, *(cell[(*column, name)] for column in columns))
-    _console().print(table)
+    _console().print(terminal.support_table())
 
 
 @app.command()
@@ -72,7 +61,7 @@ def flops(
     tower = Tower(shape.vision.stack.n_layers, has_cls=shape.vision.n_special > 0)
     signals = tokprune.get_method(method).needs(tower) if method and n_keep < visual else frozenset()
     pair = shape.prefill(visual + text, crops=crops), shape.prefill(n_keep + text, crops=crops, signals=signals)
-    _console().print(_ledger_table(shape, pair, (visual + text, n_keep + text), layers))
+    _console().print(terminal.ledger_table(shape, pair, (visual + text, n_keep + text), layers))
     share = pair[0].before_llm.flops / pair[0].prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
 
@@ -91,47 +80,6 @@ def _shape(model: str) -> Shape:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, int], layers: bool) -> Table:
-    """Parts of two ledgers beside each other."""
-    title = f"{shape.name}: {columns[0]} -> {columns[1]} tokens; 1 MAC = 2 FLOPs, attention counted dense"
-    head = ("part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all")
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i == 0 else "right")
-
-    def add(name: str, before: Ops, after: Ops) -> None:
-        numbers = [f"{n / 1e9:,.2f}" for ops in (before, after) for n in (ops.macs, ops.flops)]
-        table.add_row(name, *numbers, f"{100 * after.macs / before.macs:.1f} %" if before.macs else "")
-
-    for part in PARTS:
-        add("LLM decoder layers" if part == "decoder" else part.replace("_", " "), *(p.part(part) for p in pair))
-        if part == "decoder" and layers:
-            for i, ops in enumerate(zip(pair[0].layers, pair[1].layers, strict=True)):
-                add(f"  layer {i}", *ops)
-    table.add_section()
-    add("LLM", pair[0].llm, pair[1].llm)
-    add("whole prefill", pair[0].prefill, pair[1].prefill)
-    add("decode, per token", *(shape.decode(n) for n in columns))
-    table.add_section()
-    for name, formula in COMPAT.items():
-        before, after = (formula(shape.text, n) for n in columns)
-        numbers = [
-            f"{before.macs / 1e9:,.2f}",
-            "",
-            f"{after.macs / 1e9:,.2f}",
-            "",
-            f"{100 * after.macs / before.macs:.1f} %",
-        ]
-        table.add_row(f"{name}'s formula (MACs, LLM alone)", *numbers)
-    table.add_section()
-    for dtype, size in (("half precision", 2), ("float32", 4)):
-        before, after = (n * shape.text.n_layers * shape.text.kv_bytes(size) / 2**20 for n in columns)
-        table.add_row(
-            f"KV cache, {dtype}", f"{before:.1f} MiB", "", f"{after:.1f} MiB", "", f"{100 * after / before:.1f} %"
-        )
-    return table
 
 
 @app.command()
@@ -203,7 +151,7 @@ def compare(
     """
     compared = _eval("compare")
     tasks = _eval("tasks")
-    run, folder, tables = _eval("run"), _eval("folder"), _eval("tables")
+    run = _eval("run")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
         raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
     names = methods.split(",") if methods else list(compared.METHODS)
@@ -224,17 +172,8 @@ def compare(
         configs = [c for c in configs if c.method not in missing]
     name = model or run.EMBEDDED_MODEL.name
     settings = compared.settings(runner, name, chosen, configs, batch_size=batch_size)
-    with contextlib.closing(folder.RunFolder(out, settings, overwrite)) as results:
-        if results.answers:
-            n_done = sum(len(rows) for rows in results.answers.values())
-            console.print(f"{n_done} answers are in {out} already and are not asked for again")
-        comparison = compared.Comparison(runner, name, results, configs, batch_size)
-        comparison.run(chosen, console)
-        with results.writing():
-            tables.plot(comparison.rows, comparison.floors, out / "accuracy.png")
-    for t, _ in chosen:
-        rows = [r for r in comparison.rows if r.task == t.name]
-        console.print(tables.table(t.name, rows, comparison.floors[t.name]))
+    with contextlib.closing(_eval("folder").RunFolder(out, settings, overwrite)) as results:
+        compared.Comparison(runner, name, results, configs, batch_size).run(chosen, console)
     if not model:
         console.print(
             "A model this small shows that things work and what they save, not which method is better on large models."

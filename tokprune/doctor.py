@@ -66,7 +66,7 @@ def _guarded(method: str, check: Callable[[], Finding]) -> Finding:
 
 def _prunes(model, inputs: dict, method: str, n_columns: int) -> Finding:
     n_visual = model.config.image_seq_length
-    budget = {"keep_ratio": KEEP} if tokprune.get_method(method).takes_budget else {}
+    budget: dict[str, Any] = {"keep_ratio": KEEP} if tokprune.get_method(method).takes_budget else {}
     n_keep = round(n_visual * KEEP) if budget else 0
     with tokprune.attach(model, method, **budget) as attachment:
         logits, columns = _logits(model, inputs)

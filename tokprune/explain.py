@@ -20,7 +20,8 @@ def seen(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.I
 
     Args:
         pixels: (3, H, W), as the processor gives them.
-        mean, std: of the image processor, for each of the three channels, in 0..1.
+        mean: of the image processor, for each of the three channels, in 0..1.
+        std: likewise.
     """
     mean_, std_ = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
     values = (pixels.float().cpu() * std_ + mean_) * 255

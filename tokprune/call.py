@@ -1,0 +1,46 @@
+"""The state of one call of an attached model, and of one thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .errors import OptionError
+from .report import ImageReport, Prefill
+
+
+@dataclass
+class Call:
+    """What one call of the model did: begun by an encode, or by a language-model pass on an empty cache."""
+
+    encoded: set[str] = field(default_factory=set)
+    images: list[ImageReport] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
+    bad: list[Tensor] = field(default_factory=list)  # whether features held NaN, on the device
+    dropped: list[Tensor] = field(default_factory=list)  # whether tokens were dropped, on the device
+    below_budget: bool = False  # some image had more tokens than its budget
+    clamped: bool = False
+    ran: bool = False
+    rows: Tensor | None = None  # input_ids whose rows may be beam copies
+
+
+class Local(threading.local):
+    """State of one attachment in one thread."""
+
+    call: Call | None = None
+    paused: int = 0
+    placeholders: Tensor | None = None  # how many in this pass, a scalar on the device
+    rows: Tensor | None = None
+    facts: Mapping[str, int] = {}
+
+
+def repeated_salts(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
+    """One salt an image; each repeated in place where beams repeat the pictures."""
+    if not salts or n_images % len(salts):
+        raise OptionError(
+            f"{len(salts)} salts for {n_images} images; set attachment.salts to one an image, or to one for all"
+        )
+    return tuple(salt for salt in salts for _ in range(n_images // len(salts)))

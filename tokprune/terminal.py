@@ -1,0 +1,67 @@
+"""Tables for the terminal: methods, models and ledgers."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+import tokprune
+
+from .flops import COMPAT, PARTS, Ledger, Ops, Shape
+
+_PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
+
+
+def methods_table() -> Table:
+    """What each method keeps and promises."""
+    table = Table("method", "keeps", "count", "source", title="Methods", title_justify="left")
+    for name in tokprune.list_methods():
+        method = tokprune.get_method(name)
+        first = (type(method).__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, first, method.count.value, method.source or "control")
+    return table
+
+
+def support_table() -> Table:
+    """Which method runs on which model."""
+    pairs = tokprune.list_support()
+    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
+    cell = {(p.model, p.tower, p.method): "yes" if p.works else p.instead or "no" for p in pairs}
+    table = Table("method", *(f"{model}, {tower}" for model, tower in columns), title="Models", title_justify="left")
+    for name in tokprune.list_methods():
+        table.add_row(name, *(cell[(*column, name)] for column in columns))
+    return table
+
+
+def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, int], layers: bool) -> Table:
+    """Parts of two ledgers, unpruned and kept, beside each other; `layers` shows every decoder layer."""
+    title = f"{shape.name}: {columns[0]} -> {columns[1]} tokens; 1 MAC = 2 FLOPs, attention counted dense"
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(("part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all")):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for part in PARTS:
+        _add(table, _PART_NAMES.get(part, part), pair[0].part(part), pair[1].part(part))
+        if part == "decoder" and layers:
+            for i, (before, after) in enumerate(zip(pair[0].layers, pair[1].layers, strict=True)):
+                _add(table, f"  layer {i}", before, after)
+    table.add_section()
+    _add(table, "LLM", pair[0].llm, pair[1].llm)
+    _add(table, "whole prefill", pair[0].prefill, pair[1].prefill)
+    _add(table, "decode, per token", shape.decode(columns[0]), shape.decode(columns[1]))
+    table.add_section()
+    for name, formula in COMPAT.items():
+        a, b = (formula(shape.text, n).macs for n in columns)
+        table.add_row(f"{name}'s formula (LLM alone)", f"{a / 1e9:,.2f}", "", f"{b / 1e9:,.2f}", "", _percent(a, b))
+    table.add_section()
+    for dtype, size in (("half precision", 2), ("float32", 4)):
+        a, b = (n * shape.text.n_layers * shape.text.kv_bytes(size) for n in columns)
+        table.add_row(f"KV cache, {dtype}", f"{a / 2**20:.1f} MiB", "", f"{b / 2**20:.1f} MiB", "", _percent(a, b))
+    return table
+
+
+def _add(table: Table, name: str, before: Ops, after: Ops) -> None:
+    numbers = [f"{n / 1e9:,.2f}" for ops in (before, after) for n in (ops.macs, ops.flops)]
+    table.add_row(name, *numbers, _percent(before.macs, after.macs))
+
+
+def _percent(before: int, after: int) -> str:
+    return f"{100 * after / before:.1f} %" if before else ""
