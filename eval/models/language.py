@@ -57,6 +57,20 @@ def draw_kept(rng: np.random.Generator, x: Tensor, drops: bool) -> tuple[Tensor,
     return score.topk(n_keep, 1).indices.sort(1).values, bool(rng.random() < 0.5)
 
 
+@torch.no_grad()
+def initialise(module: nn.Module) -> None:
+    """Weights of deviation 1 / sqrt(fan-in), embeddings of 0.15.
+
+    The 0.02 of transformers suits widths of thousands: at 160 attention stays uniform for long, and learning to
+    look at the picture takes about ten times as many pictures.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, std=0.15)
+        elif isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+
 class LanguageTrainer(nn.Module):
     """Projector and language model on features of the frozen tower, packed questions."""
 

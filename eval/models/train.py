@@ -33,7 +33,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..tasks import findit
 from ..tasks.easyvqa import EasyVQA
-from .language import LanguageTrainer, answer_accuracy, draw_kept, pack
+from .language import LanguageTrainer, answer_accuracy, draw_kept, initialise, pack
 from .recipe import BOS, EOS, IMAGE, N_VISUAL, PAD, build_model, build_processor
 from .tower import (
     Scenes,
@@ -163,10 +163,10 @@ def features(work: Path) -> None:
 @app.command()
 def language(
     work: Path,
-    steps: int = 8000,
+    steps: int = 9000,
     lr: float = 1.3e-3,
     per_process: int = 8,
-    drop_from: float = 0.35,
+    drop_from: float = 0.1,
     resume: bool = False,
     stop_at: int = 0,
     seed: int = 0,
@@ -177,9 +177,11 @@ def language(
     """
     rank, _ = start_processes(seed)
     model = build_model()
+    trainer = LanguageTrainer(model)
     if resume:
         model.load_state_dict(torch.load(work / "language.pt"))
-    trainer = LanguageTrainer(model)
+    else:
+        initialise(trainer)
     scenes, valid = Scenes(work, "train"), Scenes(work, "validation")
     x_scenes, x_easy, x_valid = (
         np.load(work / f"features-{n}.npy", mmap_mode="r") for n in ("train", "easyvqa", "validation")
