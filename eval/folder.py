@@ -45,12 +45,18 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / ".lock")
             self._acquire()
-            if overwrite:
-                self.clear()
-            self._check(settings)
-            self._read()
-            self._write("run.json", [json.dumps(settings, indent=1)])
-            self._rewrite()
+            with contextlib.ExitStack() as stack:
+                stack.callback(self.close)
+                self._open(settings, overwrite)
+                stack.pop_all()
+
+    def _open(self, settings: dict[str, Any], overwrite: bool) -> None:
+        if overwrite:
+            self.clear()
+        self._check(settings)
+        self._read()
+        self._write("run.json", [json.dumps(settings, indent=1)])
+        self._rewrite()
 
     def add(self, key: Key, rows: Sequence[SampleRow], time: BatchTime) -> None:
         """Append a batch; the line of its time makes it count."""

@@ -13,6 +13,8 @@ from pathlib import Path
 import typer
 
 import tokprune
+from tokprune.budget import REFERENCE_TEXT, Budget
+from tokprune.shapes import known_shape
 
 from .rows import Row, pooled
 from .tables import COLUMNS, body, caption, of_kinds, order, unpruned
@@ -84,9 +86,35 @@ def models(_: str) -> str:
     return markdown(("method", *(f"`{model}`, {tower}" for model, tower in columns)), lines)
 
 
+def ledger(names: str) -> str:
+    """What known models cost and what is left of it at three ratios."""
+    lines = []
+    for name in names.split(","):
+        shape = known_shape(name)
+        crops = 5 if "next" in name else 1
+        visual = crops * shape.n_visual
+        full = shape.prefill(visual + REFERENCE_TEXT, crops=crops)
+        left = []
+        for ratio in (0.5, 0.25, 0.11):
+            kept = shape.prefill(Budget(keep_ratio=ratio).n_keep(visual) + REFERENCE_TEXT, crops=crops)
+            llm, whole = kept.llm.flops / full.llm.flops, kept.prefill.flops / full.prefill.flops
+            left.append(f"{100 * llm:.1f} % / {100 * whole:.1f} %")
+        tower = full.before_llm.flops / full.prefill.flops
+        numbers = [
+            f"{visual}",
+            f"{full.llm.flops / 1e12:.2f} T",
+            f"{100 * tower:.1f} %",
+            f"{full.kv_bytes / 2**20:.0f} MiB",
+        ]
+        lines.append([f"`{name}`", *numbers, *left])
+    head = ("shape", "visual tokens", "LLM FLOPs", "tower and projector, share of the prefill", "KV cache, 16 bit")
+    return markdown((*head, *(f"left at keep {r}: LLM / prefill" for r in (0.5, 0.25, 0.11))), lines)
+
+
 BLOCKS: dict[str, Callable[[str], str]] = {
     "comparison": comparison,
     "kinds": kinds,
+    "ledger": ledger,
     "models": models,
     "signals": signals,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -18,18 +20,27 @@ from tokprune.eval.run import EMBEDDED_MODEL
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
+from tokprune import cli
 
 
-def tokprune_cli(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", "tokprune.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=cwd,
-        check=False,
+def tokprune_cli(*arguments: str) -> subprocess.CompletedProcess:
+    """The console script with these arguments, in this process: starting one takes seconds."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["tokprune", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def test_console_script_starts_as_a_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "tokprune.cli", "methods"], capture_output=True, text=True, check=False
     )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in tokprune.list_methods())
 
 
 def test_cli_compares_on_a_folder_of_ones_own(folder, tmp_path):

@@ -288,14 +288,3 @@ def test_cost_of_signals_is_measured_apart_from_the_tower():
         assert 0 < cost.signals_s_p20 <= cost.signals_s_p80
         assert cost.share > 0
     tokprune.attach(tiny.model(), "vtc_cls", keep_ratio=0.5).detach()  # nothing is left attached
-
-
-# ---- the README
-
-
-def test_readme_tables_are_rendered_from_the_committed_rows():
-    from tokprune.eval.render import rendered
-
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    assert rendered(readme) == readme
-    assert readme.count("| question only |") == 2

@@ -189,4 +189,4 @@ def test_every_method_has_a_readme_row():
     for name in tokprune.list_methods():
         assert f"| `{name}` |" in readme
     for name in tokprune.list_models():
-        assert f"| `{name}` |" in readme
+        assert f"| `{name}`, " in readme

@@ -1,0 +1,77 @@
+"""What the README says is true: its tables, its snippets, its picture, its commands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokprune.eval.render import BLOCK, BLOCKS, rendered
+from typer.main import get_command
+
+from tokprune.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_rendered_from_the_committed_rows_and_the_registries():
+    assert rendered(README) == README
+    assert {match[1] for match in BLOCK.findall(README)} == set(BLOCKS)
+    assert README.count("| question only |") >= 2
+
+
+def test_a_changed_figure_in_a_table_is_seen():
+    (figure, *_) = re.findall(r"\| none \|  \| (0\.\d+)", README)
+    assert rendered(README.replace(figure, "0.999", 1)) == README
+
+
+def test_snippets_run_and_print_what_they_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scope: dict = {}
+    blocks = re.findall(r"```(python|text)\n(.*?)```", README, re.DOTALL)
+    assert [kind for kind, _ in blocks].count("python") >= 2
+    printed = io.StringIO()
+    for kind, code in blocks:
+        if kind == "text":
+            assert printed.getvalue() == code
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), scope)
+    assert scope["attachment"].budget.flops_ratio == 0.6
+
+
+def test_first_snippet_is_short():
+    first = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    assert README[: README.index("```python")].count("\n") <= 12
+    assert len(re.findall(r"attach\(", first)) == 1
+
+
+def test_picture_is_what_explain_draws(monkeypatch, tmp_path):
+    from tokprune.eval.explained import explained, open_picture
+    from tokprune.eval.run import EMBEDDED_MODEL, Runner
+
+    command = re.search(r"`tokprune explain (docs/scene\.png) --method (\S+) --out (\S+)`", README)
+    runner = Runner.load(str(EMBEDDED_MODEL))
+    methods = [(m, {"keep_ratio": 0.25}) for m in command[2].split(",")]
+    sheet, _ = explained(runner, open_picture(ROOT / command[1]), "what is in the image?", methods)
+    with Image.open(ROOT / command[3]) as committed:
+        difference = np.abs(np.asarray(sheet).astype(int) - np.asarray(committed.convert("RGB")).astype(int))
+    assert (difference.max(-1) > 0).mean() < 0.02  # a rounding elsewhere may move a token, not a picture
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^(tokprune .*?)(?:  +#.*)?$", README, re.MULTILINE))))
+def test_commands_have_these_options(line):
+    command = get_command(app).commands[line.split()[1]]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in line.split() if word.startswith("--")} <= known
+
+
+def test_files_that_are_named_exist():
+    for path in re.findall(r"`((?:eval|docs|tests)/[\w./-]+)`", README):
+        assert (ROOT / path).exists(), path
