@@ -81,7 +81,7 @@ def models(_: str) -> str:
     """Which method runs on which model."""
     pairs = tokprune.list_support()
     columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
-    cell = {(p.model, p.tower, p.method): "yes" if p.works else f"`{p.instead}`" if p.instead else "no" for p in pairs}
+    cell = {(p.model, p.tower, p.method): f"`{p.answer}`" if p.instead else p.answer for p in pairs}
     lines = [[f"`{name}`", *(cell[(*c, name)] for c in columns)] for name in tokprune.list_methods()]
     return markdown(("method", *(f"`{model}`, {tower}" for model, tower in columns)), lines)
 

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -94,12 +94,12 @@ def explain(
     question: Annotated[str, typer.Option(help="Asked beside the picture.")] = "what is in the image?",
 ) -> None:
     """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
-    run, explained = _eval("run", needs=()), _eval("explained", needs=())
+    explained = _eval("explained", needs=())
     specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
     budgets = [{"keep_ratio": keep} if tokprune.get_method(s).takes_budget else {} for s in specs]
     Budget(keep_ratio=keep)
     picture = explained.open_picture(image)
-    runner = run.Runner.load(model or str(run.EMBEDDED_MODEL))
+    runner = _runner(model)
     sheet, lines = explained.explained(runner, picture, question, list(zip(specs, budgets, strict=True)))
     try:
         sheet.save(out, format="PNG")
@@ -118,9 +118,8 @@ def doctor() -> None:
     console = _console()
     for name, version in checks.versions().items():
         console.print(f"{name:14} {version}", highlight=False)
-    run = _eval("run", needs=())
     failed = 0
-    for finding in checks.findings(run.Runner.load(str(run.EMBEDDED_MODEL))):
+    for finding in checks.findings(_runner()):
         failed += not finding.ok
         console.print(f"{'ok    ' if finding.ok else 'FAILED'} {finding.what}: {finding.seen}", highlight=False)
     if failed:
@@ -151,7 +150,6 @@ def compare(
     """
     compared = _eval("compare")
     tasks = _eval("tasks")
-    run = _eval("run")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
         raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
     names = methods.split(",") if methods else list(compared.METHODS)
@@ -163,14 +161,14 @@ def compare(
         )
     chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
     console = _console()
-    runner = run.Runner.load(model or str(run.EMBEDDED_MODEL), max_new_tokens=max_new_tokens, suffix=suffix)
+    runner = _runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
     missing = runner.missing(configs)
     if missing and methods:
         raise RunError(next(iter(missing.values())))
     if missing:
         console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
         configs = [c for c in configs if c.method not in missing]
-    name = model or run.EMBEDDED_MODEL.name
+    name = model or _eval("run").EMBEDDED_MODEL.name
     settings = compared.settings(runner, name, chosen, configs, batch_size=batch_size)
     with contextlib.closing(_eval("folder").RunFolder(out, settings, overwrite)) as results:
         compared.Comparison(runner, name, results, configs, batch_size).run(chosen, console)
@@ -179,6 +177,16 @@ def compare(
             "A model this small shows that things work and what they save, not which method is better on large models."
         )
     console.print(f"rows.jsonl, samples.jsonl and accuracy.png are in {out}")
+
+
+def _runner(model: str = "", **options: Any):
+    """A loaded model with its processor; the embedded one without a name, and then without a progress bar."""
+    from transformers.utils import logging
+
+    run = _eval("run", needs=())
+    if not model:
+        logging.disable_progress_bar()
+    return run.Runner.load(model or str(run.EMBEDDED_MODEL), **options)
 
 
 def _console() -> Console:

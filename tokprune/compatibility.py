@@ -28,6 +28,11 @@ class Pair:
     works: bool
     instead: str = ""
 
+    @property
+    def answer(self) -> str:
+        """Does it run? "yes", what to type instead, or "no"."""
+        return "yes" if self.works else self.instead or "no"
+
 
 def list_support() -> list[Pair]:
     """Every method on every model family, from what methods need and adapters supply."""

@@ -37,6 +37,9 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     cuda = torch.cuda.is_available()
     found["device"] = torch.cuda.get_device_name(0) if cuda else f"cpu, {torch.get_num_threads()} threads"
+    found["models"] = ", ".join(tokprune.list_models())
+    flash = "flash_attention_2" if found["flash-attn"] != "not installed" and cuda else ""
+    found["attention"] = ", ".join(filter(None, ("sdpa", "eager", flash)))
     return found
 
 

@@ -25,7 +25,7 @@ def support_table() -> Table:
     """Which method runs on which model."""
     pairs = tokprune.list_support()
     columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
-    cell = {(p.model, p.tower, p.method): "yes" if p.works else p.instead or "no" for p in pairs}
+    cell = {(p.model, p.tower, p.method): p.answer for p in pairs}
     table = Table("method", *(f"{model}, {tower}" for model, tower in columns), title="Models", title_justify="left")
     for name in tokprune.list_methods():
         table.add_row(name, *(cell[(*column, name)] for column in columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,22 +12,23 @@ import tiny
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from tokprune import compaction
+from tokprune import budget, compaction, flops
 from tokprune.methods import METHODS
 from tokprune.types import grid_layout
 
 HERE = Path(__file__).parent
 
 
-def load(name: str):
+def load(name: str, folder: Path = HERE):
     """A sibling test module, whose laws are called with what is broken."""
-    spec = importlib.util.spec_from_file_location(f"laws_{name}", HERE / f"test_{name}.py")
+    spec = importlib.util.spec_from_file_location(f"laws_{name}", folder / f"test_{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 methods, adapters, attachment = load("methods"), load("adapters"), load("attachment")
+costs = load("flops", HERE.parent)
 
 SQUARE = grid_layout(6, 6)
 METHOD_LAWS = {
@@ -92,7 +94,15 @@ def keep_the_marks(features, keep):
 
 
 def one_column_less(self, ran):
-    AFTER_PREFILL(self, compaction.Ran(ran.n_outer, ran.n_inner - 1, ran.lengths, ran.past_inner))
+    AFTER_PREFILL(self, dataclasses.replace(ran, n_inner=ran.n_inner - 1))
+
+
+def without_attention(self, n_query, n_key):
+    return LAYER(self, n_query, 0)
+
+
+def without_the_text(self, n_visual, flops, least):
+    return AFFORDABLE(self, n_visual, lambda n: flops(n) - flops(0), least)
 
 
 def leave_everything(self):
@@ -100,6 +110,7 @@ def leave_everything(self):
 
 
 EXTENDED = compaction.Columns.extended
+LAYER, AFFORDABLE = flops.Stack.layer, budget.Budget._affordable
 AFTER_PREFILL = attachment.tokprune.Attachment.after_prefill
 ATTACHMENT = attachment.tokprune.Attachment
 BREAKS = {
@@ -118,6 +129,14 @@ BREAKS = {
     "report": (
         (ATTACHMENT, "after_prefill", one_column_less),
         lambda: adapters.test_report_equals_the_lengths_the_layers_saw("clip", {"keep_ratio": 0.3}),
+    ),
+    "ledger": (
+        (flops.Stack, "layer", without_attention),
+        lambda: costs.test_report_ledger_equals_the_counter_part_by_part("fopru", 0.25, "clip", "sdpa"),
+    ),
+    "budget in FLOPs": (
+        (budget.Budget, "_affordable", without_the_text),
+        lambda: costs.test_flops_ratio_keeps_the_most_that_it_pays_for("uniform", "llm"),
     ),
     "detach": ((ATTACHMENT, "detach", leave_everything), lambda: attachment.test_detach_restores_everything("clip")),
 }
