@@ -97,3 +97,15 @@ def test_processor_pictures_are_the_trained_ones():
     trained = tower.pixels(image[None])
     processed = recipe.build_processor().image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(processed, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_first_weights_suit_the_width():
+    """With deviations of 1 / sqrt(fan-in) a layer keeps the scale of its input; with 0.02 attention starts uniform."""
+    torch.manual_seed(0)
+    trainer = language.LanguageTrainer(recipe.build_model())
+    language.initialise(trainer)
+    layer = trainer.language_model.layers[0]
+    x = torch.randn(64, 160)
+    assert 0.9 < float(layer.self_attn.q_proj(x).std()) < 1.1
+    assert 0.9 < float(layer.mlp.down_proj(torch.randn(64, 432)).std()) < 1.1
+    assert 0.14 < float(trainer.language_model.embed_tokens.weight.std()) < 0.16

@@ -75,7 +75,7 @@ def data(work: Path) -> None:
 
 @app.command()
 def tower(
-    work: Path, steps: int = 7000, lr: float = 1.1e-3, per_process: int = 8, resume: bool = False, seed: int = 0
+    work: Path, steps: int = 9000, lr: float = 1.1e-3, per_process: int = 8, resume: bool = False, seed: int = 0
 ) -> None:
     """Train the vision tower; best started with torchrun. With --resume it goes on from the last one."""
     rank, _ = start_processes(seed)
