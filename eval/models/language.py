@@ -37,6 +37,12 @@ def pack(questions: list[list[tuple[str, str, str]]]) -> dict[str, Tensor]:
     return dict(zip(("ids", "offset", "block", "target"), filled.unbind(-1), strict=True))
 
 
+def without_easy(rng: np.random.Generator, asked: list[tuple[str, str, str]], share: float) -> list:
+    """Questions of which a share of those about colours and shapes is left out; at least one stays."""
+    hard = [q for q in asked if q[2] not in ("colour", "shape") or rng.random() >= share]
+    return hard or asked[:1]
+
+
 def draw_kept(rng: np.random.Generator, x: Tensor, drops: bool) -> tuple[Tensor, bool]:
     """Which tokens stay, (B, K) ascending, and whether their positions become contiguous.
 

@@ -33,7 +33,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..tasks import findit
 from ..tasks.easyvqa import EasyVQA
-from .language import LanguageTrainer, answer_accuracy, draw_kept, initialise, pack
+from .language import LanguageTrainer, answer_accuracy, draw_kept, initialise, pack, without_easy
 from .recipe import BOS, EOS, IMAGE, N_VISUAL, PAD, build_model, build_processor
 from .tower import (
     Scenes,
@@ -167,6 +167,7 @@ def language(
     lr: float = 1.3e-3,
     per_process: int = 8,
     drop_from: float = 0.1,
+    skip_easy: float = 0.0,
     resume: bool = False,
     stop_at: int = 0,
     seed: int = 0,
@@ -174,6 +175,8 @@ def language(
     """Train projector and language model on cached features; best started with torchrun.
 
     Tokens are dropped from `drop_from` of the steps on: before that, the model learns to find what is asked for.
+    With `skip_easy` above 0, three questions of each kind are asked of a picture instead of two, and that share of
+    those about colours and shapes, which are learned first, is left out.
     """
     rank, _ = start_processes(seed)
     model = build_model()
@@ -202,7 +205,8 @@ def language(
         done += 1
         a = rng.integers(0, len(x_scenes), per_process - n_easy)
         e = rng.integers(0, len(x_easy) - EASYVQA_VALIDATION, n_easy)
-        questions = [findit.ask(rng, scenes.shapes[i], rounds=2) for i in a]
+        questions = [findit.ask(rng, scenes.shapes[i], rounds=3 if skip_easy else 2) for i in a]
+        questions = [without_easy(rng, q, skip_easy) for q in questions] if skip_easy else questions
         questions += [[easy[i][j] for j in rng.permutation(len(easy[i]))[:10]] for i in e]
         x = torch.from_numpy(np.concatenate([x_scenes[a], x_easy[e]])).float()
         kept, contiguous = draw_kept(rng, x, done > drop_from * steps)
