@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import mean
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import tokprune
 from tokprune.budget import Budget
+from tokprune.errors import RunError
 
 from .folder import RunFolder
 from .rows import NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions
@@ -85,7 +86,12 @@ class Comparison:
         if self.folder.answers:
             n_done = sum(len(rows) for rows in self.folder.answers.values())
             console.print(f"{n_done} answers are in {self.folder.path} already and are not asked for again")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             bars = [
                 progress.add_task(
@@ -111,10 +117,23 @@ class Comparison:
             console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
 
     def _answer(self, task: Task, samples: list[Sample], advance) -> None:
-        done = {(config, batch) for name, config, batch in self.folder.answers if name == task.name}
-        for config, rows, time in self.runner.run(task, samples, self.configs, self.batch_size, done):
+        seen = {key[1:]: time for key, time in self.folder.times.items() if key[0] == task.name}
+        for time in seen.values():
+            if time.pictures != self._pictures(task, samples, time.batch):
+                raise RunError(
+                    f"pictures of {task.name} have changed since {self.folder.path} was begun; name another folder "
+                    "with --out, or start over with --overwrite"
+                )
+        for config, rows, time in self.runner.run(task, samples, self.configs, self.batch_size, seen):
+            time = replace(time, pictures=self._pictures(task, samples, time.batch))
             self.folder.add((task.name, config.label, time.batch), rows, time)
             advance(len(rows))
+
+    def _pictures(self, task: Task, samples: list[Sample], batch: int) -> int:
+        """A checksum of the picture files of a batch; 0 for a task whose pictures cannot change."""
+        checksum = getattr(task, "checksum", None)
+        part = samples[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return 0 if checksum is None else zlib.crc32(repr([checksum(s.image_id) for s in part]).encode())
 
     def _summaries(self, task: Task) -> list[Row]:
         answers: dict[Config, list[SampleRow]] = {}

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import tokprune
 from tokprune.errors import TaskError
 from tokprune.explain import dimmed, enlarged, seen, side_by_side
 
 from .run import Runner
+from .tasks.base import UNREADABLE
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -25,7 +26,7 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise TaskError(f"cannot read the picture {path}: {error}; name a PNG or JPEG file") from error
 
 
@@ -45,6 +46,9 @@ def explained(
             report = attachment.report
         (image,) = report.images
         title = f"{spec}: {image.n_visual} -> {image.n_kept}"
-        panels.append((title, enlarged(dimmed(whole, image.layout, image.kept))))
+        # A side that is no multiple of the patch has pixels at its end that no token shows.
+        patch = runner.model.config.vision_config.patch_size
+        shown = whole.crop((0, 0, image.layout.width * patch, image.layout.height * patch))
+        panels.append((title, enlarged(dimmed(shown, image.layout, image.kept))))
         lines.append(str(report))
     return side_by_side(panels), lines

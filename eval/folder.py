@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -21,6 +21,7 @@ from tokprune.errors import RunError
 
 from .rows import BatchTime, Costs, SampleRow
 
+Part = TypeVar("Part", BatchTime, SampleRow)
 Key = tuple[str, str, int]  # task, configuration, batch
 
 
@@ -109,6 +110,8 @@ class RunFolder:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path} cannot be read; start over with --overwrite") from error
+        if not isinstance(there, dict):
+            raise RunError(f"{path} holds no settings; start over with --overwrite")
         for name in {**there, **settings}:
             if there.get(name) != settings.get(name):
                 raise RunError(
@@ -117,21 +120,23 @@ class RunFolder:
                 )
 
     def _read(self) -> None:
-        times = {_key(t): t for t in (BatchTime(**line) for line in self._lines("times.jsonl"))}
+        times = {_key(t): t for t in self._lines("times.jsonl", lambda line: BatchTime(**line))}
         found: dict[Key, list[SampleRow]] = {}
-        for line in self._lines("samples.jsonl"):
-            row = SampleRow(**{**line, "costs": Costs(**line["costs"])})
+        for row in self._lines("samples.jsonl", lambda line: SampleRow(**{**line, "costs": Costs(**line["costs"])})):
             found.setdefault(_key(row), []).append(row)
         for key, time in times.items():
             if len(found.get(key, [])) == time.size:
                 self.answers[key], self.times[key] = found[key], time
 
-    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """Whole lines of a file; the last one may have been cut off."""
+    def _lines(self, name: str, read: Callable[[dict[str, Any]], Part]) -> Iterator[Part]:
+        """What the whole lines of a file hold; the last one may have been cut off."""
         path = self.path / name
-        for line in path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []:
-            if line.endswith("\n"):
-                yield json.loads(line)
+        *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        for number, line in enumerate(whole, 1):
+            try:
+                yield read(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise RunError(f"{path} line {number} cannot be read; start over with --overwrite") from error
 
     def _rewrite(self) -> None:
         """Keep what belongs to done batches."""

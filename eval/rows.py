@@ -35,7 +35,7 @@ class Config:
     @property
     def label(self) -> str:
         """A name unique within a run."""
-        keep = "" if self.keep_ratio is None else f"@{self.keep_ratio:g}"
+        keep = "" if self.keep_ratio is None else f"@{float(self.keep_ratio)!r}"
         return (SHUFFLED if self.shuffled else self.method) + keep
 
 
@@ -92,7 +92,10 @@ class SampleRow:
 
 @dataclass
 class BatchTime:
-    """One batch of one configuration: to the first token, and for each token after it (None where there is none)."""
+    """One batch of one configuration: to the first token, and for each token after it (None where there is none).
+
+    `pictures` is a checksum of the picture files of a task that can change; 0 elsewhere.
+    """
 
     task: str
     config: str
@@ -101,6 +104,7 @@ class BatchTime:
     prefill_s: float
     decode_s_per_token: float | None
     peak_bytes: int | None  # of the GPU
+    pictures: int = 0
 
 
 @dataclass
@@ -203,9 +207,11 @@ def commit() -> str | None:
     root = Path(tokprune.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    done = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
     return done.stdout.strip() or None
 
 

@@ -83,8 +83,14 @@ class Runner:
         return reasons
 
     def prompt(self, question: str) -> str:
-        """The question in the processor's chat template, or in LLaVA 1.5's where there is none."""
+        """The question in the processor's chat template, or in LLaVA 1.5's where there is none.
+
+        Raises:
+            RunError: it holds a placeholder of its own.
+        """
         question += self.suffix
+        if "<image>" in question:
+            raise RunError(f"leave <image> out of the question {question!r}; the prompt puts it in place")
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             return self.processor.apply_chat_template(
@@ -108,12 +114,13 @@ class Runner:
             return None
 
     def fingerprint(self) -> str:
-        """A checksum of names, shapes and a part of the values of the weights: tells checkpoints apart."""
+        """A checksum of the weights' names, shapes and some of their values, and one of prompt and processor."""
         total = 0
         for name, weight in self.model.state_dict().items():
             head = weight.flatten()[:256].float().cpu().numpy().tobytes()
             total = zlib.crc32(f"{name} {tuple(weight.shape)}".encode() + head, total)
-        return f"{total:08x}"
+        prompt = zlib.crc32((self.prompt("?") + self.processor.to_json_string()).encode())
+        return f"{total:08x}-{prompt:08x}"
 
     @torch.no_grad()
     def answer(self, inputs, config: Config, salts: Sequence[int]) -> tuple[torch.Tensor, Any, Stopwatch]:
@@ -171,7 +178,8 @@ class Runner:
         pictures = inputs["pixel_values"]
         # One picture of one crop a sample; anything else has a number of crops that is not known here.
         known = pictures.ndim == 4 and len(pictures) == len(inputs["input_ids"])
-        return Costs.of(self.shape if known else None, before, after, selector, self.model.dtype.itemsize)
+        bytes_per_value = self.model.model.language_model.dtype.itemsize
+        return Costs.of(self.shape if known else None, before, after, selector, bytes_per_value)
 
     def run(
         self,

@@ -163,7 +163,7 @@ class Attachment(NotCopyable):
             prefills=list(call.prefills),
             clamped=call.clamped,
             shape=self.adapter.shape,
-            bytes_per_value=self.adapter.model.dtype.itemsize,
+            bytes_per_value=self.adapter.language_model.dtype.itemsize,
         )
 
     @property
@@ -234,7 +234,7 @@ class Attachment(NotCopyable):
         return marked, keeps
 
     def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict[Signal, Tensor]]:
-        keeps_all = self.budget is not None and self.budget.keep_ratio == 1
+        keeps_all = self.budget is not None and 1 in (self.budget.keep_ratio, self.budget.flops_ratio)
         return self._tap.collect(original) if self._tap and not keeps_all else (original(), {})
 
     def _select(

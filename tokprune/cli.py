@@ -19,7 +19,7 @@ from .budget import Budget
 from .errors import RunError, TokPruneError
 from .flops import Shape
 from .shapes import KNOWN, known_shape, shape_from_config
-from .types import Tower
+from .types import Kind, Signal, Tower
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -56,14 +56,25 @@ def flops(
     visual = shape.n_visual if visual is None else visual
     if min(visual, text, 1 if crops is None else crops) < 1:
         raise RunError("--visual, --text and --crops take whole numbers of at least 1")
-    crops = crops or -(-visual // shape.n_visual)
-    n_keep = Budget(keep_ratio=keep).n_keep(visual)
-    tower = Tower(shape.vision.stack.n_layers, has_cls=shape.vision.n_special > 0)
-    signals = tokprune.get_method(method).needs(tower) if method and n_keep < visual else frozenset()
-    pair = shape.prefill(visual + text, crops=crops), shape.prefill(n_keep + text, crops=crops, signals=signals)
-    _console().print(terminal.ledger_table(shape, pair, (visual + text, n_keep + text), layers))
-    share = pair[0].before_llm.flops / pair[0].prefill.flops
+    n_keep, signals = _kept(shape, method, keep, visual)
+    before = shape.picture(visual, crops) + shape.read(visual + text)
+    after = shape.picture(visual, crops, signals) + shape.read(n_keep + text)
+    _console().print(terminal.ledger_table(shape, (before, after), (visual + text, n_keep + text), layers))
+    share = before.before_llm.flops / before.prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
+
+
+def _kept(shape: Shape, method: str, keep: float, visual: int) -> tuple[int, frozenset[Signal]]:
+    """Tokens kept, and the signals of a method; at most so many tokens where a method keeps whole rows or a grid."""
+    n_keep = Budget(keep_ratio=keep).n_keep(visual)
+    if not method:
+        return n_keep, frozenset()
+    built, has_cls = tokprune.get_method(method), shape.vision.n_special > 0
+    signals = built.needs(Tower(shape.vision.stack.n_layers, has_cls))
+    if not has_cls and any(s.kind is Kind.CLS_ROW for s in signals):
+        raise RunError(f"{method!r} needs a [CLS] token, which the tower of {shape.name} lacks; see tokprune models")
+    n_keep = n_keep if built.takes_budget else 0
+    return n_keep, signals if n_keep < visual else frozenset()
 
 
 def _shape(model: str) -> Shape:
@@ -190,7 +201,8 @@ def _runner(model: str = "", **options: Any):
 
 
 def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    # What users type is shown as it is: brackets are no markup.
+    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
 
 
 def _eval(module: str, needs: tuple[str, ...] = ("accelerate", "easy_vqa", "filelock", "matplotlib")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 
 import tokprune
+
+from .types import Count
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lmms-eval", "flash-attn")
 QUESTIONS = ("is there a red ring?", "what color is the shape that is not in the top left of the image?")
@@ -46,59 +47,81 @@ def versions() -> dict[str, str]:
 def findings(runner: Any) -> Iterator[Finding]:
     """Checks of a loaded model, one after the other; `runner` is a `tokprune.eval.run.Runner`.
 
-    Lengths are counted by hooks of this function on the decoder layers, not taken from the report.
+    Lengths are counted by hooks of this module on the decoder layers, not taken from the report, and pruned logits
+    are compared with those of a short sequence put together by hand.
     """
     model, inputs = runner.model, _inputs(runner)
-    bare, before = _logits(model, inputs)
+    bare, before = _watched(model, lambda: model(**inputs).logits)
     with tokprune.attach(model, "uniform", keep_ratio=1):
-        same, _ = _logits(model, inputs)
+        same, _ = _watched(model, lambda: model(**inputs).logits)
     yield Finding("keeping all tokens changes no bit", torch.equal(same, bare), f"{before[0]} columns")
     for method in tokprune.list_methods():
-        yield _guarded(method, functools.partial(_prunes, model, inputs, method, before[0]))
-    after, _ = _logits(model, inputs)
+        try:
+            yield _prunes(model, inputs, method, before[0])
+        except Exception as error:  # any failure is a finding here
+            yield Finding(f"{method} prunes", False, f"{type(error).__name__}: {error}")
+    after, _ = _watched(model, lambda: model(**inputs).logits)
     yield Finding("the model is as it was after detaching", torch.equal(after, bare), "logits equal")
 
 
-def _guarded(method: str, check: Callable[[], Finding]) -> Finding:
-    """Any failure is a finding here."""
-    try:
-        return check()
-    except Exception as error:
-        return Finding(f"{method} prunes", False, f"{type(error).__name__}: {error}")
-
-
 def _prunes(model, inputs: dict, method: str, n_columns: int) -> Finding:
-    n_visual = model.config.image_seq_length
-    budget: dict[str, Any] = {"keep_ratio": KEEP} if tokprune.get_method(method).takes_budget else {}
+    n_visual, built = model.config.image_seq_length, tokprune.get_method(method)
+    budget: dict[str, Any] = {"keep_ratio": KEEP} if built.takes_budget else {}
     n_keep = round(n_visual * KEEP) if budget else 0
     with tokprune.attach(model, method, **budget) as attachment:
-        logits, columns = _logits(model, inputs)
-        kept = [image.n_kept for image in attachment.report.images]
-        answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    wanted = [n_columns - n_visual + n for n in kept]
-    ok = (
-        set(columns) == set(wanted)
-        and all(n <= n_keep for n in kept)
-        and bool(logits.isfinite().all())
-        and answer.shape[1] > inputs["input_ids"].shape[1]
-    )
-    seen = f"visual tokens {n_visual} -> {kept[0]}, decoder layers saw {n_columns} -> {columns[0]} columns"
-    return Finding(f"{method} prunes", ok, seen)
+        logits, columns = _watched(model, lambda: model(**inputs).logits)
+        kept = attachment.kept
+        _, in_generate = _watched(model, lambda: model.generate(**inputs, max_new_tokens=3, do_sample=False))
+    n_layers, n_kept = len(model.model.language_model.layers), len(kept[0])
+    problems = {
+        f"{n_kept} of {n_visual} kept, not {n_keep}": n_kept > n_keep
+        or (built.count is Count.EXACT and n_kept < n_keep),
+        "nothing kept": bool(n_keep) and not n_kept,
+        "the layers saw another length": set(columns) != {n_columns - n_visual + n_kept},
+        "generate ran on another length": in_generate[:n_layers] != columns,
+        "logits are not those of the kept tokens": _differs(model, inputs, kept, logits, built),
+    }
+    found = [problem for problem, is_there in problems.items() if is_there]
+    seen = f"visual tokens {n_visual} -> {n_kept}, decoder layers saw {n_columns} -> {columns[0]} columns"
+    return Finding(f"{method} prunes", not found, "; ".join([seen, *found]))
+
+
+@torch.no_grad()
+def _differs(model, inputs: dict, kept: list[torch.Tensor], logits: torch.Tensor, built: tokprune.Method) -> bool:
+    """Whether the last logits of any row differ from those of its kept tokens alone, without padding or cache."""
+    if not built.keeps_features:
+        return not bool(logits.isfinite().all())
+    for row, index in enumerate(kept):
+        real = inputs["attention_mask"][row].bool()
+        ids = inputs["input_ids"][row][real]
+        embeds = model.get_input_embeddings()(ids)
+        features = model.model.get_image_features(inputs["pixel_values"][row : row + 1])
+        features = getattr(features, "pooler_output", features)[0]
+        visual = (ids == model.config.image_token_id).nonzero()[:, 0]
+        columns = torch.ones_like(ids, dtype=torch.bool)
+        columns[visual] = False
+        columns[visual[index.to(visual.device)]] = True
+        embeds[visual] = features.to(embeds.dtype)
+        out = model.model.language_model(inputs_embeds=embeds[columns][None], use_cache=False).last_hidden_state
+        wanted = model.lm_head(out)[0, -1].float()
+        if not torch.allclose(logits[row, -1].float(), wanted, atol=0.02 * float(wanted.abs().max())):
+            return True
+    return False
 
 
 def _inputs(runner: Any) -> dict[str, torch.Tensor]:
-    """Two questions of different lengths about one scene."""
+    """Two questions of different lengths about two scenes, left-padded."""
     from .eval.tasks.findit import FindIt
 
-    picture = FindIt().image("test-0")
+    pictures = [[FindIt().image(name)] for name in ("test-0", "test-1")]
     text = [runner.prompt(q) for q in QUESTIONS]
-    inputs = runner.processor(images=[[picture]] * 2, text=text, padding=True, return_tensors="pt")
+    inputs = runner.processor(images=pictures, text=text, padding=True, return_tensors="pt")
     return dict(inputs.to(runner.model.device, runner.model.dtype))
 
 
 @torch.no_grad()
-def _logits(model, inputs: dict) -> tuple[torch.Tensor, list[int]]:
-    """Logits, and the columns that every decoder layer saw."""
+def _watched(model, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """What a call returns, and the columns that every decoder layer saw, pass by pass."""
     columns: list[int] = []
 
     def count(module, args, kwargs):
@@ -108,7 +131,7 @@ def _logits(model, inputs: dict) -> tuple[torch.Tensor, list[int]]:
     layers = model.model.language_model.layers
     hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
     try:
-        return model(**inputs).logits, columns
+        return run(), columns
     finally:
         for hook in hooks:
             hook.remove()

@@ -129,6 +129,7 @@ class Shape:
         n_visual: visual tokens of a crop.
         text: the decoder layers of the language model.
         vocabulary: rows of the LM head.
+        any_size: the tower takes a picture of any size as one crop; numbers by crop are those of one size.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Shape:
     n_visual: int
     text: Stack
     vocabulary: int
+    any_size: bool = False
 
     def project(self, n_rows: int) -> Ops:
         """The projector on so many rows."""
@@ -181,6 +183,15 @@ class Shape:
             lm_head=self.lm_head * rows,
             kv_bytes=sum(self.text.kv_bytes(bytes_per_value) * n * rows for n, _ in pairs),
         )
+
+    def picture(self, n_visual: int, crops: int | None = None, signals: Iterable[Signal] = ()) -> Ledger:
+        """Encoding as many crops as so many visual tokens fill, or one picture of the size that has them."""
+        if self.any_size:
+            crops, n_patches = 1, round(self.vision.n_patches * n_visual / self.n_visual)
+        else:
+            crops, n_patches = crops or -(-n_visual // self.n_visual), None
+        selector = self.vision.signals(signals, n_patches) * crops
+        return self.encode(crops, n_patches, selector)
 
     def prefill(
         self,

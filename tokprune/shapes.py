@@ -157,7 +157,7 @@ KNOWN: dict[str, Shape] = {
         _internvl3("internvl3-1b", _QWEN2_HALF_B),
         _internvl3("internvl3-2b", _QWEN2_1_5B),
         _internvl3("internvl3-8b", _QWEN2_7B),
-        Shape("qwen2.5-vl-7b", _QWEN2_5_VIT_1008, (5120, 5120, 3584), 1296, 1296, _QWEN2_7B, 152064),
+        Shape("qwen2.5-vl-7b", _QWEN2_5_VIT_1008, (5120, 5120, 3584), 1296, 1296, _QWEN2_7B, 152064, any_size=True),
     )
 }
 

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from PIL import Image
 
+# What Pillow raises on files that are no picture, or broken, or absurdly large.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from tokprune.errors import TaskError
 
-from .base import Sample
+from .base import UNREADABLE, Sample
 
 FIELDS = ("file_name", "question", "answer")
 
@@ -39,8 +40,12 @@ class ImageFolder:
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except UNREADABLE as error:
             raise TaskError(f"cannot read the picture {path}: {error}; replace it or remove its lines") from error
+
+    def checksum(self, image_id: str) -> int:
+        """Of the file: a run that goes on must see the pictures that it saw."""
+        return zlib.crc32((self.folder / image_id).read_bytes())
 
 
 def _read(folder: Path) -> list[Sample]:

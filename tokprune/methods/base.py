@@ -23,6 +23,7 @@ class Method:
 
     stage: ClassVar[Stage] = Stage.PRE_LLM
     takes_budget: ClassVar[bool] = True
+    keeps_features: ClassVar[bool] = True  # kept tokens stay as they are; False where a method merges or averages
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
 

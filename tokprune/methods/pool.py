@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from .. import ops
 from ..types import Count, VisualTokens
@@ -20,6 +21,8 @@ class Pool(Method):
     Differs:  averages after the projector; before it differs slightly, because of the projector's GELU.
     Needs:    nothing. Text-agnostic. Cost: O(N D).
     """
+
+    keeps_features: ClassVar[bool] = False
 
     @property
     def count(self) -> Count:
