@@ -158,6 +158,7 @@ def settings(
         "configurations": [c.label for c in configs],
         "max_new_tokens": runner.max_new_tokens,
         "suffix": runner.suffix,
+        "prompt": runner.prompt_fingerprint(),
         **more,
         **{name: where[name] for name in CONDITIONS},
     }

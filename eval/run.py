@@ -114,13 +114,16 @@ class Runner:
             return None
 
     def fingerprint(self) -> str:
-        """A checksum of the weights' names, shapes and some of their values, and one of prompt and processor."""
+        """A checksum of the weights' names, shapes and some of their values: tells checkpoints apart."""
         total = 0
         for name, weight in self.model.state_dict().items():
             head = weight.flatten()[:256].float().cpu().numpy().tobytes()
             total = zlib.crc32(f"{name} {tuple(weight.shape)}".encode() + head, total)
-        prompt = zlib.crc32((self.prompt("?") + self.processor.to_json_string()).encode())
-        return f"{total:08x}-{prompt:08x}"
+        return f"{total:08x}"
+
+    def prompt_fingerprint(self) -> str:
+        """A checksum of the prompt and of the processor's settings."""
+        return f"{zlib.crc32((self.prompt('?') + self.processor.to_json_string()).encode()):08x}"
 
     @torch.no_grad()
     def answer(self, inputs, config: Config, salts: Sequence[int]) -> tuple[torch.Tensor, Any, Stopwatch]:

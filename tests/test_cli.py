@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tokprune.eval.run import EMBEDDED_MODEL
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
-from tokprune import cli
+from tokprune import attachment, cli, compaction
+from tokprune.budget import Budget
+from tokprune.types import grid_layout
 
 
 def tokprune_cli(*arguments: str) -> subprocess.CompletedProcess:
@@ -268,6 +272,59 @@ def test_compare_names_the_line_of_a_missing_field(folder, tmp_path):
     assert not out.exists()
 
 
+def test_compare_refuses_other_pictures_of_the_same_names(folder, tmp_path):
+    command = ["compare", "--task", str(folder), "--methods", "none", "--out", str(tmp_path / "out")]
+    assert tokprune_cli(*command).returncode == 0
+    before = (tmp_path / "out" / "samples.jsonl").read_bytes()
+    Image.new("RGB", (50, 40), "yellow").save(folder / "0.png")
+    assert "pictures of" in refusal(tokprune_cli(*command))
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == before
+
+
+def test_compare_refuses_another_prompt(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED_MODEL, model)
+    command = ["compare", "--model", str(model), "--task", str(folder), "--methods", "none"]
+    command += ["--out", str(tmp_path / "out")]
+    assert tokprune_cli(*command).returncode == 0
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("ASSISTANT:", "ASSISTANT: :"))
+    assert "other settings (prompt:" in refusal(tokprune_cli(*command))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fix"),
+    [
+        ("run.json", b"[]", "holds no settings"),
+        ("run.json", b"{", "cannot be read"),
+        ("samples.jsonl", b"\n", "samples.jsonl line 1 cannot be read"),
+        ("samples.jsonl", b'{"task": 1}\n', "samples.jsonl line 1 cannot be read"),
+        ("times.jsonl", b"\0\0\n", "times.jsonl line 1 cannot be read"),
+    ],
+)
+def test_compare_on_a_broken_folder_is_one_line(name, content, fix, uninterrupted, tmp_path):
+    for path in uninterrupted.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    line = refusal(tokprune_cli("compare", *RUN, "--out", str(tmp_path)))
+    assert fix in line
+    assert "--overwrite" in line
+
+
+def test_rows_name_no_commit_where_git_is_missing(monkeypatch):
+    from tokprune.eval.rows import commit
+
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert commit() is None
+
+
+def test_near_ratios_have_labels_of_their_own():
+    from tokprune.eval.rows import Config
+
+    assert Config("uniform", 0.25).label == "uniform@0.25"
+    assert Config("uniform", 0.25).label != Config("uniform", 0.25000001).label
+
+
 def test_two_processes_cannot_write_one_run(tmp_path):
     from tokprune.eval.folder import RunFolder
 
@@ -319,6 +376,7 @@ BAD_FLOPS = {
     "tokens": (["--model", "llava-1.5-7b", "--visual", "0"], "at least 1"),
     "method": (["--model", "llava-1.5-7b", "--method", "vtc"], "vtc_cls"),
     "folder": (["--model", "/no/such"], "cannot read the configuration of '/no/such'"),
+    "no [CLS] token": (["--model", "onevision-7b", "--method", "vtc_cls"], "needs a [CLS] token"),
 }
 
 
@@ -326,6 +384,12 @@ BAD_FLOPS = {
 def test_flops_answers_bad_input_in_one_line(what):
     arguments, fix = BAD_FLOPS[what]
     assert fix in refusal(tokprune_cli("flops", *arguments))
+
+
+def test_flops_of_a_tower_that_takes_any_size():
+    done = tokprune_cli("flops", "--model", "qwen2.5-vl-7b", "--visual", "324", "--method", "blind")
+    assert "388 -> 64 tokens" in done.stdout
+    assert "1,683.06" in done.stdout  # a quarter of the patches: less than a quarter of 7,145, for attention
 
 
 # ---- explain
@@ -388,29 +452,42 @@ BAD_EXPLAIN = {
     "method": (["SCENE", "--method", "vtc"], "vtc_cls"),
     "ratio": (["SCENE", "--keep", "2"], "keep_ratio=0.02"),
     "out": (["SCENE", "--out", "/proc/no.png"], "name another file with --out"),
+    "placeholder": (["SCENE", "--question", "<image> what?"], "leave <image> out"),
+    "header alone": (["HEADER"], "cannot read the picture"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_EXPLAIN)
 def test_explain_answers_bad_input_in_one_line(what, scene):
     arguments, fix = BAD_EXPLAIN[what]
-    assert fix in refusal(tokprune_cli("explain", *(str(scene) if a == "SCENE" else a for a in arguments)))
+    header = scene.parent / "header.ppm"
+    header.write_bytes(b"P6\n5")
+    paths = {"SCENE": str(scene), "HEADER": str(header)}
+    assert fix in refusal(tokprune_cli("explain", *(paths.get(a, a) for a in arguments)))
+
+
+def test_explain_refuses_a_decompression_bomb(scene, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "cannot read the picture" in refusal(tokprune_cli("explain", str(scene)))
+
+
+def test_explain_draws_a_grid_that_ends_before_the_picture_does():
+    """A side of 27 pixels holds six patches of four; the last three pixels belong to no token."""
+    import numpy as np
+
+    from tokprune.explain import dimmed
+
+    whole = Image.fromarray(np.full((27, 27, 3), 200, np.uint8))
+    drawn = np.asarray(dimmed(whole.crop((0, 0, 24, 24)), grid_layout(6, 6), torch.arange(35)))
+    assert (drawn[:20] == 200).all()
+    assert (drawn[20:, 20:] == 60).all()
 
 
 # ---- doctor
 
-DISABLE = "import tokprune.compaction as c; c.Compaction.install = lambda self, stack: None; "
-SELECT_NOTHING = "import tokprune.attachment as a; a.mark_dropped = lambda features, keep: features; "
-
-
-def doctor(before: str = "") -> subprocess.CompletedProcess:
-    code = before + "import sys; sys.argv = ['tokprune', 'doctor']; from tokprune.cli import main; main()"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
-
 
 def test_doctor_finds_a_healthy_installation():
-    done = doctor()
+    done = tokprune_cli("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
     for name in tokprune.list_methods():
@@ -418,10 +495,37 @@ def test_doctor_finds_a_healthy_installation():
     assert "transformers" in done.stdout
 
 
-@pytest.mark.parametrize("sabotage", [DISABLE, SELECT_NOTHING], ids=["no compaction", "nothing marked"])
-def test_doctor_sees_that_nothing_is_pruned(sabotage):
-    done = doctor(sabotage)
+def in_generate_alone(before):
+    """Compaction that works in a plain forward and does nothing in generate."""
+    return lambda self, module, args, kwargs: (
+        None if kwargs.get("past_key_values") is not None else before(self, module, args, kwargs)
+    )
+
+
+SABOTAGE = {
+    "no compaction": (compaction.Compaction, "install", lambda _: lambda self, stack: None),
+    "nothing marked": (attachment, "mark_dropped", lambda _: lambda features, keep: features),
+    "not in generate": (compaction.Compaction, "before", in_generate_alone),
+    "one token kept": (Budget, "n_keep", lambda _: lambda self, n_visual, flops=None, least=1: 1),
+    "padding mask lost": (compaction.Columns, "inner_mask", lambda _: lambda self, mask, n_outer: None),
+    "kept features zeroed": (attachment, "mark_dropped", lambda mark: lambda f, keep: mark(torch.zeros_like(f), keep)),
+}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_doctor_sees_that_pruning_does_not_work(monkeypatch, what):
+    owner, name, broken = SABOTAGE[what]
+    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    done = tokprune_cli("doctor")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.count("FAILED") >= len(tokprune.list_methods())
-    assert "Traceback" not in done.stderr
+    assert done.stdout.count("FAILED") >= 5
     assert "do not trust a number" in done.stderr
+
+
+def test_doctor_exits_with_1_as_a_process():
+    code = "import tokprune.compaction as c; c.Compaction.install = lambda self, stack: None; "
+    code += "import sys; sys.argv = ['tokprune', 'doctor']; from tokprune.cli import main; main()"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

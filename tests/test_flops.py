@@ -290,8 +290,9 @@ def test_flops_ratio_of_one_keeps_all():
     model, inputs = tiny.model(), tiny.batch()
     bare = model(**inputs).logits
     for scope in ("llm", "prefill"):
-        with tokprune.attach(model, "vtc_cls", flops_ratio=1, flops_scope=scope):
+        with tokprune.attach(model, "fopru", flops_ratio=1, flops_scope=scope) as attachment:
             assert torch.equal(model(**inputs).logits, bare)
+            assert attachment.report.ledger == attachment.report.ledger_unpruned
 
 
 def test_flops_ratio_out_of_reach_names_the_least():
@@ -370,6 +371,16 @@ def test_kv_bytes_equal_the_cache():
         cache = model(**inputs, use_cache=True).past_key_values
         held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
         assert attachment.report.ledger.kv_bytes == held
+
+
+def test_kv_bytes_are_those_of_the_language_model():
+    model = tiny.fresh_model()
+    model.model.language_model.to(torch.bfloat16)
+    model.model.multi_modal_projector.to(torch.bfloat16)
+    shape = shape_from_config(model.config)
+    with tokprune.attach(model, "uniform", keep_ratio=0.25) as attachment:
+        assert attachment.report.bytes_per_value == 2
+    assert shape.read(3, bytes_per_value=2).kv_bytes == 3 * 5 * 2 * 2 * 16 * 2
 
 
 def test_beams_and_batches_count_as_they_ran():

@@ -74,8 +74,7 @@ def _prunes(model, inputs: dict, method: str, n_columns: int) -> Finding:
         _, in_generate = _watched(model, lambda: model.generate(**inputs, max_new_tokens=3, do_sample=False))
     n_layers, n_kept = len(model.model.language_model.layers), len(kept[0])
     problems = {
-        f"{n_kept} of {n_visual} kept, not {n_keep}": n_kept > n_keep
-        or (built.count is Count.EXACT and n_kept < n_keep),
+        f"asked to keep {n_keep}": n_kept > n_keep or (built.count is Count.EXACT and n_kept < n_keep),
         "nothing kept": bool(n_keep) and not n_kept,
         "the layers saw another length": set(columns) != {n_columns - n_visual + n_kept},
         "generate ran on another length": in_generate[:n_layers] != columns,
