@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tokprune.eval.render import BLOCK, BLOCKS, rendered
+from tokprune.eval.render import BLOCK, BLOCKS, read_rows, rendered
 from typer.main import get_command
 
 from tokprune.cli import app
@@ -70,6 +70,29 @@ def test_commands_have_these_options(line):
     command = get_command(app).commands[line.split()[1]]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in line.split() if word.startswith("--")} <= known
+
+
+def rows_of(name: str) -> list[dict]:
+    return [r for r in read_rows(name) if r["task"] == "findit" and r["method"] != "question only"]
+
+
+@pytest.mark.parametrize("name", ["compare-tiny-llava.jsonl", "compare-tiny-llava-seed0.jsonl"])
+def test_committed_rows_have_floors_that_leave_room(name):
+    """A benchmark that a blind model solves says nothing about pictures."""
+    floors = [r["value"] for r in read_rows(name) if r["task"] == "findit" and r["method"] == "question only"]
+    floors += [r["value"] for r in rows_of(name) if r["method"] in ("shuffled pictures", "blind")]
+    assert len(floors) == 3
+    assert max(floors) < 0.55
+
+
+def test_committed_rows_have_the_columns_that_others_need():
+    (row, *_) = rows_of("compare-tiny-llava.jsonl")
+    needed = (
+        "model revision method params keep_ratio n_visual_before n_visual_after task split n_samples metric value stderr "
+        "prefill_ms_p20 prefill_ms_p50 prefill_ms_p80 decode_ms_per_token_p50 peak_gib gpu dtype batch_size "
+        "attn_implementation torch transformers tokprune commit seed date"
+    )
+    assert set(needed.split()) <= set(row)
 
 
 def test_files_that_are_named_exist():

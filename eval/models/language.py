@@ -68,7 +68,7 @@ def initialise(module: nn.Module) -> None:
     """Weights of deviation 1 / sqrt(fan-in), embeddings of 0.15.
 
     The 0.02 of transformers suits widths of thousands: at 160 attention stays uniform for long, and learning to
-    look at the picture takes about ten times as many pictures.
+    look at the picture takes several times as many pictures.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Embedding):
