@@ -88,8 +88,8 @@ def test_committed_rows_have_floors_that_leave_room(name):
 def test_committed_rows_have_the_columns_that_others_need():
     (row, *_) = rows_of("compare-tiny-llava.jsonl")
     needed = (
-        "model revision method params keep_ratio n_visual_before n_visual_after task split n_samples metric value stderr "
-        "prefill_ms_p20 prefill_ms_p50 prefill_ms_p80 decode_ms_per_token_p50 peak_gib gpu dtype batch_size "
+        "model revision method params keep_ratio n_visual_before n_visual_after task split n_samples metric value "
+        "stderr prefill_ms_p20 prefill_ms_p50 prefill_ms_p80 decode_ms_per_token_p50 peak_gib gpu dtype batch_size "
         "attn_implementation torch transformers tokprune commit seed date"
     )
     assert set(needed.split()) <= set(row)
