@@ -152,7 +152,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 def kill_at(out: Path, n_lines: int) -> None:
     """Start the run, and SIGKILL it as soon as so many answers are written."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "tokprune.cli", "compare", *RUN, "--out", str(out)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path = out / "samples.jsonl"
@@ -234,7 +234,7 @@ def test_compare_overwrites_when_told_to(uninterrupted, tmp_path):
 
 def test_compare_on_a_full_disk_loses_nothing(uninterrupted, tmp_path):
     limit = (uninterrupted / "samples.jsonl").stat().st_size // 2
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "tokprune.cli", "compare", *RUN, "--out", str(tmp_path)]
     full = subprocess.run(
         command,
@@ -525,7 +525,7 @@ def test_doctor_sees_that_pruning_does_not_work(monkeypatch, what):
 def test_doctor_exits_with_1_as_a_process():
     code = "import tokprune.compaction as c; c.Compaction.install = lambda self, stack: None; "
     code += "import sys; sys.argv = ['tokprune', 'doctor']; from tokprune.cli import main; main()"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
