@@ -20,7 +20,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(OLDEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP) -c constraints.txt torch
-	grep -E '^(torch|numpy|pillow|accelerate|matplotlib|typer|rich|easy-vqa|pytest|pytest-xdist|peft)==' \
+	grep -E '^(torch|numpy|pillow|accelerate|matplotlib|typer|rich|easy-vqa|filelock|pytest|pytest-xdist|peft)==' \
 	  constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt transformers==4.57.6 -e '.[dev]'
 	touch $@
@@ -43,7 +43,7 @@ fix: setup
 
 # The laws on the oldest supported transformers, in an environment of its own.
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 tests/contract tests/golden tests/test_attention.py
+	$(OLDEST)/bin/python -m pytest -n 2 tests/contract tests/golden tests/test_attention.py tests/test_flops.py
 
 # The built wheel, imported from outside the repository.
 wheel: setup
