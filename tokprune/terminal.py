@@ -16,8 +16,10 @@ def methods_table() -> Table:
     table = Table("method", "keeps", "count", "source", title="Methods", title_justify="left")
     for name in tokprune.list_methods():
         method = tokprune.get_method(name)
-        first = (type(method).__doc__ or "").strip().splitlines()[0]
-        table.add_row(name, first, method.count.value, method.source or "control")
+        first = (type(method).__doc__ or "").strip().partition("\n")[0]
+        preset = "" if str(method).endswith("()") else f" As {method}."
+        count = method.count.value if method.takes_budget else "none"
+        table.add_row(name, first + preset, count, method.source or "control")
     return table
 
 
