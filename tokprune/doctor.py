@@ -112,7 +112,7 @@ def _inputs(runner: Any) -> dict[str, torch.Tensor]:
     """Two questions of different lengths about two scenes, left-padded."""
     from .eval.tasks.findit import FindIt
 
-    pictures = [[FindIt().image(name)] for name in ("test-0", "test-1")]
+    pictures = [[FindIt().image(name)] for name in ("validation-0", "validation-1")]
     text = [runner.prompt(q) for q in QUESTIONS]
     inputs = runner.processor(images=pictures, text=text, padding=True, return_tensors="pt")
     return dict(inputs.to(runner.model.device, runner.model.dtype))
