@@ -5,21 +5,77 @@ from __future__ import annotations
 import torch
 
 import tokprune
-from tokprune.methods import METHODS
-from tokprune.types import Kind, Layout, Tower, VisualTokens, grid_layout
+from tokprune.methods import METHODS, build_method
+from tokprune.methods.base import Filter
+from tokprune.types import Kind, Layout, Signal, Tower, VisualTokens, grid_layout
 
 VARIANTS = [
+    "cdpruner:invert=false",
+    "cdpruner:split=even",
+    "damro_filter+fopru",
+    "damro_filter:n_outliers=3+vtc_cls",
+    "divprune:split=even",
     "fopru:strategy=row",
     "fopru:form=logits",
     "fopru:gate=received",
     "fopru:gate=given:form=logits",
+    "globalcom2:allocate=even",
+    "globalcom2:alpha=0.5:form=softmax:temperature=0.1",
+    "globalcom2:faithful=true",
+    "globalcom2:renormalise=true",
+    "hired:alpha=0.2",
+    "hired:faithful=true",
+    "prumerge:adaptive=false",
+    "prumerge_plus:adaptive=false",
+    "prumerge_plus:n_top=5:step=6",
     "random:seed=3",
+    "random:split=even",
+    "tokencorr:sample=top:thumbnail=false",
+    "uniform:split=even",
+    "visionzip:contextual=2",
+    "vtc_cls:split=even",
     "vtc_cls:start_layer=22",
     "vtc_cls:start_layer=-8",
 ]
-SPECS = tokprune.list_methods() + VARIANTS
-BUDGETED = [s for s in SPECS if METHODS.build(s).takes_budget]
+FILTERS = [n for n in tokprune.list_methods() if isinstance(METHODS.build(n), Filter)]
+SPECS = [n for n in tokprune.list_methods() if n not in FILTERS] + VARIANTS
+
+
+def build(spec: str):
+    """The method object of a specification, or of several joined by "+"."""
+    return build_method(spec)[0]
+
+
+BUDGETED = [s for s in SPECS if build(s).takes_budget]
+PRUNING = [s for s in SPECS if s != "blind"]  # with those that decide how many by themselves
 TOWER = Tower(n_layers=24, has_cls=True)
+HEADS, HEAD_DIM, TOWER_WIDTH, N_TEXT = 2, 4, 16, 5
+
+
+def mosaic_layout(side: int, grid: tuple[int, int], height: int | None = None, width: int | None = None) -> Layout:
+    """A thumbnail and a mosaic of crops, cut to height x width around its middle; no newlines."""
+    rows, columns = grid
+    height, width = height or side * rows, width or side * columns
+    top, left = (side * rows - height) // 2, (side * columns - width) // 2
+    places = [(0, r, c) for r in range(side) for c in range(side)]
+    for r in range(height):
+        for c in range(width):
+            places.append((1 + (r + top) // side * columns + (c + left) // side, r, c))
+    return Layout(*(tuple(x) for x in zip(*places, strict=True)), crop_grid=grid)
+
+
+LAYOUTS = {
+    "6x6": grid_layout(6, 6),
+    "3x8": grid_layout(3, 8),
+    "1x1": grid_layout(1, 1),
+    "thumbnail and 2x2": mosaic_layout(6, (2, 2)),
+    "padded": mosaic_layout(6, (2, 2), height=9),
+    "wide": mosaic_layout(4, (1, 3), width=11),
+    "three frames": Layout(
+        *(tuple(x) for x in zip(*[(f + 1, f * 3 + r, c) for f in range(3) for r in range(3) for c in range(3)])),
+        crop_grid=(3, 1),
+    ),
+}
 
 
 def tokens_for(spec: str, n_images=3, layout: Layout | None = None, dtype=torch.float32, seed=0, extra=False, width=16):
@@ -30,18 +86,33 @@ def tokens_for(spec: str, n_images=3, layout: Layout | None = None, dtype=torch.
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(n_images, *shape, generator=generator)
 
-    needs = METHODS.build(spec).needs(TOWER)
-    features = values(layout.n_visual, width).to(dtype)
-    signals = {s: values(len(s.layers), layout.n_visual).softmax(-1) for s in sorted(needs, key=str)}
-    if extra:
-        from tokprune.types import Signal
+    def signal(s: Signal) -> torch.Tensor:
+        n = layout.n_visual
+        if s.kind is Kind.KEYS:
+            return values(max(len(s.layers), 1), n, HEADS, HEAD_DIM)
+        if s.kind is Kind.CLS_STATE:
+            return values(layout.n_crops, width)
+        if s.kind is Kind.TEXT_EMBEDS:
+            return values(N_TEXT, width) * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])[:, None]
+        return (3 * values(max(len(s.layers), 1), n)).softmax(-1)
 
+    needs = build(spec).needs(TOWER)
+    features = values(layout.n_visual, width).to(dtype)
+    signals = {s: signal(s) for s in sorted(needs, key=str)}
+    if extra:
         have = {s.kind for s in needs}
-        signals |= {Signal(k, (0,)): values(1, layout.n_visual) for k in Kind if k not in have}
+        signals |= {Signal(k, (0,)): signal(Signal(k, (0,))) for k in Kind if k not in have}
     return VisualTokens.of(features, layout, signals)
 
 
 def n_keeps(spec: str, layout: Layout) -> list[int]:
     """Budgets worth trying: the least, a few in between, all."""
-    n, least = layout.n_visual, METHODS.build(spec).min_keep(layout)
+    n, least = layout.n_visual, build(spec).min_keep(layout)
     return sorted({k for k in (least, least + 1, n // 4, n // 2, n - 1, n) if max(least, 1) <= k <= n})
+
+
+def scaled(spec: str) -> str:
+    """The same for a tower of a few layers."""
+    return spec.replace("start_layer=22", "start_layer=2").replace("start_layer=-8", "start_layer=-3")
+
+

@@ -6,15 +6,15 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .budget import REFERENCE_TEXT, Budget, Scope
+from .budget import Budget, Scope
 from .call import Call, Local, repeated_salts
-from .compaction import Compaction, Ran, mark_dropped, without_marks
+from .compaction import Compaction, Ran, past_length, without_marks
 from .compatibility import checked_signals
 from .errors import (
     AlreadyAttachedError,
@@ -25,11 +25,12 @@ from .errors import (
     OptionError,
     TokPruneError,
 )
-from .flops import Ops, SelectionCost
 from .methods import Spec, build_method
 from .methods.base import Method
-from .report import ImageReport, Prefill, Report, describe_signals, without_beam_copies
-from .types import Layout, Signal, VisualTokens
+from .prompt import places_of, text_of
+from .report import Prefill, Report, describe_signals, without_beam_copies
+from .selection import Encoded, Newlines, Selector, by_image
+from .types import Kind
 
 
 def attach(
@@ -41,6 +42,7 @@ def attach(
     flops_ratio: float | None = None,
     flops_scope: Scope = "llm",
     positions: Literal["auto", "contiguous", "original"] = "auto",
+    newlines: Newlines = "auto",
     **options: Any,
 ) -> Attachment:
     """Let a model's language model see fewer visual tokens, until `detach` or the end of a `with` block.
@@ -57,6 +59,9 @@ def attach(
         flops_scope: "llm" counts the language model, "prefill" everything up to the first token.
         positions: "contiguous" renumbers the kept tokens without gaps, "original" leaves them their numbers;
             "auto" is what papers measure for the model's family.
+        newlines: of models that end every row of a picture with one: "keep_rows_with_tokens" keeps those of rows
+            that keep a token, "keep" all, "drop" none; "auto" is the first, or what the method says. They are not
+            counted in a budget.
         **options: options of the method, such as start_layer=22.
 
     Returns:
@@ -74,6 +79,8 @@ def attach(
         raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
     if positions not in ("auto", "contiguous", "original"):
         raise OptionError(f"positions={positions!r} is not one of 'auto', 'contiguous', 'original'")
+    if newlines not in get_args(Newlines):
+        raise OptionError(f"newlines={newlines!r} is not one of {', '.join(map(repr, get_args(Newlines)))}")
     positions = adapter.default_positions if positions == "auto" else positions
     adapter.check_attention(positions)
     signals = checked_signals(built, label, adapter)
@@ -83,14 +90,15 @@ def attach(
         raise AlreadyAttachedError(
             f"this model already has an attachment ({owners[0].label}); call attachment.detach() first"
         )
-    return Attachment(adapter, built, label, budget, positions, signals)
+    selector = Selector(adapter, built, label, budget, newlines, signals)
+    return Attachment(adapter, selector, positions, signals)
 
 
 def _checked_budget(method: Method, given: tuple[Any, Any, Any], flops_scope: Scope) -> Budget | None:
     if method.takes_budget:
         return Budget(*given, flops_scope)
     if given != (None, None, None):
-        raise BudgetError(f"{method} keeps no visual token; leave keep_ratio, keep_tokens and flops_ratio out")
+        raise BudgetError(f"{method} takes no budget; leave keep_ratio, keep_tokens and flops_ratio out")
     return None
 
 
@@ -102,29 +110,32 @@ class Attachment(NotCopyable):
         label: the method as it was asked for.
         budget: the budget, or None for a method without one.
         positions: "contiguous" or "original".
+        newlines: which newlines stay.
         salts: integers that seeded methods mix in, one an image or one for all; a harness sets one a sample.
     """
 
-    def __init__(self, adapter, method: Method, label: str, budget: Budget | None, positions, signals):
+    def __init__(self, adapter, selector: Selector, positions, signals):
         from .integrations.transformers.base import SignalTap
 
-        self.adapter, self.method, self.label = adapter, method, label
-        self.budget, self.positions = budget, positions
+        self.adapter, self._selector, self.positions = adapter, selector, positions
+        self.method, self.label, self.budget = selector.method, selector.label, selector.budget
+        self.newlines = selector.newlines
         self.salts: Sequence[int] = (0,)
         self._signals = signals
-        self._n_keep = functools.lru_cache(maxsize=64)(self._count)  # a FLOPs budget is searched for
-        self._cost: Any = adapter.shape and SelectionCost(adapter.shape, signals, method.cost)
+        self._reads_prompt = adapter.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
         self._local = Local()
-        self._tap = SignalTap(adapter, signals) if signals else None
+        self._tap = SignalTap(adapter, signals, selector.in_tower) if signals or selector.in_tower else None
         with contextlib.ExitStack() as stack:
             for name in adapter.encode_functions:
                 self._wrap(name, stack)
             if self._tap:
                 self._tap.install(stack)
-            base = adapter.base
+            base, language_model = adapter.base, adapter.language_model
             stack.callback(base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
             stack.callback(base.register_forward_hook(self._after_model, with_kwargs=True).remove)
-            Compaction(adapter.language_model, positions, self).install(stack)
+            if self._reads_prompt:  # before compaction, which looks for marks
+                stack.callback(language_model.register_forward_pre_hook(self._mark_late, with_kwargs=True).remove)
+            Compaction(language_model, positions, self).install(stack)
             self._undo = stack.pop_all()
 
     def __enter__(self) -> Attachment:
@@ -197,87 +208,64 @@ class Attachment(NotCopyable):
             raise OptionError(f"{name}(return_dict=False) cannot carry marks; leave it out, or use attachment.paused()")
         call = self._call_of_encode(name)
         try:
-            out, signals = self._collect(functools.partial(original, *args, **kwargs))
+            out, collected = self._collect(functools.partial(original, *args, **kwargs))
             features, put_back = split_features(out)
             bound = signature.bind(*args, **kwargs).arguments
-            arguments = {**bound, **bound.get("kwargs", {})}
-            layouts = self.adapter.layouts(arguments, features)
-            packed = {s: self.adapter.pack(t.to(features[0].device), arguments) for s, t in signals.items()}
-            marked, keeps = self._prune(features, layouts, packed, call)
+            encoded = Encoded(name, {**bound, **bound.get("kwargs", {})}, features, collected)
+            if self._reads_prompt:
+                call.pending.append(encoded)
+                return out
+            images = by_image(self.adapter, encoded)
+            marked, _ = self._selector.prune(images, repeated_salts(tuple(self.salts), len(images.features)), call)
         except BaseException:
             self._local.call = None  # what was half encoded must not be taken for the next call's
             raise
-        for layout, keep in zip(layouts, keeps, strict=True):
-            call.clamped |= self._asked_more(layout)
-            call.images.append(self._image_report(layout, keep, collected=bool(signals)))
-        return put_back(marked) if call.below_budget else out
+        return put_back(marked) if call.touched else out
 
-    def _prune(
-        self, features: list[Tensor], layouts: list[Layout], packed: dict[Signal, list[Tensor]], call: Call
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Marked features and keep of every image; the method sees the images of one layout at once."""
-        marked, keeps = list(features), [f.new_ones(len(f), dtype=torch.bool) for f in features]
-        salts = repeated_salts(tuple(self.salts), len(features))
-        for layout in dict.fromkeys(layouts):
-            n_keep = self._n_keep(layout)
-            if n_keep >= layout.n_visual:
-                continue  # before any method code: the model stays bit-identical
-            group = [i for i, other in enumerate(layouts) if other == layout]
-            stacked = torch.stack([features[i] for i in group])
-            signals = {s: torch.stack([rows[i] for i in group]) for s, rows in packed.items()}
-            call.below_budget = True
-            call.bad.append(stacked.isnan().any())
-            new, keep = self._select(stacked, layout, signals, [salts[i] for i in group], n_keep)
-            call.dropped.append((~keep).any())
-            for place, i in enumerate(group):
-                marked[i], keeps[i] = new[place], keep[place]
-        return marked, keeps
-
-    def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict[Signal, Tensor]]:
+    def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict]:
         keeps_all = self.budget is not None and 1 in (self.budget.keep_ratio, self.budget.flops_ratio)
         return self._tap.collect(original) if self._tap and not keeps_all else (original(), {})
 
-    def _select(
-        self, features: Tensor, layout: Layout, signals: dict, salts: list[int], n_keep: int
-    ) -> tuple[Tensor, Tensor]:
-        """Marked features and keep of a group; rows that show no patch are kept and never reach the method."""
-        if layout.n_visual == len(layout.crop):
-            selected = self.method.select(VisualTokens.of(features, layout, signals, salts), n_keep)
-            return mark_dropped(selected.features, selected.keep), selected.keep
-        visual = ops.on_device(layout.visual, features.device)
-        tokens = VisualTokens.of(features[:, visual], layout.without_specials, signals, salts)
-        selected = self.method.select(tokens, n_keep)
-        keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-        keep[:, visual] = selected.keep
-        features = features.index_copy(1, visual, selected.features)
-        return mark_dropped(features, keep), keep
+    def _mark_late(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Select and mark where the prompt had to be known; a prompt that comes again gets the same marks."""
+        call, embeds = self._local.call, kwargs.get("inputs_embeds")
+        if self._local.paused or call is None or embeds is None or embeds.shape[1] == 1:
+            return None
+        if call.pending and self._local.masks:
+            try:
+                self._select_late(call, embeds, kwargs.get("attention_mask"))
+            except BaseException:
+                self._local.call = None
+                raise
+        elif past_length(kwargs.get("past_key_values")):
+            return None
+        if not call.marks or not call.touched:
+            return None
+        embeds = embeds.clone()
+        for place, marked in call.marks:
+            for row in place.rows:
+                embeds[row, ops.on_device(place.columns, embeds.device)] = marked.to(embeds)
+        return args, {**kwargs, "inputs_embeds": embeds}
 
-    def _count(self, layout: Layout) -> int:
-        if self.budget is None:
-            return 0
-        least = min(self.method.min_keep(layout), layout.n_visual)
-        n_keep = self.budget.n_keep(layout.n_visual, functools.partial(self._flops, layout), least)
-        if n_keep < least:
-            raise BudgetError(
-                f"{self.label!r} cannot keep {n_keep} of {layout.n_visual} tokens: {least} is its least here; "
-                f"type keep_tokens={least} or more"
-            )
-        return n_keep
-
-    def _flops(self, layout: Layout, n_keep: int) -> int:
-        """What keeping so many tokens of an image costs, beside the reference text."""
-        ledger = self._cost.prefill(layout, n_keep, REFERENCE_TEXT, self.adapter.crop_patches(layout))
-        return getattr(ledger, self.budget.flops_scope if self.budget else "llm").flops
-
-    def _image_report(self, layout: Layout, keep: Tensor, collected: bool) -> ImageReport:
-        n_patches = self.adapter.crop_patches(layout)
-        selector = self._cost.selector(layout, self._n_keep(layout), n_patches, collected) if self._cost else Ops()
-        n_special = len(layout.crop) - layout.n_visual
-        return ImageReport(layout.n_visual, n_special, keep, layout, n_patches, selector)
-
-    def _asked_more(self, layout: Layout) -> bool:
-        asked = self.budget.keep_tokens if self.budget else None
-        return asked is not None and asked > layout.n_visual
+    def _select_late(self, call: Call, embeds: Tensor, attention_mask: Tensor | None) -> None:
+        """Select for everything that was encoded for this prompt."""
+        masks = self._local.masks
+        for encoded in call.pending:
+            mask, n_encoded = masks[encoded.name], sum(map(len, encoded.features))
+            if self.adapter.images_from_prompt:
+                places = places_of(mask, n_encoded, None)
+                images = by_image(self.adapter, encoded, [len(p.columns) for p in places])
+            else:
+                images = by_image(self.adapter, encoded)
+                places = places_of(mask, n_encoded, [len(f) for f in images.features])
+            for signal in self._signals:
+                if signal.kind is Kind.TEXT_EMBEDS:
+                    rows = [p.rows[0] for p in places]
+                    images.signals[signal] = list(text_of(embeds, list(masks.values()), attention_mask, rows))
+            salts = repeated_salts(tuple(self.salts), len(places))
+            marked, _ = self._selector.prune(images, salts, call)
+            call.marks += zip(places, marked, strict=True)
+        call.pending = []
 
     def _call_of_encode(self, name: str) -> Call:
         call = self._local.call
@@ -292,33 +280,34 @@ class Attachment(NotCopyable):
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Count the prompt's placeholders, on the device."""
-        self._local.placeholders = self._local.rows = None
+        self._local.masks, self._local.rows = {}, None
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
         wanted = self.adapter.placeholder_ids
         if ids is not None and ids.shape[1] > 1:
-            self._local.placeholders = sum((ids == i).sum() for i in wanted)
+            self._local.masks = {name: ids == i for name, i in wanted.items()}
             if kwargs.get("past_key_values") is not None:
                 # generate() of older releases repeats the pictures of every beam and encodes them here.
                 self._local.rows = ids
         elif embeds is not None and embeds.shape[1] > 1:
-            rows = self.adapter.base.get_input_embeddings()(ops.on_device(wanted, embeds.device))
-            self._local.placeholders = (embeds[:, :, None] == rows).all(-1).sum()
+            rows = self.adapter.base.get_input_embeddings()(ops.on_device(list(wanted.values()), embeds.device))
+            self._local.masks = {name: (embeds == row).all(-1) for name, row in zip(wanted, rows, strict=True)}
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> Any:
         """Take the marks out of the features that the model hands back."""
-        self._local.placeholders = self._local.rows = None
+        self._local.masks, self._local.rows = {}, None
         if isinstance(out, tuple):
             return tuple(without_marks(part) for part in out)
-        if getattr(out, "image_hidden_states", None) is not None:
-            out["image_hidden_states"] = without_marks(out.image_hidden_states)
+        for field in ("image_hidden_states", "video_hidden_states"):
+            if getattr(out, field, None) is not None:
+                out[field] = without_marks(out[field])
         return None
 
     def flags(self) -> dict[str, Tensor]:
         """Scalars for the one synchronisation of a prefill."""
         flags = {}
-        if self._local.placeholders is not None:
-            flags["placeholders"] = self._local.placeholders
+        if self._local.masks:
+            flags["placeholders"] = sum(mask.sum() for mask in self._local.masks.values())
         call = self._local.call
         if call and call.bad and not self._local.paused:
             flags["bad_features"] = torch.stack(call.bad).any()
@@ -345,7 +334,7 @@ class Attachment(NotCopyable):
             self._local.call = None
             raise BadFeaturesError("the vision tower or the projector produced NaN; run it in float32 or bfloat16")
         # A chunk of a prompt may hold kept tokens alone; then it is enough that this call dropped some.
-        is_chunk = placeholders < sum(i.n_visual + i.n_special for i in call.images)
+        is_chunk = placeholders < sum(len(i.layout.crop) for i in call.images)
         keeps_all = bool(call.images) and not call.below_budget
         as_promised = facts["marked"] or keeps_all or (encoded_now and is_chunk and facts.get("dropped"))
         if placeholders and not as_promised:

@@ -24,6 +24,12 @@ def cls_row(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_specia
     return row.mean(1)[:, n_special:]
 
 
+def as_one_head(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The same queries and keys as a single head over the full width, and its scale."""
+    q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, k))
+    return q, k, q.shape[-1] ** -0.5
+
+
 def received(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0) -> Tensor:
     """Attention every patch receives from all patches, mean over queries, (B, N)."""
     if form == "logits":

@@ -21,7 +21,10 @@ class Call:
     prefills: list[Prefill] = field(default_factory=list)
     bad: list[Tensor] = field(default_factory=list)  # whether features held NaN, on the device
     dropped: list[Tensor] = field(default_factory=list)  # whether tokens were dropped, on the device
-    below_budget: bool = False  # some image had more tokens than its budget
+    below_budget: bool = False  # some image had more tokens than its budget, so some have to be dropped
+    touched: bool = False  # a method ran
+    pending: list = field(default_factory=list)  # `selection.Encoded`, to be selected when the prompt is known
+    marks: list = field(default_factory=list)  # (`prompt.Place`, marked rows) of what was selected then
     clamped: bool = False
     ran: bool = False
     rows: Tensor | None = None  # input_ids whose rows may be beam copies
@@ -32,7 +35,7 @@ class Local(threading.local):
 
     call: Call | None = None
     paused: int = 0
-    placeholders: Tensor | None = None  # how many in this pass, a scalar on the device
+    masks: Mapping[str, Tensor] = {}  # placeholders of this pass by encode function, (B, S) bool
     rows: Tensor | None = None
     facts: Mapping[str, int] = {}
 

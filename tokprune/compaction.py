@@ -203,7 +203,7 @@ class Compaction(NotCopyable):
         if x is None:
             return None
         columns = getattr(cache, _STATE, None)
-        n_new, past_inner = x.shape[1], _length(cache)
+        n_new, past_inner = x.shape[1], past_length(cache)
         is_prefill = n_new > 1 or past_inner == 0
         seen = None
         if is_prefill and embeds is not None:
@@ -221,7 +221,7 @@ class Compaction(NotCopyable):
         short = self._short(kwargs, x, columns, this, past)
         if is_prefill:
             n_inner, lengths = (this.new.source.shape[1], this.new.valid.sum(1)) if this.new else (n_new, None)
-            self.observer.after_prefill(Ran(len(x), n_new, n_inner, past, _length(cache), lengths))
+            self.observer.after_prefill(Ran(len(x), n_new, n_inner, past, past_length(cache), lengths))
         return args, short
 
     def _inspect(self, embeds: Tensor, mask) -> _Seen:
@@ -259,7 +259,7 @@ class Compaction(NotCopyable):
         mask = None if mask is None else mask[:, : past + n_new]
         this.columns = before.extended(past, new) if new else before
         inner = this.columns.inner_mask(mask, past + n_new)
-        past_inner, n_inner = _length(cache), new.source.shape[1] if new else n_new
+        past_inner, n_inner = past_length(cache), new.source.shape[1] if new else n_new
         if inner is None and self.positions == "original":
             # Gapped positions without mask and cache are taken for several packed sequences.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
@@ -347,8 +347,9 @@ def _new_columns(seen: _Seen) -> NewColumns:
     )
 
 
-def _length(cache) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
+def past_length(cache) -> int:
+    """Tokens in a cache; 0 without one."""
+    return 0 if cache is None else int(cache.get_seqpast_length())
 
 
 def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: int) -> tuple[int, Columns]:

@@ -42,8 +42,8 @@ def list_support() -> list[Pair]:
     for model in MODELS.names():
         adapter = MODELS.load(model)
         for kind in adapter.towers.values():
-            supplied = adapter.supplies_of(kind.has_cls)
-            tower = Tower(n_layers=24, has_cls=kind.has_cls)
+            tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=adapter.one_patch_a_row)
+            supplied = adapter.supplies_of(tower)
             pairs += [_pair(model, kind.name, name, tower, supplied) for name in METHODS.names()]
     return pairs
 

@@ -109,11 +109,13 @@ class Vision:
         for s in signals:
             for layer in s.layers:
                 if s.kind is Kind.CLS_ROW:
-                    products.add((layer, s.form, "cls", n_tokens))
+                    products.add((layer, s.form, s.heads, "cls", n_tokens))
+                elif s.kind is Kind.KEYS:
+                    continue  # what the tower computes anyway
                 elif s.form == "logits":
-                    products.add((layer, s.form, s.kind.value, n_patches))
+                    products.add((layer, s.form, s.heads, s.kind.value, n_patches))
                 else:
-                    products.add((layer, s.form, "map", n_patches * n_tokens))
+                    products.add((layer, s.form, s.heads, "map", n_patches * n_tokens))
         return Ops(inner * sum(p[-1] for p in products))
 
 
@@ -275,28 +277,31 @@ class SelectionCost:
     Args:
         shape: the model.
         signals: collected from the vision tower.
-        products: (n_visual, n_keep, width) to the matrix products of the selection itself.
+        products: (layout, n_keep, width) to the matrix products of the selection itself.
+        in_tower: whether it merges states of the tower, which the projector then sees anew.
     """
 
     shape: Shape
     signals: frozenset[Signal]
-    products: Callable[[int, int, int], Ops]
+    products: Callable[[Layout, int, int], Ops]
+    in_tower: bool = False
 
     def selector(self, layout: Layout, n_keep: int, n_patches: int | None = None, collected: bool = True) -> Ops:
         """Signals, where they are collected, and selection, where not all tokens are kept."""
         spent = Ops()
         if n_keep < layout.n_visual:
-            spent += self.products(layout.n_visual, n_keep, self.shape.text.width)
+            width = self.shape.vision.stack.width if self.in_tower else self.shape.text.width
+            spent += self.products(layout.without_specials, n_keep, width)
+            spent += self.shape.project(n_keep or layout.n_visual) if self.in_tower else Ops()
         if collected:
             spent += self.shape.vision.signals(self.signals, n_patches) * layout.n_crops
         return spent
 
     def prefill(self, layout: Layout, n_keep: int, n_text: int, n_patches: int | None = None) -> Ledger:
-        """One image beside some text; keeping all of it skips the selection."""
-        n_special = len(layout.crop) - layout.n_visual
+        """One image beside some text, newlines among it; keeping all of it skips the selection."""
         spent = self.selector(layout, n_keep, n_patches) if n_keep < layout.n_visual else Ops()
         encoded = self.shape.encode(layout.n_crops, n_patches, spent)
-        return encoded + self.shape.read(n_text + n_special + n_keep)
+        return encoded + self.shape.read(n_text + n_keep)
 
 
 # ------------------------------------------------------------------------------------- papers' formulas

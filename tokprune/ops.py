@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,95 @@ def keep_top(scores: Tensor, n_keep: int) -> Tensor:
     """
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     return order[:, :n_keep].sort(dim=1).values
+
+
+def first_highest(scores: Tensor) -> Tensor:
+    """Index of the highest score of every row, (G,); the lowest one of equals."""
+    n = scores.shape[1]
+    places = torch.arange(n, device=scores.device)
+    return torch.where(scores == scores.amax(1, keepdim=True), places, n - 1).amin(1)
+
+
+def keep_top_of_parts(scores: Tensor, part: Tensor, counts: Tensor) -> Tensor:
+    """(G, N) bool: of every part the `counts` highest scores; equal ones go to the lower index.
+
+    Args:
+        scores: (G, N).
+        part: (N,) int64, the part of every token, 0..P-1.
+        counts: (G, P), on the device; a part keeps at most what it has.
+    """
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    parts = part[order]  # (G, N), by rank
+    one_hot = parts[..., None] == torch.arange(counts.shape[1], device=part.device)
+    place = one_hot.cumsum(1).gather(2, parts[..., None])[..., 0]  # 1 is the best of its part
+    kept = place <= counts.gather(1, parts)
+    return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def allocate(weights: Tensor, caps: Sequence[int], total: int) -> Tensor:
+    """Split `total` over parts by weight, exactly, under caps: largest remainder, on the device, no read from it.
+
+    What a full part cannot take goes to the others by their weights; equal remainders go to the lower part.
+
+    Args:
+        weights: (G, P), not negative; where all that is left weigh nothing, what they have room for counts.
+        caps: of every part; their sum is at least `total`.
+        total: to split, for every row.
+
+    Returns:
+        (G, P) int64; every row sums to `total`.
+    """
+    limit = torch.tensor(caps, dtype=torch.float64).to(weights.device, non_blocking=True).expand_as(weights)
+    weights, share = weights.double().clamp(min=0), torch.zeros_like(limit)
+    for _ in range(len(caps)):  # every round fills a part or ends
+        room = limit - share
+        open_ = torch.where(room > 0, weights, 0)
+        open_ = torch.where(open_.sum(1, keepdim=True) > 0, open_, room)
+        left = total - share.sum(1, keepdim=True)
+        share = torch.minimum(share + left * open_ / open_.sum(1, keepdim=True).clamp(min=1e-300), limit)
+    whole = (share + 1e-9).floor()
+    remainder = torch.where(whole < limit, share - whole, -1.0)
+    rank = remainder.argsort(dim=1, descending=True, stable=True).argsort(1)
+    return (whole + (rank < total - whole.sum(1, keepdim=True))).long()
+
+
+@functools.lru_cache(maxsize=256)
+def shares(sizes: tuple[int, ...], total: int, even: bool = False) -> tuple[int, ...]:
+    """Split `total` over parts by their sizes, or evenly, under their sizes; largest remainder, on the host."""
+    exact = [Fraction(0)] * len(sizes)
+    while sum(exact) < total:
+        open_ = [i for i, size in enumerate(sizes) if exact[i] < size]
+        weight = sum(1 if even else sizes[i] for i in open_)
+        left = total - sum(exact)
+        for i in open_:
+            exact[i] = min(exact[i] + left * (1 if even else sizes[i]) / weight, Fraction(sizes[i]))
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return tuple(counts)
+
+
+def outliers(values: Tensor) -> Tensor:
+    """(G, N) bool: above the third quartile by more than 1.5 interquartile ranges."""
+    low, high = torch.quantile(values.float(), torch.tensor([0.25, 0.75], device=values.device), dim=1, keepdim=True)
+    return values > high + 1.5 * (high - low)
+
+
+def cosine(x: Tensor) -> Tensor:
+    """Cosine of every pair of rows, (G, N, D) -> (G, N, N), float32."""
+    unit = F.normalize(x.float(), dim=-1)
+    return unit @ unit.transpose(-1, -2)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of (G, N, D) at (G, K): (G, K, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """(G, N, D) with the rows at (G, K) replaced by (G, K, D)."""
+    return x.scatter(1, index[..., None].expand_as(rows), rows.to(x.dtype))
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .flops import Ledger, Ops, Shape
-from .types import Layout, Signal
+from .types import Kind, Layout, Signal
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,49 @@ class ImageReport:
     """One image: visual tokens before and after, and what encoding it took.
 
     Args:
-        n_visual: tokens that show a patch.
-        n_special: rows that show none.
         keep: (N,) bool on the device, read when asked for.
         layout: where the rows lie.
         n_patches: patches of a crop, or None for the configuration's.
         selector: what collecting signals and selecting computed.
     """
 
-    n_visual: int
-    n_special: int
     keep: Tensor
     layout: Layout
     n_patches: int | None = None
     selector: Ops = field(default_factory=Ops)
+
+    @property
+    def n_visual(self) -> int:
+        """Tokens that show a patch."""
+        return self.layout.n_visual
+
+    @property
+    def n_special(self) -> int:
+        """Rows that show none: newlines, [CLS] features."""
+        return len(self.layout.crop) - self.n_visual
 
     @functools.cached_property
     def kept(self) -> Tensor:
         """Indices of the kept rows among the image's placeholders, (K,) int64, on the CPU."""
         return self.keep.nonzero()[:, 0].cpu()
 
-    @property
+    @functools.cached_property
     def n_kept(self) -> int:
         """Visual tokens kept, rows that show no patch not counted."""
-        return len(self.kept) - self.n_special
+        return sum(self.layout.crop[i] >= 0 for i in self.kept.tolist())
+
+    @property
+    def n_special_kept(self) -> int:
+        """Rows that show no patch and stay."""
+        return len(self.kept) - self.n_kept
+
+    def kept_by_crop(self) -> dict[int, int]:
+        """How many tokens each crop keeps."""
+        counts = dict.fromkeys(self.layout.crops, 0)
+        for i in self.kept.tolist():
+            if self.layout.crop[i] >= 0:
+                counts[self.layout.crop[i]] += 1
+        return counts
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,8 @@ class Report:
             "n_visual": [i.n_visual for i in self.images],
             "n_kept": [i.n_kept for i in self.images],
             "n_special": [i.n_special for i in self.images],
+            "n_special_kept": [i.n_special_kept for i in self.images],
+            "kept_by_crop": [i.kept_by_crop() for i in self.images],
             "prompt_columns": self.n_prompt,
             "prompt_columns_kept": self.n_prompt_kept,
             "layers": self.layers,
@@ -207,7 +228,9 @@ def _tokens_line(images: list[ImageReport]) -> str:
         return "no image"
     pairs = sorted({(i.n_visual, i.n_kept) for i in images}, reverse=True)
     shown = ", ".join(f"{before} -> {after}" for before, after in pairs[:4]) + (" ..." if len(pairs) > 4 else "")
-    return f"{len(images)} image{'s' * (len(images) > 1)}, visual tokens {shown} each"
+    line = f"{len(images)} image{'s' * (len(images) > 1)}, visual tokens {shown} each"
+    newlines = sum(i.layout.n_newlines for i in images), sum(i.n_special_kept for i in images)
+    return f"{line}, newlines {newlines[0]} -> {newlines[1]} in all" if newlines[0] else line
 
 
 def without_beam_copies(images: list[ImageReport], rows: Tensor | None) -> list[ImageReport]:
@@ -235,6 +258,14 @@ def describe_signals(signals: frozenset[Signal]) -> str:
     """What was collected, from which layers."""
 
     def layers(s: Signal) -> str:
-        return f"{s.layers[0]}" if len(s.layers) == 1 else f"{s.layers[0]}-{s.layers[-1]}"
+        if not s.layers:
+            return ""
+        span = f"{s.layers[0]}" if s.layers[-1] - s.layers[0] == 0 else f"{s.layers[0]}-{s.layers[-1]}"
+        span = span if s.layers[-1] - s.layers[0] == len(s.layers) - 1 else ", ".join(map(str, s.layers))
+        return f" of vision layer {span}"
 
-    return ", ".join(sorted(f"{s.kind.value} ({s.form}) of vision layer {layers(s)}" for s in signals))
+    def form(s: Signal) -> str:
+        attention = s.kind in (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN)
+        return f" ({s.form}{', one head' if s.heads == 'single' else ''})" if attention else ""
+
+    return ", ".join(sorted(s.kind.value + form(s) + layers(s) for s in signals))

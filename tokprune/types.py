@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
@@ -37,33 +38,60 @@ class Kind(Enum):
 
     CLS_ROW: attention of the [CLS] query to every visual token, mean over heads, (G, l, N); a softmax row is
     not renormalised after the [CLS] column is cut off. RECEIVED: attention that a visual token receives from
-    all visual tokens, mean over heads and queries, (G, l, N). GIVEN: attention that it gives to all visual
-    tokens, mean over heads and keys, (G, l, N). All are float32.
+    all visual tokens of its crop, mean over heads and queries, (G, l, N). GIVEN: attention that it gives to all
+    visual tokens of its crop, mean over heads and keys, (G, l, N). KEYS: keys of every head, (G, l, N, H, d).
+    CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for C crops; only where the
+    projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt, (G, T, D),
+    rows of zeros elsewhere; known when the language model runs, not before. All are float32.
     """
 
     CLS_ROW = "cls_row"
     RECEIVED = "received"
     GIVEN = "given"
+    KEYS = "keys"
+    CLS_STATE = "cls_state"
+    TEXT_EMBEDS = "text_embeds"
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether axis 2 goes over visual tokens."""
+        return self not in (Kind.CLS_STATE, Kind.TEXT_EMBEDS)
 
 
 Form = Literal["softmax", "logits"]
+Heads = Literal["mean", "single"]
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A kind with its layers (absolute, 0-based) and, for attention, after or before the softmax."""
+    """A kind with its layers (absolute, 0-based) and, for attention, how it is computed.
+
+    Args:
+        kind: what it is.
+        layers: of the vision tower; empty for kinds that belong to none.
+        form: after or before the softmax.
+        heads: mean over the tower's heads, or one head over the full width.
+    """
 
     kind: Kind
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
     form: Form = "softmax"
+    heads: Heads = "mean"
 
 
 @dataclass(frozen=True)
 class Tower:
-    """What methods may know of a vision tower: its depth, and whether it has a [CLS] token."""
+    """What methods may know of a vision tower.
+
+    Args:
+        n_layers: its depth.
+        has_cls: whether it has a [CLS] token.
+        projects_rows: whether the projector takes one patch a row, so that merged states can be projected anew.
+    """
 
     n_layers: int
     has_cls: bool
+    projects_rows: bool = True
 
     def layer(self, index: int) -> int:
         """The absolute index of a layer; negative ones count from the end.
@@ -84,48 +112,102 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A full grid of tokens: the thumbnail, or the mosaic of the crops; `index` is in raster order."""
+
+    height: int
+    width: int
+    index: tuple[int, ...]
+
+
+NEWLINE, NO_PATCH = -1, -2
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the rows of one image lie, host side: crop, row and column of every token, each of length N.
 
-    Crop -1 is a row that shows no patch (a newline, a [CLS] feature): it is never scored, and counts apart.
-    Crop 0 is the thumbnail or the only crop, 1.. the others. Rows and columns are those of the mosaic.
+    Crop 0 is the thumbnail or the only crop, 1.. the others, in raster order. Rows and columns of a thumbnail are
+    its own, those of the crops are of their mosaic. Crop -1 is a newline at the end of mosaic row `row`, or of the
+    whole picture where that is -1; crop -2 shows no patch either (a [CLS] feature). Both are never scored and
+    count apart.
+
+    Args:
+        crop, row, column: of every token.
+        crop_grid: rows and columns of crops, (0, 0) where there is a thumbnail or an only crop and no other.
     """
 
     crop: tuple[int, ...]
     row: tuple[int, ...]
     column: tuple[int, ...]
+    crop_grid: tuple[int, int] = (0, 0)
 
     @property
     def n_visual(self) -> int:
         """Tokens that show a patch."""
         return len(self.visual)
 
+    @property
+    def n_newlines(self) -> int:
+        """Newlines."""
+        return self.crop.count(NEWLINE)
+
     @functools.cached_property
     def visual(self) -> tuple[int, ...]:
         """Indices of the tokens that show a patch."""
         return tuple(i for i, crop in enumerate(self.crop) if crop >= 0)
 
+    @functools.cached_property
+    def crops(self) -> tuple[int, ...]:
+        """Crops that have tokens, ascending."""
+        return tuple(sorted({c for c in self.crop if c >= 0}))
+
+    @functools.cached_property
+    def crop_places(self) -> tuple[int, ...]:
+        """Place of every visual token's crop among `crops`."""
+        places = {crop: place for place, crop in enumerate(self.crops)}
+        return tuple(places[self.crop[i]] for i in self.visual)
+
+    @functools.cached_property
+    def crop_sizes(self) -> tuple[int, ...]:
+        """Tokens of every crop, in the order of `crops`."""
+        return tuple(self.crop_places.count(place) for place in range(len(self.crops)))
+
     @property
     def n_crops(self) -> int:
-        """Crops, the thumbnail included."""
-        return 1 + max(self.crop, default=-1)
+        """Crops that the tower encodes, the thumbnail included."""
+        return len(self.crops)
 
-    @functools.cached_property
+    @property
     def height(self) -> int:
-        """Rows of the mosaic."""
-        return 1 + max((self.row[i] for i in self.visual), default=-1)
+        """Rows of the mosaic, or of the only crop."""
+        return self.regions[-1].height if self.regions else 0
+
+    @property
+    def width(self) -> int:
+        """Columns of the mosaic, or of the only crop."""
+        return self.regions[-1].width if self.regions else 0
 
     @functools.cached_property
-    def width(self) -> int:
-        """Columns of the mosaic."""
-        return 1 + max((self.column[i] for i in self.visual), default=-1)
+    def regions(self) -> tuple[Region, ...]:
+        """The thumbnail or only crop, and the mosaic of the others, as far as they exist."""
+        parts = ([i for i in self.visual if self.crop[i] == 0], [i for i in self.visual if self.crop[i] > 0])
+        return tuple(self._region(part) for part in parts if part)
+
+    def _region(self, index: list[int]) -> Region:
+        raster = sorted(index, key=lambda i: (self.row[i], self.column[i]))
+        height, width = 1 + max(self.row[i] for i in index), 1 + max(self.column[i] for i in index)
+        return Region(height, width, tuple(raster))
 
     @functools.cached_property
     def without_specials(self) -> Layout:
         """The same without the rows that show no patch."""
-        if len(self.visual) == len(self.crop):
-            return self
-        return Layout(*(tuple(t[i] for i in self.visual) for t in (self.crop, self.row, self.column)))
+        return self if len(self.visual) == len(self.crop) else self.part(self.visual)
+
+    def part(self, index: Sequence[int]) -> Layout:
+        """The layout of some of the tokens."""
+        picked = (tuple(t[i] for i in index) for t in (self.crop, self.row, self.column))
+        return Layout(*picked, crop_grid=self.crop_grid)
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,8 +215,8 @@ def grid_layout(height: int, width: int, n_leading: int = 0) -> Layout:
     """One crop in raster order, after `n_leading` rows that show no patch."""
     rows = [r for r in range(height) for _ in range(width)]
     columns = [c for _ in range(height) for c in range(width)]
-    special = (-1,) * n_leading
-    return Layout(crop=special + (0,) * (height * width), row=special + tuple(rows), column=special + tuple(columns))
+    special, nowhere = (NO_PATCH,) * n_leading, (-1,) * n_leading
+    return Layout(crop=special + (0,) * (height * width), row=nowhere + tuple(rows), column=nowhere + tuple(columns))
 
 
 @dataclass(frozen=True)
@@ -144,7 +226,7 @@ class VisualTokens:
     Args:
         features: (G, N, D), as the language model would see them.
         layout: of every image of the group.
-        keep: (G, N) bool; all True before a method ran.
+        keep: (G, N) bool; before a method ran, what filters left.
         signals: what the method asked for.
         scores: (G, N) float32, higher is kept; None where a method does not score.
         salts: one integer an image, for seeded randomness.
@@ -172,13 +254,13 @@ class VisualTokens:
         """Whether there is a signal of this kind."""
         return any(s.kind is kind for s in self.signals)
 
-    def signal(self, kind: Kind, form: Form | None = None) -> Tensor:
-        """The one signal of a kind (and form).
+    def signal(self, kind: Kind, form: Form | None = None, heads: Heads = "mean") -> Tensor:
+        """The one signal of a kind (and form) over these heads.
 
         Raises:
             MissingSignalError: there is none, or more than one.
         """
-        found = [s for s in self.signals if s.kind is kind and form in (None, s.form)]
+        found = [s for s in self.signals if s.kind is kind and form in (None, s.form) and s.heads == heads]
         if len(found) != 1:
             have = ", ".join(sorted(f"{s.kind.name} ({s.form})" for s in self.signals)) or "none"
             raise MissingSignalError(f"asked for one {kind.name} signal, found {len(found)}; present: {have}")
@@ -188,3 +270,22 @@ class VisualTokens:
         """The same tokens of which those at `index`, (G, K), are kept."""
         keep = torch.zeros_like(self.keep).scatter(1, index, True)
         return replace(self, keep=keep, scores=scores if scores is not None else self.scores)
+
+    def part(self, index: Sequence[int], crop: int) -> VisualTokens:
+        """The tokens of one crop, given their indices and the crop's place among `layout.crops`."""
+        at = torch.tensor(index).to(self.features.device, non_blocking=True)
+        signals = {}
+        for signal, values in self.signals.items():
+            if signal.kind.is_per_token:
+                values = values[:, :, at]
+            elif signal.kind is Kind.CLS_STATE:
+                values = values[:, crop : crop + 1]
+            signals[signal] = values
+        return replace(
+            self,
+            features=self.features[:, at],
+            layout=self.layout.part(index),
+            keep=self.keep[:, at],
+            signals=signals,
+            scores=None if self.scores is None else self.scores[:, at],
+        )

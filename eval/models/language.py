@@ -87,16 +87,24 @@ class LanguageTrainer(nn.Module):
 
     def forward(self, x: Tensor, kept: Tensor, contiguous: bool, text: dict[str, Tensor]) -> Tensor:
         """Logits at the answered positions, (number of answered tokens, vocabulary)."""
-        words = self.language_model.embed_tokens
+        return self.answers(self.projector(x), kept, torch.ones_like(kept, dtype=torch.bool), contiguous, text)
+
+    def answers(
+        self, visual: Tensor, kept: Tensor, valid: Tensor, contiguous: bool, text: dict[str, Tensor]
+    ) -> Tensor:
+        """The same from projected rows (B, N, D), of which those at `kept` (B, K) stay where `valid`."""
+        words, n_all = self.language_model.embed_tokens, visual.shape[1]
         batch, n_keep = kept.shape
-        visual = self.projector(x).gather(1, kept[..., None].expand(-1, -1, words.embedding_dim))
+        visual = visual.gather(1, kept[..., None].expand(-1, -1, words.embedding_dim))
         embeds = torch.cat([words(self.prefix.expand(batch, 2)), visual, words(text["ids"])], 1)
-        places = torch.arange(n_keep).expand(batch, -1) if contiguous else kept
-        text_start = 2 + (n_keep if contiguous else N_VISUAL)
+        places = (valid.cumsum(1) - 1).clamp(min=0) if contiguous else kept
+        text_start = 2 + (valid.sum(1, keepdim=True) if contiguous else n_all)
         positions = torch.cat(
             [self.prefix.new_tensor([0, 1]).expand(batch, 2), places + 2, text["offset"] + text_start], 1
         )
-        block = F.pad(text["block"], (2 + n_keep, 0), value=-1)  # -1: the shared prefix
+        # -1: the prefix that all questions share; -2: padding
+        prefix = torch.cat([valid.new_ones(batch, 2), valid], 1).long() - 2
+        block = torch.cat([prefix, text["block"]], 1)
         sees = (block[:, None] == block[:, :, None]) | (block[:, None] == -1)
         mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
         out = self.language_model(
@@ -114,11 +122,16 @@ def answer_accuracy(trainer: LanguageTrainer, sets: list[tuple[np.ndarray, list]
         for i in range(0, len(x), 50):
             part, text = torch.from_numpy(x[i : i + 50]).float(), pack(questions[i : i + 50])
             kept = torch.rand(len(part), N_VISUAL, generator=generator).topk(n_keep).indices.sort().values
-            hit = trainer(part, kept, n_keep < N_VISUAL, text).argmax(-1) == text["target"][text["target"] != -100]
-            rows, cols = (text["target"] != -100).nonzero().T
-            for row, asked in enumerate(questions[i : i + 50]):
-                blocks = text["block"][row, cols[rows == row]]
-                for b, (_, _, kind) in enumerate(asked, 1):
-                    right.setdefault(kind, []).append(bool(hit[rows == row][blocks == b].all()))
+            tally(right, trainer(part, kept, n_keep < N_VISUAL, text), text, questions[i : i + 50])
     mean = np.mean([np.mean(right[k]) for k in findit.KINDS])
     return f"findit {mean:.3f} " + " ".join(f"{k} {np.mean(v):.3f}" for k, v in right.items())
+
+
+def tally(right: dict[str, list[bool]], logits: Tensor, text: dict[str, Tensor], questions: list[list]) -> None:
+    """Note by kind whether each whole answer, the stop token included, is right."""
+    hit = logits.argmax(-1) == text["target"][text["target"] != -100]
+    rows, cols = (text["target"] != -100).nonzero().T
+    for row, asked in enumerate(questions):
+        blocks = text["block"][row, cols[rows == row]]
+        for b, (_, _, kind) in enumerate(asked, 1):
+            right.setdefault(kind, []).append(bool(hit[rows == row][blocks == b].all()))

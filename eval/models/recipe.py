@@ -1,6 +1,8 @@
-"""The embedded model before training: its configuration, its words and its genuine LlavaProcessor."""
+"""The embedded models before training: their configurations, their words and their genuine processors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -8,6 +10,9 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -17,6 +22,7 @@ from ..tasks import findit
 PATCH_SIZE = 8
 GRID = findit.SIZE // PATCH_SIZE
 N_VISUAL = GRID * GRID
+PINPOINTS = [[findit.SIZE, 2 * findit.SIZE], [2 * findit.SIZE, findit.SIZE], [2 * findit.SIZE, 2 * findit.SIZE]]
 EASYVQA_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 EASYVQA_SHAPES = ("circle", "rectangle", "triangle")
 
@@ -44,9 +50,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_model() -> LlavaForConditionalGeneration:
-    """A tiny LLaVA with random weights: CLIP tower with [CLS], MLP projector, narrow Llama of 8 layers."""
-    vision = CLIPVisionConfig(
+def _vision_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=128,  # 1024 in CLIP ViT-L/14-336
         intermediate_size=512,
         num_hidden_layers=5,  # 24
@@ -55,22 +60,29 @@ def build_model() -> LlavaForConditionalGeneration:
         patch_size=PATCH_SIZE,  # 14
         projection_dim=128,
     )
-    text = LlamaConfig(
+
+
+def _text_config(max_positions: int) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=-(-len(VOCABULARY) // 16) * 16,
         hidden_size=160,  # 4096 in Vicuna-7B
         intermediate_size=432,
         num_hidden_layers=8,  # 32
         num_attention_heads=5,
         num_key_value_heads=5,
-        max_position_embeddings=1024,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
+
+
+def build_model() -> LlavaForConditionalGeneration:
+    """A tiny LLaVA with random weights: CLIP tower with [CLS], MLP projector, narrow Llama of 8 layers."""
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=_vision_config(),
+        text_config=_text_config(1024),
         image_token_id=IMAGE,
         image_seq_length=N_VISUAL,
         vision_feature_layer=-2,
@@ -81,14 +93,30 @@ def build_model() -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def build_processor() -> LlavaProcessor:
-    """A word-level tokenizer over the two tasks' vocabulary and CLIP's image processor at 96 pixels."""
+def build_next_model() -> LlavaNextForConditionalGeneration:
+    """The same parts as a tiny LLaVA-NeXT: a thumbnail and up to 2 x 2 crops, 744 placeholders at 192 x 192."""
+    config = LlavaNextConfig(
+        vision_config=_vision_config(),
+        text_config=_text_config(2048),
+        image_token_id=IMAGE,
+        image_seq_length=N_VISUAL,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=True,
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level, over the vocabulary of the tasks."""
     words = Tokenizer(models.WordLevel(WORD_IDS, unk_token="<unk>"))
     words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", " ?")])
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     words.add_special_tokens(list(SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words,
         bos_token="<s>",
         eos_token="</s>",
@@ -97,16 +125,26 @@ def build_processor() -> LlavaProcessor:
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
         model_input_names=["input_ids", "attention_mask"],
-        model_max_length=1024,
+        model_max_length=2048,
     )
-    return LlavaProcessor(
-        image_processor=build_image_processor(),
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+
+
+_PROCESSOR: dict[str, Any] = dict(
+    patch_size=PATCH_SIZE,
+    vision_feature_select_strategy="default",
+    num_additional_image_tokens=1,
+    chat_template=CHAT_TEMPLATE,
+)
+
+
+def build_processor() -> LlavaProcessor:
+    """The tokenizer and CLIP's image processor at 96 pixels."""
+    return LlavaProcessor(image_processor=build_image_processor(), tokenizer=build_tokenizer(), **_PROCESSOR)
+
+
+def build_next_processor() -> LlavaNextProcessor:
+    """The tokenizer and LLaVA-NeXT's image processor: a thumbnail of 96 pixels and crops of the same size."""
+    return LlavaNextProcessor(image_processor=build_next_image_processor(), tokenizer=build_tokenizer(), **_PROCESSOR)
 
 
 def build_image_processor():
@@ -116,3 +154,15 @@ def build_image_processor():
     except ImportError:  # transformers 4
         from transformers import CLIPImageProcessor as Processor
     return Processor(size={"shortest_edge": findit.SIZE}, crop_size={"height": findit.SIZE, "width": findit.SIZE})
+
+
+def build_next_image_processor():
+    """LLaVA-NeXT's image processor, in its PIL form where the release has one by that name."""
+    try:
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil as Processor
+    except ImportError:  # transformers 4
+        from transformers import LlavaNextImageProcessor as Processor
+    side = findit.SIZE
+    return Processor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=PINPOINTS
+    )

@@ -33,6 +33,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..tasks import findit
 from ..tasks.easyvqa import EasyVQA
+from . import train_next
 from .language import LanguageTrainer, answer_accuracy, draw_kept, initialise, pack, without_easy
 from .recipe import BOS, EOS, IMAGE, N_VISUAL, PAD, build_model, build_processor
 from .tower import (
@@ -47,6 +48,7 @@ from .tower import (
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.add_typer(train_next.app, name="next", help="The any-resolution model, from the first model's parts.")
 N_SCENES = {"train": 36_000, "crowded": 12_000, "validation": 400}
 EASYVQA_VALIDATION = 400  # the last pictures of the package's training split
 
@@ -240,14 +242,18 @@ def export(work: Path, out: Path) -> None:
     model = build_model()
     model.load_state_dict(torch.load(work / "language.pt"))
     model.model.vision_tower.load_state_dict(torch.load(work / "tower.pt"))
+    write_model(model, build_processor(), "CLIPImageProcessor", out)
+
+
+def write_model(model: nn.Module, processor, image_processor_type: str, out: Path) -> None:
+    """Save model and processor, half precision, as releases 4 and 5 of transformers read them."""
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_length=None)
     model.half().save_pretrained(out)
     with_nested_tower_names(out / "model.safetensors")
-    processor = build_processor()
     processor.save_pretrained(out)
     processor.image_processor.save_pretrained(out)
     # Releases 4 of transformers look for the image processor in a file of its own, and know these classes.
-    rewrite_json(out / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
+    rewrite_json(out / "preprocessor_config.json", image_processor_type=image_processor_type)
     special = {"image_token": "<image>"}
     rewrite_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=special)
     total = sum(f.stat().st_size for f in out.iterdir())

@@ -14,6 +14,7 @@ from .subset import stratified
 TASKS = {
     "easyvqa": "tokprune.eval.tasks.easyvqa:EasyVQA",
     "findit": "tokprune.eval.tasks.findit:FindIt",
+    "findit_hd": "tokprune.eval.tasks.findit_hd:FindItHD",
 }
 
 

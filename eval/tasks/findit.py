@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,33 +61,39 @@ def _coverage(kind: str, width: int, oversample: int = 4) -> np.ndarray:
     return inside.reshape(width, oversample, width, oversample).mean((1, 3))
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def background(rng: np.random.Generator, height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    """Textured noise with strokes and blobs, (height, width, 3); as dense on a large picture as on a small one."""
     grey = rng.uniform(60, 190)
     cells = int(rng.integers(4, 13))
-    coarse = Image.fromarray(rng.uniform(-28, 28, (cells, cells)).astype(np.float32))
-    image = grey + rng.uniform(-14, 14, 3) + np.asarray(coarse.resize((SIZE, SIZE), Image.BICUBIC))[..., None]
-    image = image + rng.normal(0, rng.uniform(4, 11), (SIZE, SIZE, 1)) + rng.normal(0, 3, (SIZE, SIZE, 3))
-    for _ in range(rng.integers(1, 4)):
+    coarse = Image.fromarray(
+        rng.uniform(-28, 28, (cells * height // SIZE, cells * width // SIZE)).astype(np.float32)
+    )
+    image = grey + rng.uniform(-14, 14, 3) + np.asarray(coarse.resize((width, height), Image.BICUBIC))[..., None]
+    image = image + rng.normal(0, rng.uniform(4, 11), (height, width, 1)) + rng.normal(0, 3, (height, width, 3))
+    n_times = height * width // SIZE**2
+    for _ in range(n_times * rng.integers(1, 4)):
         _stroke(image, rng, grey)
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(n_times * rng.integers(0, 3)):
         _blob(image, rng, grey)
     return image
 
 
 def _stroke(image: np.ndarray, rng: np.random.Generator, grey: float) -> None:
-    x0, y0 = rng.uniform(0, SIZE, 2)
+    height, width = image.shape[:2]
+    x0, y0 = rng.uniform(0, (width, height))
     angle, length = rng.uniform(0, math.pi), rng.uniform(10, 40)
     steps = np.arange(0, length, 0.5)
     x, y = (x0 + steps * math.cos(angle)).astype(int), (y0 + steps * math.sin(angle)).astype(int)
-    inside = (x >= 0) & (x < SIZE - 1) & (y >= 0) & (y < SIZE - 1)
+    inside = (x >= 0) & (x < width - 1) & (y >= 0) & (y < height - 1)
     shade = grey + rng.choice([-60, 60])
     for dx, dy in ((0, 0), (0, 1), (1, 0), (1, 1)):
         image[y[inside] + dy, x[inside] + dx] = shade
 
 
 def _blob(image: np.ndarray, rng: np.random.Generator, grey: float) -> None:
-    x0, y0 = rng.uniform(6, SIZE - 6, 2)
-    y, x = np.mgrid[0:SIZE, 0:SIZE]
+    height, width = image.shape[:2]
+    x0, y0 = rng.uniform(6, (width - 6, height - 6))
+    y, x = np.mgrid[0:height, 0:width]
     weight = np.exp(-(((x - x0) / rng.uniform(3, 6)) ** 2 + ((y - y0) / rng.uniform(3, 6)) ** 2))[..., None]
     image += weight * (grey + rng.choice([-50, 50]) - image)
 
@@ -99,28 +106,40 @@ def _place(rng: np.random.Generator, n_shapes: int) -> list[tuple[int, int, int]
             break
         width = int(rng.integers(12, 18))
         x, y = (int(v) for v in rng.integers(1, SIZE - width, 2))
-        if all(
-            x + width + 2 <= left or left + other + 2 <= x or y + width + 2 <= top or top + other + 2 <= y
-            for left, top, other in boxes
-        ):
+        if is_free((x, y, width), boxes):
             boxes.append((x, y, width))
     return boxes
+
+
+def is_free(box: tuple[int, int, int], boxes: list[tuple[int, int, int]]) -> bool:
+    """Whether a box (left, top, width) is at least two pixels from all others."""
+    x, y, width = box
+    return all(
+        x + width + 2 <= left or left + other + 2 <= x or y + width + 2 <= top or top + other + 2 <= y
+        for left, top, other in boxes
+    )
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, list[Shape]]:
     """Scene `index` of a split: the picture, (96, 96, 3) uint8, and what is in it."""
     rng = np.random.default_rng((20_26, SPLITS[split], index))
-    image = _background(rng)
-    shapes = []
+    image = background(rng)
     n_shapes = 9 if split == "crowded" else int(rng.choice([3, 4, 5, 6]))
-    for x, y, width in _place(rng, n_shapes):
+    shapes = paint_shapes(image, rng, _place(rng, n_shapes))
+    return np.clip(image, 0, 255).astype(np.uint8), shapes
+
+
+def paint_shapes(image: np.ndarray, rng: np.random.Generator, boxes: list[tuple[int, int, int]]) -> list[Shape]:
+    """Paint a shape of any kind and colour into every box (left, top, width)."""
+    shapes = []
+    for x, y, width in boxes:
         kind, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
         cover = _coverage(kind, width)[..., None]
         paint = np.array(COLOURS[colour]) + rng.uniform(-14, 14, 3)
         window = image[y : y + width, x : x + width]
         window += cover * (paint - window)
         shapes.append(Shape(kind, colour, x + width / 2, y + width / 2, width))
-    return np.clip(image, 0, 255).astype(np.uint8), shapes
+    return shapes
 
 
 def _ask_colour(rng: np.random.Generator, shapes: list[Shape]) -> tuple[str, str] | None:
@@ -187,11 +206,13 @@ _ASK = {
 }
 
 
-def ask(rng: np.random.Generator, shapes: list[Shape], rounds: int = 1) -> list[tuple[str, str, str]]:
+def ask(
+    rng: np.random.Generator, shapes: list[Shape], rounds: int = 1, kinds: Sequence[str] = KINDS
+) -> list[tuple[str, str, str]]:
     """Distinct (question, answer, kind) about a scene: up to one of each kind a round."""
     asked: dict[str, tuple[str, str, str]] = {}
     for _ in range(rounds):
-        for kind in KINDS:
+        for kind in kinds:
             pair = _ASK[kind](rng, shapes)
             if pair:
                 asked.setdefault(pair[0], (*pair, kind))

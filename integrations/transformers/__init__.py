@@ -13,7 +13,12 @@ from .base import ModelAdapter
 
 MODELS = Registry(
     what="model adapter",
-    table={"llava": "tokprune.integrations.transformers.llava:Llava"},
+    table={
+        "internvl": "tokprune.integrations.transformers.internvl:InternVL",
+        "llava": "tokprune.integrations.transformers.llava:Llava",
+        "llava_next": "tokprune.integrations.transformers.llava_next:LlavaNext",
+        "llava_onevision": "tokprune.integrations.transformers.llava_onevision:LlavaOnevision",
+    },
     listing="tokprune.list_models()",
 )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,18 +37,30 @@ class ModelAdapter:
         model: a transformers model of this family, with or without its language-modelling head.
 
     Attributes:
-        encode_functions: functions of the base model that turn pictures into rows for the language model.
+        encode_functions: functions of the base model that turn pictures into rows for the language model, each
+            with the field of the configuration that names its placeholder id.
+        images_from_prompt: whether only the prompt tells which crops make up an image; then tokens are selected
+            when the language model runs, not when pictures are encoded.
         default_positions: what positions="auto" means here.
         towers: the vision towers it knows, by `vision_config.model_type`.
+        one_patch_a_row: whether the projector takes one patch a row (no pixel shuffle).
     """
 
-    encode_functions: ClassVar[tuple[str, ...]] = ("get_image_features",)
+    encode_functions: ClassVar[Mapping[str, str]] = {"get_image_features": "image_token_id"}
+    images_from_prompt: ClassVar[bool] = False
     default_positions: ClassVar[str] = "contiguous"
     towers: ClassVar[Mapping[str, TowerKind]] = {}
+    one_patch_a_row: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.base: Any = model if hasattr(model, "language_model") and not hasattr(model, "lm_head") else model.model
+        kind = self.base.config.vision_config.model_type
+        if kind not in self.towers:
+            raise UnsupportedModelError(
+                f"the {self.base.config.model_type!r} adapter knows the towers {', '.join(self.towers)}; this model "
+                f"has {kind!r}, which packs its pictures differently"
+            )
 
     @property
     def language_model(self) -> nn.Module:
@@ -56,15 +68,18 @@ class ModelAdapter:
         return self.base.language_model
 
     @property
-    def placeholder_ids(self) -> tuple[int, ...]:
-        """Ids in `input_ids` that stand for one visual token each."""
-        return (self.base.config.image_token_id,)
+    def placeholder_ids(self) -> dict[str, int]:
+        """By encode function, the id in `input_ids` that stands for one visual token."""
+        found = {name: getattr(self.base.config, field, None) for name, field in self.encode_functions.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     @functools.cached_property
     def tower(self) -> Tower:
-        """Depth of the vision tower, and whether it has a [CLS] token."""
+        """Depth of the vision tower, whether it has a [CLS] token, and whether merged states can be projected."""
         config = self.base.config.vision_config
-        return Tower(config.num_hidden_layers, self.towers[config.model_type].has_cls)
+        one_layer = isinstance(self.base.config.vision_feature_layer, int)
+        has_cls = self.towers[config.model_type].has_cls
+        return Tower(config.num_hidden_layers, has_cls, self.one_patch_a_row and one_layer)
 
     @functools.cached_property
     def shape(self) -> Shape | None:
@@ -77,12 +92,15 @@ class ModelAdapter:
     @property
     def supplies(self) -> frozenset[Kind]:
         """Kinds of signals that can be collected."""
-        return self.supplies_of(self.tower.has_cls)
+        return self.supplies_of(self.tower)
 
     @classmethod
-    def supplies_of(cls, has_cls: bool) -> frozenset[Kind]:
-        """Kinds of signals from a tower with or without a [CLS] token."""
-        return frozenset({Kind.RECEIVED, Kind.GIVEN} | ({Kind.CLS_ROW} if has_cls else set()))
+    def supplies_of(cls, tower: Tower) -> frozenset[Kind]:
+        """Kinds of signals from such a tower."""
+        kinds = {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TEXT_EMBEDS}
+        if tower.has_cls:
+            kinds |= {Kind.CLS_ROW, Kind.CLS_STATE} if tower.projects_rows else {Kind.CLS_ROW}
+        return frozenset(kinds)
 
     def supplies_all(self, signals: frozenset[Signal]) -> bool:
         """Whether every signal is of a kind that can be collected."""
@@ -101,21 +119,59 @@ class ModelAdapter:
                 "use positions='contiguous', or attn_implementation='sdpa'"
             )
 
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        """Layers of the vision tower; transformers 4 nests some towers once more."""
+        tower = self.base.vision_tower
+        return getattr(tower, "vision_model", tower).encoder.layers
+
     def attention_module(self, layer: int) -> nn.Module:
         """The attention module of a vision layer; has q_proj, k_proj, num_heads and scale."""
+        return self.vision_layers[layer].self_attn
+
+    @property
+    def read_layer(self) -> int:
+        """The vision layer whose output the projector reads."""
+        index = self.base.config.vision_feature_layer
+        index = index if isinstance(index, int) else index[-1]
+        return (index if index >= 0 else len(self.vision_layers) + 1 + index) - 1
+
+    def selection(self, arguments: Mapping[str, Any]) -> str:
+        """Feature selection of a call: "default" cuts the tower's first row off, "full" leaves it."""
+        return arguments.get("vision_feature_select_strategy") or self.base.config.vision_feature_select_strategy
+
+    @property
+    def projector(self) -> nn.Module:
+        """From states of the tower to rows for the language model."""
+        return self.base.multi_modal_projector
+
+    def layouts(
+        self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
+    ) -> list[Layout]:
+        """Where the rows of every encoded image lie.
+
+        Args:
+            name: the encode function.
+            arguments: of the call.
+            features: what it returned, one (N, D) an entry.
+            runs: placeholders of every image in the prompt; only where `images_from_prompt`.
+        """
         raise NotImplementedError
 
-    def layouts(self, arguments: Mapping[str, Any], features: list[Tensor]) -> list[Layout]:
-        """Where the rows of every encoded image lie; arguments are those of the encode function."""
-        raise NotImplementedError
+    def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
+        """Values of patches, (crops, patches, C), through the model's own packing: (N, C) an entry of `features`.
+
+        Rows that show no patch hold NaN.
+        """
+        return list(values)
+
+    def crops_of(self, name: str, arguments: Mapping[str, Any], n_crops: int) -> list[int]:
+        """How many of the encoded crops belong to each entry of `features`."""
+        return [1] * n_crops
 
     def crop_patches(self, layout: Layout) -> int | None:
         """Patches of a crop where the picture's size decides; None where the configuration does."""
         return None
-
-    def pack(self, signal: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
-        """A signal over patches, (crops, l, patches), as one (l, N) an image in packed space."""
-        return list(signal)
 
 
 def split_features(out: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
@@ -137,14 +193,15 @@ def split_features(out: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any
 
 
 class SignalTap(NotCopyable):
-    """Collects signals from the queries and keys of vision layers; open only while a picture is encoded.
+    """Collects signals from the vision tower; open only while a picture is encoded.
 
     Hooks on the projections see what attention sees, whichever attention implementation runs, and cost no
-    extra product of hidden states.
+    extra product of hidden states. With `states`, what the projector takes is collected, too.
     """
 
-    def __init__(self, adapter: ModelAdapter, signals: frozenset[Signal]):
-        self.adapter, self.signals = adapter, signals
+    def __init__(self, adapter: ModelAdapter, signals: frozenset[Signal], states: bool = False):
+        self.adapter, self.states = adapter, states
+        self.signals = frozenset(s for s in signals if s.kind is not Kind.TEXT_EMBEDS)
         self.n_special = 1 if adapter.tower.has_cls else 0
         self._local = _Open()
 
@@ -157,9 +214,14 @@ class SignalTap(NotCopyable):
                 projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
                 hook = functools.partial(self._seen, layer, module, side)
                 stack.callback(projection.register_forward_hook(hook).remove)
+        if any(s.kind is Kind.CLS_STATE for s in self.signals):
+            layer = self.adapter.vision_layers[self.adapter.read_layer]
+            stack.callback(layer.register_forward_hook(self._cls_seen).remove)
+        if self.states:
+            stack.callback(self.adapter.projector.register_forward_pre_hook(self._states_seen).remove)
 
-    def collect(self, encode: Callable[[], Any]) -> tuple[Any, dict[Signal, Tensor]]:
-        """What an encode function returns, and the signals of its vision layers."""
+    def collect(self, encode: Callable[[], Any]) -> tuple[Any, dict[Signal | str, Tensor]]:
+        """What an encode function returns, and what was collected meanwhile."""
         self.open()
         try:
             out = encode()
@@ -172,8 +234,8 @@ class SignalTap(NotCopyable):
         """Start collecting in this thread."""
         self._local.sides, self._local.rows = {}, {}
 
-    def close(self) -> dict[Signal, Tensor]:
-        """Stop, and return every signal over patches, (crops, l, patches).
+    def close(self) -> dict[Signal | str, Tensor]:
+        """Stop, and return every signal, (crops, patches, l, ...) or (crops, D), and "states", (crops, patches, D).
 
         Raises:
             TokPruneError: a layer did not run.
@@ -185,11 +247,14 @@ class SignalTap(NotCopyable):
                 f"vision layers {missing} did not run while the picture was encoded; "
                 "choose layers up to the one whose features the model reads"
             )
+        found = {s: rows[s] for s in self.signals if s.kind is Kind.CLS_STATE}
         # The tower's layers may sit on several devices.
-        return {
-            s: torch.stack([rows[s, layer].to(rows[s, s.layers[0]].device) for layer in s.layers], 1)
+        found |= {
+            s: torch.stack([rows[s, layer].to(rows[s, s.layers[0]].device) for layer in s.layers], 2)
             for s in self.signals
+            if s.kind.is_per_token
         }
+        return found | ({"states": rows["states"]} if self.states else {})
 
     @torch.no_grad()
     def _seen(self, layer: int, module: nn.Module, side: str, projection: nn.Module, args: tuple, out: Tensor):
@@ -205,6 +270,15 @@ class SignalTap(NotCopyable):
                 for signal, row in signal_rows(asked, q, k, module.scale, self.n_special):
                     self._local.rows[signal, layer] = row
 
+    def _cls_seen(self, layer: nn.Module, args: tuple, out):
+        if self._local.rows is not None:
+            state = (out[0] if isinstance(out, tuple) else out)[:, 0].detach().float()
+            self._local.rows |= {s: state for s in self.signals if s.kind is Kind.CLS_STATE}
+
+    def _states_seen(self, projector: nn.Module, args: tuple):
+        if self._local.rows is not None:
+            self._local.rows["states"] = args[0].detach()
+
 
 class _Open(threading.local):
     """What a thread has collected; rows is None while the tap is closed."""
@@ -214,16 +288,20 @@ class _Open(threading.local):
 
 
 def signal_rows(signals: list[Signal], q: Tensor, k: Tensor, scale: float, n_special: int):
-    """(signal, (crops, patches)) for every signal asked of one layer; q and k are (crops, H, T, d)."""
-    for form in sorted({s.form for s in signals}):
-        asked = {s.kind: s for s in signals if s.form == form}
+    """(signal, (crops, patches, ...)) for every signal asked of one layer; q and k are (crops, H, T, d)."""
+    for s in signals:
+        if s.kind is Kind.KEYS:
+            yield s, k[:, :, n_special:].transpose(1, 2).float()
+    for form, heads in sorted({(s.form, s.heads) for s in signals if s.kind is not Kind.KEYS}):
+        asked = {s.kind: s for s in signals if (s.form, s.heads) == (form, heads)}
+        queries, keys, by = attention.as_one_head(q, k) if heads == "single" else (q, k, scale)
         if Kind.CLS_ROW in asked:
-            yield asked[Kind.CLS_ROW], attention.cls_row(q, k, scale, form, n_special)
+            yield asked[Kind.CLS_ROW], attention.cls_row(queries, keys, by, form, n_special)
         if Kind.RECEIVED in asked and Kind.GIVEN in asked:
-            received, given = attention.received_and_given(q, k, scale, form, n_special)
+            received, given = attention.received_and_given(queries, keys, by, form, n_special)
             yield asked[Kind.RECEIVED], received
             yield asked[Kind.GIVEN], given
         elif Kind.RECEIVED in asked:
-            yield asked[Kind.RECEIVED], attention.received(q, k, scale, form, n_special)
+            yield asked[Kind.RECEIVED], attention.received(queries, keys, by, form, n_special)
         elif Kind.GIVEN in asked:
-            yield asked[Kind.GIVEN], attention.given(q, k, scale, form, n_special)
+            yield asked[Kind.GIVEN], attention.given(queries, keys, by, form, n_special)

@@ -7,19 +7,30 @@ from typing import Any
 
 from ..errors import OptionError, TokPruneError
 from ..registry import Registry
-from .base import Method
+from .base import Filter, Method
+from .chain import Chain
 
 METHODS = Registry(
     what="method",
     table={
         "blind": "tokprune.methods.blind:Blind",
+        "cdpruner": "tokprune.methods.cdpruner:CDPruner",
+        "damro_filter": "tokprune.methods.damro_filter:DAMROFilter",
+        "divprune": "tokprune.methods.divprune:DivPrune",
         "fopru": "tokprune.methods.fopru:FoPru",
+        "globalcom2": "tokprune.methods.globalcom2:GlobalCom2",
+        "hired": "tokprune.methods.hired:HiRED",
         "pool": "tokprune.methods.pool:Pool",
+        "prumerge": "tokprune.methods.prumerge:PruMerge",
+        "prumerge_plus": "tokprune.methods.prumerge:PruMergePlus",
         "random": "tokprune.methods.random_:Random",
+        "tokencorr": "tokprune.methods.tokencorr:TokenCorr",
+        "tome": "tokprune.methods.tome:ToMe",
         "uniform": "tokprune.methods.uniform:Uniform",
+        "visionzip": "tokprune.methods.visionzip:VisionZip",
         "vtc_cls": "tokprune.methods.vtc_cls:VTCCLS",
     },
-    aliases={"fastervlm": "vtc_cls:start_layer=-2"},
+    aliases={"fastervlm": "vtc_cls:start_layer=-2:split=even"},
     group="tokprune.methods",
     listing="tokprune.list_methods()",
 )
@@ -28,23 +39,45 @@ Spec = str | Method | Sequence[str | Method]
 
 
 def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method, str]:
-    """The method object and its label.
+    """The method object and its label; of a list, or names joined by "+", the filters and the method behind them.
 
     Raises:
         UnknownNameError, OptionError: as `Registry.build`.
-        TokPruneError: more methods in a list than one model can carry.
+        TokPruneError: a filter alone, or more methods than one model can carry.
     """
     options = dict(options or {})
+    if isinstance(method, str) and "+" in method:
+        method = method.split("+")
     if isinstance(method, Sequence) and not isinstance(method, str):
         if options:
             raise OptionError(
                 "keyword options with a list are ambiguous; write them in the list, as 'vtc_cls:start_layer=16'"
             )
-        if len(method) != 1:
-            raise TokPruneError(
-                f"a list takes exactly one method that acts before the language model, not {len(method)}"
-            )
-        method = method[0]
+        return _build_list(method)
+    built, label = _build_one(method, options)
+    if isinstance(built, Filter):
+        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, 'vtc_cls']")
+    return built, label
+
+
+def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
+    if not parts:
+        raise TokPruneError("an empty list; name at least one method, as ['vtc_cls']")
+    pairs = [_build_one(part, {}) for part in parts]
+    selecting = [label for built, label in pairs if not isinstance(built, Filter)]
+    *filters, (last, label) = pairs
+    if len(selecting) != 1 or isinstance(last, Filter):
+        raise TokPruneError(
+            "a list takes filters, then exactly one method that acts before the language model; "
+            f"this one has {len(selecting)} ({', '.join(selecting) or 'none'}), which must come last"
+        )
+    if not filters:
+        return last, label
+    chain = Chain(tuple(built for built, _ in filters), last)
+    return chain, "+".join(label for _, label in pairs)
+
+
+def _build_one(method: str | Method, options: dict[str, Any]) -> tuple[Method, str]:
     if isinstance(method, Method):
         if options:
             raise OptionError("give options to the method object itself, not to attach()")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..flops import Ops
 from ..registry import check
-from ..types import Count, Layout, Signal, Stage, Tower, VisualTokens
+from ..types import Count, Form, Heads, Kind, Layout, Signal, Stage, Tower, VisualTokens
+
+Split = Literal["joint", "even"]
+WithoutCLS = Literal["error", "received"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +27,24 @@ class Method:
     """
 
     stage: ClassVar[Stage] = Stage.PRE_LLM
-    takes_budget: ClassVar[bool] = True
     keeps_features: ClassVar[bool] = True  # kept tokens stay as they are; False where a method merges or averages
+    space: ClassVar[Literal["packed", "tower"]] = "packed"  # "tower": merges what the projector takes, if it can
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
 
     def __post_init__(self):
         for option in fields(self):
             check(type(self), option.name, getattr(self, option.name))
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether it keeps what it is told to; False where it decides by itself."""
+        return True
+
+    @property
+    def newlines(self) -> Literal["keep_rows_with_tokens", "keep", "drop"]:
+        """Which newlines stay where attach() is not told."""
+        return "keep_rows_with_tokens"
 
     @property
     def count(self) -> Count:
@@ -48,8 +63,8 @@ class Method:
         """
         return frozenset()
 
-    def cost(self, n_visual: int, n_keep: int, width: int) -> Ops:
-        """Matrix products of `select` for one image of `n_visual` tokens of a width, signals not counted."""
+    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
+        """Matrix products of `select` for one image, rows of a width; signals not counted."""
         return Ops()
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
@@ -65,13 +80,96 @@ class Method:
 
 @dataclass(frozen=True)
 class ScoreMethod(Method):
-    """A method that keeps the highest scores: write `score`."""
+    """A method that keeps high scores: write `score`, and `chosen` where it is not the highest of all."""
+
+    @property
+    def is_filterable(self) -> bool:
+        """Whether filters may drop tokens before it."""
+        return True
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(G, N) float32, finite; higher is kept."""
         raise NotImplementedError
 
+    def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
+        """(G, N) bool: what is kept, from scores of which those that a filter dropped are -inf."""
+        return torch.zeros_like(tokens.keep).scatter(1, ops.keep_top(ranked, n_keep), True)
+
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Keep the `n_keep` highest scores; equal ones go to the lower index."""
+        """Keep high scores; equal ones go to the lower index, what a filter dropped comes last."""
         scores = self.score(tokens)
-        return tokens.keeping(ops.keep_top(scores, n_keep), scores)
+        ranked = scores.masked_fill(~tokens.keep, -torch.inf)
+        return replace(tokens, keep=self.chosen(ranked, tokens, n_keep), scores=scores)
+
+
+@dataclass(frozen=True)
+class RankMethod(ScoreMethod):
+    """A score method that ranks all tokens of an image together, or those of every crop by themselves.
+
+    Args:
+        split: "joint" ranks all tokens of an image together; "even" gives every crop the same share, as methods
+            do that compress each crop by itself. Where there is one crop it is the same.
+    """
+
+    split: Split = "joint"
+
+    def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
+        """The highest scores of all, or of every crop."""
+        if self.split == "joint" or tokens.layout.n_crops == 1:
+            return super().chosen(ranked, tokens, n_keep)
+        return top_by_crop(ranked, tokens.layout, ops.shares(tokens.layout.crop_sizes, n_keep, even=True))
+
+
+@dataclass(frozen=True)
+class Filter(Method):
+    """Drops tokens before a score method selects among the others: write `passes`. It takes no budget."""
+
+    @property
+    def takes_budget(self) -> bool:
+        """It drops what it finds."""
+        return False
+
+    def passes(self, tokens: VisualTokens) -> Tensor:
+        """(G, N) bool: what is left."""
+        raise NotImplementedError
+
+
+def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]) -> Tensor:
+    """(G, N) bool: of every crop as many of the highest scores as `counts` says, (G, C) or one tuple for all."""
+    if isinstance(counts, tuple):
+        counts = ops.on_device(counts, scores.device).expand(len(scores), -1)
+    return ops.keep_top_of_parts(scores, ops.on_device(layout.crop_places, scores.device), counts)
+
+
+def crop_by_crop(
+    tokens: VisualTokens, n_keeps: tuple[int, ...], select: Callable[[VisualTokens, int], VisualTokens]
+) -> VisualTokens:
+    """Select in every crop by itself, and put the crops together; a crop with a share of 0 keeps nothing."""
+    layout, keep, features = tokens.layout, torch.zeros_like(tokens.keep), tokens.features
+    for place, n_keep in enumerate(n_keeps):
+        index = [i for i, p in enumerate(layout.crop_places) if p == place]
+        if not n_keep:
+            continue
+        part = select(tokens.part(index, place), n_keep)
+        at = ops.on_device(index, keep.device)
+        keep, features = keep.index_copy(1, at, part.keep), features.index_copy(1, at, part.features)
+    return replace(tokens, keep=keep, features=features)
+
+
+def in_order(tokens: VisualTokens, keep: Tensor, rows: Tensor) -> VisualTokens:
+    """Tokens with the rows (G, K, D) written, in their order, into the K kept places, ascending."""
+    places = ops.keep_top(keep.float(), rows.shape[1])
+    return replace(tokens, keep=keep, features=ops.put(tokens.features, places, rows))
+
+
+def cls_signal(
+    tower: Tower, layers: tuple[int, ...], without_cls: WithoutCLS, form: Form = "softmax", heads: Heads = "mean"
+) -> Signal:
+    """What [CLS] attends to, or, where that is asked for and there is none, what tokens receive."""
+    received = without_cls == "received" and not tower.has_cls
+    return Signal(Kind.RECEIVED if received else Kind.CLS_ROW, layers, form, heads)
+
+
+def cls_values(tokens: VisualTokens, heads: Heads = "mean") -> Tensor:
+    """(G, l, N): the values of the only `cls_signal` over these heads."""
+    return tokens.signal(Kind.CLS_ROW if tokens.has(Kind.CLS_ROW) else Kind.RECEIVED, heads=heads)

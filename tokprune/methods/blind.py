@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
@@ -15,7 +14,7 @@ from .base import Method
 class Blind(Method):
     """Keep no visual token: what the language model answers without looking.
 
-    The only method that keeps nothing, and the only one that takes no budget.
+    The only method that keeps nothing.
 
     Source:   a control; no paper.
     Faithful: nothing to be faithful to.
@@ -23,7 +22,10 @@ class Blind(Method):
     Needs:    nothing. Text-agnostic. Cost: none.
     """
 
-    takes_budget: ClassVar[bool] = False
+    @property
+    def takes_budget(self) -> bool:
+        """It keeps nothing."""
+        return False
 
     def min_keep(self, layout: Layout) -> int:
         """None."""

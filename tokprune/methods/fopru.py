@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..types import Count, Form, Kind, Layout, Signal, Tower, VisualTokens
-from .base import ScoreMethod
+from ..types import Count, Form, Kind, Layout, Region, Signal, Tower, VisualTokens
+from .base import RankMethod
 
 
 @dataclass(frozen=True)
-class FoPru(ScoreMethod):
+class FoPru(RankMethod):
     """Keep the tokens, or whole rows of tokens, with the largest focal score.
 
     Of the patch-to-patch attention P of one layer, mean over heads, the score is what a token receives
@@ -48,9 +49,14 @@ class FoPru(ScoreMethod):
         """Whole rows may fall short of the budget."""
         return Count.AT_MOST if self.strategy == "row" else Count.EXACT
 
+    @property
+    def is_filterable(self) -> bool:
+        """Whole rows cannot leave single tokens out."""
+        return self.strategy == "rank"
+
     def min_keep(self, layout: Layout) -> int:
         """One token, or one row of them."""
-        return layout.width if self.strategy == "row" else 1
+        return min(region.width for region in layout.regions) if self.strategy == "row" else 1
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """What the gate looks at, in one layer."""
@@ -72,13 +78,28 @@ class FoPru(ScoreMethod):
         """Single tokens by rank, or whole rows by their sum."""
         if self.strategy == "rank":
             return super().select(tokens, n_keep)
-        scores, width = self.score(tokens), tokens.layout.width
-        rows = ops.keep_top(scores.unflatten(1, (-1, width)).sum(2), n_keep // width)
-        columns = torch.arange(width, device=rows.device)
-        return tokens.keeping((rows[..., None] * width + columns).flatten(1), scores)
+        scores, kept = self.score(tokens), []
+        regions = tokens.layout.regions
+        for region, n_rows in zip(regions, _rows(regions, n_keep), strict=True):
+            index = ops.on_device(region.index, scores.device)
+            rows = ops.keep_top(scores[:, index].unflatten(1, (-1, region.width)).sum(2), n_rows)
+            columns = torch.arange(region.width, device=rows.device)
+            kept.append(index[(rows[..., None] * region.width + columns).flatten(1)])
+        return tokens.keeping(torch.cat(kept, 1), scores)
 
     def paper_count(self, n_visual: int, keep_ratio: float, width: int) -> int:
         """Tokens the port keeps: the ratio truncated, of tokens or of rows."""
         if self.strategy == "row":
             return max(1, int(n_visual // width * keep_ratio)) * width
         return int(n_visual * keep_ratio)
+
+
+def _rows(regions: Sequence[Region], n_keep: int) -> list[int]:
+    """Whole rows of the thumbnail and of the mosaic within a budget, by their sizes; what is left goes to the first."""
+    shares = ops.shares(tuple(len(r.index) for r in regions), n_keep)
+    rows = [share // region.width for share, region in zip(shares, regions, strict=True)]
+    left = n_keep - sum(n * region.width for n, region in zip(rows, regions, strict=True))
+    for i, region in enumerate(regions):
+        more = min(left // region.width, region.height - rows[i])
+        rows[i], left = rows[i] + more, left - more * region.width
+    return rows

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from .. import ops
-from ..types import Count, VisualTokens
+from ..types import Count, Region, VisualTokens
 from .base import Method
 
 
@@ -14,7 +16,8 @@ from .base import Method
 class Pool(Method):
     """Average the grid of tokens down to the largest grid that fits the budget.
 
-    The averages are written to the tokens nearest to the middles of their cells, in raster order.
+    The averages are written to the tokens nearest to the middles of their cells, in raster order. A thumbnail and
+    the mosaic of the crops share the budget by their sizes.
 
     Source:   a control; no paper.
     Faithful: nothing to be faithful to.
@@ -31,14 +34,26 @@ class Pool(Method):
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Pool the features and keep one token a cell."""
-        height, width = tokens.layout.height, tokens.layout.width
-        rows, columns = ops.pool_grid(height, width, n_keep)
-        pooled = ops.pool(tokens.features, height, width, rows, columns)
-        middles = [
-            (2 * i + 1) * height // (2 * rows) * width + (2 * j + 1) * width // (2 * columns)
-            for i in range(rows)
-            for j in range(columns)
-        ]
-        index = ops.on_device(middles, tokens.features.device).expand(len(pooled), -1)
-        target = index[..., None].expand_as(pooled)
-        return replace(tokens.keeping(index), features=tokens.features.scatter(1, target, pooled))
+        regions, features, kept = tokens.layout.regions, tokens.features, []
+        shares = ops.shares(tuple(len(region.index) for region in regions), n_keep)
+        for region, share in zip(regions, shares, strict=True):
+            if not share:
+                continue
+            rows, columns = ops.pool_grid(region.height, region.width, share)
+            index = ops.on_device(region.index, features.device)
+            pooled = ops.pool(tokens.features[:, index], region.height, region.width, rows, columns)
+            at = ops.on_device([region.index[i] for i in _middles(region, rows, columns)], features.device)
+            features = features.index_copy(1, at, pooled)
+            kept.append(at)
+        index = torch.cat(kept).expand(len(features), -1)
+        return replace(tokens.keeping(index), features=features)
+
+
+def _middles(region: Region, rows: int, columns: int) -> list[int]:
+    """The cells nearest to the middles of a coarser grid's, as raster indices."""
+    height, width = region.height, region.width
+    return [
+        (2 * i + 1) * height // (2 * rows) * width + (2 * j + 1) * width // (2 * columns)
+        for i in range(rows)
+        for j in range(columns)
+    ]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..types import VisualTokens
-from .base import ScoreMethod
+from .base import RankMethod
 
 
 @dataclass(frozen=True)
-class Random(ScoreMethod):
+class Random(RankMethod):
     """Keep tokens drawn without replacement, seeded.
 
     The draw depends on the seed, the number of tokens and the image's salt alone: it is the same on every

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from ..errors import OptionError
-from ..types import Kind, Signal, Tower, VisualTokens
-from .base import ScoreMethod
+from ..types import Signal, Tower, VisualTokens
+from .base import RankMethod, WithoutCLS, cls_signal, cls_values
 
 
 @dataclass(frozen=True)
-class VTCCLS(ScoreMethod):
+class VTCCLS(RankMethod):
     """Keep what [CLS] attends to, summed over several vision layers.
 
     s_i = sum over layers l = start_layer .. L-2 of mean_h A_l[h, CLS, i]. The last layer takes no part:
-    LLaVA reads the output of the one before it. The single layer L-2 is FasterVLM (alias `fastervlm`).
+    LLaVA reads the output of the one before it. The single layer L-2, every crop by itself, is FasterVLM (alias
+    `fastervlm`).
 
     Source:   "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", arXiv:2412.05819;
               code: THU-MIG/VTC-CLS@e41ac9b. FasterVLM: arXiv:2412.01818v1.
@@ -34,7 +35,7 @@ class VTCCLS(ScoreMethod):
     """
 
     start_layer: int | None = None
-    without_cls: Literal["error", "received"] = "error"
+    without_cls: WithoutCLS = "error"
 
     source: ClassVar[str] = "arXiv:2412.05819"
     if_missing: ClassVar[str] = "without_cls=received"
@@ -48,11 +49,8 @@ class VTCCLS(ScoreMethod):
                 f"start_layer={self.start_layer} is layer {start}, behind layer {last}, the last one summed; "
                 f"type start_layer={last} for that layer alone"
             )
-        received = self.without_cls == "received" and not tower.has_cls
-        kind = Kind.RECEIVED if received else Kind.CLS_ROW
-        return frozenset({Signal(kind, tuple(range(start, last + 1)))})
+        return frozenset({cls_signal(tower, tuple(range(start, last + 1)), self.without_cls)})
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Sum over layers, (G, N)."""
-        kind = Kind.CLS_ROW if tokens.has(Kind.CLS_ROW) else Kind.RECEIVED
-        return tokens.signal(kind).sum(1)
+        return cls_values(tokens).sum(1)

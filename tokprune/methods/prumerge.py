@@ -1,0 +1,162 @@
+"""LLaVA-PruMerge: as many tokens as stand out in the [CLS] attention, each with its neighbours merged into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..flops import Ops
+from ..types import Count, Kind, Layout, Signal, Tower, VisualTokens
+from .base import Method, WithoutCLS, cls_signal, cls_values, crop_by_crop, in_order
+
+N_NEIGHBOURS = 32
+
+
+@dataclass(frozen=True)
+class PruMerge(Method):
+    """Keep the tokens that stand out, add to each its neighbours, and gather the dropped ones in one token.
+
+    a is the [CLS] attention of one head over the full width. The share of IQR outliers of a in the image is the
+    ratio r; every crop keeps its int(N r) most attended tokens, x_i + sum of a_j x_j over the 32 nearest by the
+    cosine of keys, in descending order of a, and behind them the sum of a_j x_j over all dropped tokens.
+
+    Source:   "LLaVA-PruMerge", arXiv:2403.15388; code: 42Shawn/LLaVA-PruMerge@097c041.
+    Faithful: counts, order and merged tokens agree with the authors' code (golden cases prumerge).
+    Differs:  the ratio is taken over one image, where the code takes it over a batch. Where the model folds several
+              patches into a token, rows of the language model are merged.
+    Needs:    CLS_ROW (one head) and KEYS of one layer. Text-agnostic. Cost: O(N^2 d).
+
+    Args:
+        adaptive: outliers decide how many tokens stay, without a budget; otherwise the budget, pooled ones included.
+        layer: vision layer, absolute or negative from the end. None is the last one.
+        without_cls: what to do where the tower has no [CLS] token: "error", or "received" for what tokens receive.
+    """
+
+    adaptive: bool = True
+    layer: int | None = None
+    without_cls: WithoutCLS = "error"
+
+    keeps_features: ClassVar[bool] = False
+    space: ClassVar = "tower"
+    source: ClassVar[str] = "arXiv:2403.15388"
+    if_missing: ClassVar[str] = "without_cls=received"
+
+    @property
+    def takes_budget(self) -> bool:
+        """Unless outliers decide."""
+        return not self.adaptive
+
+    @property
+    def count(self) -> Count:
+        """Outliers are the picture's."""
+        return Count.CONTENT if self.adaptive else Count.EXACT
+
+    def needs(self, tower: Tower) -> frozenset[Signal]:
+        """Attention of one head, and keys, of one layer."""
+        layers = (tower.layer(-1 if self.layer is None else self.layer),)
+        return frozenset({cls_signal(tower, layers, self.without_cls, heads="single"), Signal(Kind.KEYS, layers)})
+
+    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
+        """Cosines of keys (as wide as the tower), merging with neighbours, and the pooled token."""
+        n_kept = n_keep or layout.n_visual // 10  # as many outliers as the paper finds, where they decide
+        return Ops(sum(n * n * width + n_kept * n // layout.n_visual * (n + 1) * width for n in layout.crop_sizes))
+
+    def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
+        """Every crop by itself, with the image's ratio or an even share of the budget."""
+        if not self.adaptive:
+            return crop_by_crop(tokens, ops.shares(tokens.layout.crop_sizes, n_keep, even=True), self._fixed)
+        ratio = ops.outliers(cls_values(tokens, "single")[:, 0]).double().mean(1)
+        if len(tokens.features) > 1:  # as many tokens as the picture says: no two need have the same number
+            parts = [replace(self, adaptive=True).select(_image(tokens, i), 0) for i in range(len(tokens.features))]
+            return replace(
+                tokens,
+                features=torch.cat([p.features for p in parts]),
+                keep=torch.cat([p.keep for p in parts]),
+            )
+        share = float(ratio)
+        return crop_by_crop(tokens, tokens.layout.crop_sizes, lambda crop, n: self._merged(crop, int(n * share), share))
+
+    def _fixed(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
+        return self._merged(tokens, n_keep - 1, n_keep / tokens.n_visual)
+
+    def _merged(self, tokens: VisualTokens, n_top: int, ratio: float) -> VisualTokens:
+        """Keep `n_top` tokens and the pooled one."""
+        chosen = self.chosen(cls_values(tokens, "single")[:, 0], n_top, ratio)
+        rows = merged(tokens, chosen)
+        keep = torch.zeros_like(tokens.keep).scatter(1, chosen, True)
+        if chosen.shape[1] == tokens.n_visual:  # nothing was dropped, so nothing is pooled
+            return in_order(tokens, keep, rows[:, :-1])
+        # The pooled token takes the place of the last dropped one.
+        places = torch.arange(tokens.n_visual, device=keep.device)
+        last = ops.keep_top(places.masked_fill(keep, -1).float(), 1)
+        return in_order(tokens, keep.scatter(1, last, True), rows)
+
+    def chosen(self, attention: Tensor, n_top: int, ratio: float) -> Tensor:
+        """Indices of the kept tokens in the code's order, (G, K)."""
+        return attention.argsort(dim=1, descending=True, stable=True)[:, :n_top]
+
+
+@dataclass(frozen=True)
+class PruMergePlus(PruMerge):
+    """PruMerge, and tokens of a uniform grid beside those that stand out.
+
+    With a ratio r of outliers the grid is every int(int(1 / r) / 3)-th token of a crop, those not chosen already.
+    With a budget a fifth of it is chosen by attention, the rest is spread evenly over the other tokens.
+
+    Source:   "LLaVA-PruMerge", arXiv:2403.15388; code: 42Shawn/LLaVA-PruMerge@097c041, and the form with fixed
+              counts in THU-MIG/VTC-CLS@e41ac9b.
+    Faithful: counts, order and merged tokens agree with both codes (golden cases prumerge_plus), the second with its
+              pairs of n_top and step: 13 and 11, 40 and 6, 95 and 3.
+    Differs:  as PruMerge; no outlier leaves the pooled token alone, where the code divides by zero. With a budget the
+              count is exact, where a grid that meets chosen tokens falls short.
+    Needs:    as PruMerge.
+
+    Args:
+        adaptive: outliers decide how many tokens stay, without a budget; otherwise the budget, pooled ones included.
+        n_top: with adaptive, this many tokens by attention instead of the outliers.
+        step: with adaptive, this step of the grid instead of the ratio's.
+        layer: vision layer, absolute or negative from the end. None is the last one.
+        without_cls: what to do where the tower has no [CLS] token: "error", or "received" for what tokens receive.
+    """
+
+    n_top: int | None = None
+    step: int | None = None
+
+    def chosen(self, attention: Tensor, n_top: int, ratio: float) -> Tensor:
+        """The most attended tokens, then those of the grid."""
+        n = attention.shape[1]
+        order = attention.argsort(dim=1, descending=True, stable=True)
+        if not self.adaptive:
+            top = order[:, : -(-n_top // 5)]
+            others = torch.zeros_like(attention).scatter(1, top, -1.0)
+            left = ops.keep_top(others, n - top.shape[1])
+            spread = [(2 * i + 1) * left.shape[1] // (2 * (n_top - top.shape[1])) for i in range(n_top - top.shape[1])]
+            return torch.cat([top, left[:, ops.on_device(spread, left.device)] if spread else left[:, :0]], 1)
+        top = order[:, : n_top if self.n_top is None else self.n_top]
+        step = max(1, int(int(1 / ratio) / 3) if self.step is None and ratio else self.step or n)
+        taken = set(top[0].tolist())
+        grid = [i for i in range(0, n - 1, step) if i not in taken] if ratio or self.step else []
+        return torch.cat([top, ops.on_device(grid, top.device).long()[None]], 1)
+
+
+def merged(tokens: VisualTokens, chosen: Tensor) -> Tensor:
+    """(G, K + 1, D) float32: chosen tokens with their neighbours, then what was dropped, pooled."""
+    n, attention = tokens.n_visual, cls_values(tokens, "single")[:, 0]
+    x, keys = tokens.features.float(), tokens.signal(Kind.KEYS)[:, 0].flatten(2)
+    unit = torch.nn.functional.normalize(keys, dim=-1)
+    near = ops.take(unit, chosen) @ unit.transpose(1, 2)  # (G, K, N)
+    near = near.scatter(2, chosen[..., None], -torch.inf)  # no token is its own neighbour
+    index = near.topk(min(N_NEIGHBOURS, n - 1), dim=2).indices
+    weights = attention[:, None].expand_as(near).gather(2, index)
+    around = torch.zeros_like(near).scatter(2, index, weights) @ x
+    dropped = attention.scatter(1, chosen, 0.0)[:, None] @ x
+    return torch.cat([ops.take(x, chosen) + around, dropped], 1)
+
+
+def _image(tokens: VisualTokens, i: int) -> VisualTokens:
+    signals = {s: values[i : i + 1] for s, values in tokens.signals.items()}
+    return replace(tokens, features=tokens.features[i : i + 1], keep=tokens.keep[i : i + 1], signals=signals)

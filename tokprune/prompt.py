@@ -1,0 +1,71 @@
+"""Where encoded images lie in a prompt, for what can be selected only when the prompt is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import TokPruneError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of the batch that show an image (beam copies show the same one), and its columns there."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> list[Place]:
+    """The place of every image; reads the mask from the device.
+
+    Args:
+        mask: (B, S) bool, placeholders.
+        n_encoded: rows that were encoded; a multiple of them in the batch are copies of its rows.
+        lengths: rows of every image, or None to take every run of placeholders for one.
+
+    Raises:
+        TokPruneError: the prompt does not hold what was encoded.
+    """
+    columns = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
+    copies, rest = divmod(sum(map(len, columns)), n_encoded)
+    bases = columns[:: max(copies, 1)]
+    alike = copies and all(c == bases[i // copies] for i, c in enumerate(columns))
+    if rest or not alike:
+        raise TokPruneError(
+            f"the prompt holds {sum(map(len, columns))} image placeholders where {n_encoded} rows were encoded; a method "
+            "that reads the prompt, and models whose images only the prompt tells apart, need it in one pass (without "
+            "prefill_chunk_size), with the pictures of this call alone"
+        )
+    places, left = [], list(lengths or [])
+    for i, own in enumerate(bases):
+        rows = tuple(range(i * copies, (i + 1) * copies))
+        for part in _runs(own) if lengths is None else _pieces(own, left):
+            places.append(Place(rows, tuple(part)))
+    return places
+
+
+def _runs(columns: list[int]) -> list[list[int]]:
+    starts = [i for i, c in enumerate(columns) if i == 0 or columns[i - 1] != c - 1]
+    return [columns[a:b] for a, b in zip(starts, [*starts[1:], len(columns)], strict=True)]
+
+
+def _pieces(columns: list[int], left: list[int]) -> list[list[int]]:
+    """Cut off as many images as the columns hold; `left` loses them."""
+    pieces = []
+    while columns:
+        n = left.pop(0)
+        pieces.append(columns[:n])
+        columns = columns[n:]
+    return pieces
+
+
+def text_of(embeds: Tensor, masks: Sequence[Tensor], attention_mask: Tensor | None, rows: Sequence[int]) -> Tensor:
+    """(len(rows), S, D) float32: embeddings of the text in these rows, zeros for placeholders and padding."""
+    is_text = ~torch.stack([m.to(embeds.device) for m in masks]).any(0)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        is_text = is_text & attention_mask[:, -embeds.shape[1] :].to(embeds.device).bool()
+    return (embeds.float() * is_text[..., None])[list(rows)]
