@@ -7,11 +7,10 @@ from tiny import IMAGE, SUPPRESSED
 from torch import Tensor
 
 
-def features_of(model, pixel_values: Tensor) -> Tensor:
-    """(images, N, D) from the bare model, whatever its release returns."""
-    out = model.model.get_image_features(pixel_values)
-    out = getattr(out, "pooler_output", out)
-    return torch.stack(list(out))
+def features_of(model, single: dict[str, Tensor]) -> Tensor:
+    """(N, D) of all pictures of a row from the bare model, whatever its release returns."""
+    out = model.model.get_image_features(**{k: v for k, v in single.items() if k not in ("input_ids", "attention_mask")})
+    return torch.cat(list(getattr(out, "pooler_output", out)))
 
 
 @torch.no_grad()
@@ -19,17 +18,17 @@ def full_embeds(model, single: dict[str, Tensor]) -> Tensor:
     """Embeddings of one unpadded row with every visual token in place."""
     embeds = model.get_input_embeddings()(single["input_ids"]).clone()
     if "pixel_values" in single:
-        features = features_of(model, single["pixel_values"])
-        embeds[single["input_ids"] == IMAGE] = features.flatten(0, 1).to(embeds.dtype)
+        embeds[single["input_ids"] == IMAGE] = features_of(model, single).to(embeds.dtype)
     return embeds
 
 
-def kept_columns(single: dict[str, Tensor], kept: list[Tensor], n_visual: int) -> Tensor:
-    """Which columns of one row stay, (L,) bool; kept is one index tensor an image."""
+def kept_columns(single: dict[str, Tensor], kept: list[Tensor]) -> Tensor:
+    """Which columns of one row stay, (L,) bool; kept is one index tensor an image, images have text between them."""
     columns = single["input_ids"][0] != IMAGE
-    places = (~columns).nonzero()[:, 0].view(-1, n_visual)
-    for image, index in zip(places, kept, strict=True):
-        columns[image[index]] = True
+    places = (~columns).nonzero()[:, 0].tolist()
+    starts = [i for i, p in enumerate(places) if i == 0 or places[i - 1] != p - 1]
+    for start, index in zip(starts, kept, strict=True):
+        columns[[places[start] + i for i in index.tolist()]] = True
     return columns
 
 

@@ -1,4 +1,7 @@
-"""Tiny random models, built from shrunk configs, and batches for them as a processor would make them."""
+"""Tiny random models, built from shrunk configs, and batches for them as a processor would make them.
+
+Kinds of models: "clip" and "siglip" are LLaVA 1.5 with either tower; the others are named by their model_type.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,36 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
     SiglipVisionConfig,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-IMAGE, PAD, EOS, VOCAB = 90, 0, 2, 99
-SUPPRESSED = [IMAGE, EOS]  # a random model must not emit placeholders, and runs are compared at full length
+IMAGE, VIDEO, PAD, EOS, VOCAB = 90, 91, 0, 2, 99
+SUPPRESSED = [IMAGE, VIDEO, EOS]  # a random model must not emit placeholders, and runs are compared at full length
 SIDE, PATCH = 24, 4
 N_VISUAL = (SIDE // PATCH) ** 2  # 36
 TOWERS = ("clip", "siglip")
+KINDS = (*TOWERS, "llava_next", "llava_onevision", "internvl")
+TILED = ("llava_next", "llava_onevision")
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
+TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
+# Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
+SIZES = ((24, 48), (40, 20), (30, 30), (20, 48), (5, 7))
+TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3))  # InternVL: rows and columns of crops; a thumbnail joins two or more
 
 
 def _vision(tower: str):
@@ -32,12 +52,14 @@ def _vision(tower: str):
     )
     if tower == "clip":
         return CLIPVisionConfig(**common, projection_dim=32)
+    if tower == "internvl":
+        common |= dict(image_size=[TILE, TILE], patch_size=[PATCH, PATCH])
+        return InternVLVisionConfig(**common, attention_bias=True, use_qk_norm=True)
     return SiglipVisionConfig(**common, vision_use_head=False)
 
 
-def config(tower: str = "clip") -> LlavaConfig:
-    """LLaVA 1.5 in small: real values are 1024 wide and 24 deep, 4096 wide and 32 deep."""
-    text = LlamaConfig(
+def _text(cls=LlamaConfig):
+    return cls(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
@@ -50,20 +72,61 @@ def config(tower: str = "clip") -> LlavaConfig:
         eos_token_id=EOS,
         tie_word_embeddings=False,
     )
-    return LlavaConfig(
-        vision_config=_vision(tower),
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=N_VISUAL,
-        vision_feature_layer=-2 if tower == "clip" else -1,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
+
+
+def config(kind: str = "clip"):
+    """A model in small: real values are 1024 wide and 24 deep, 4096 wide and 32 deep."""
+    if kind in TOWERS:
+        return LlavaConfig(
+            vision_config=_vision(kind),
+            text_config=_text(),
+            image_token_index=IMAGE,
+            image_seq_length=N_VISUAL,
+            vision_feature_layer=-2 if kind == "clip" else -1,
+            vision_feature_select_strategy="default" if kind == "clip" else "full",
+        )
+    if kind == "llava_next":
+        return LlavaNextConfig(
+            vision_config=_vision("clip"),
+            text_config=_text(),
+            image_token_index=IMAGE,
+            image_grid_pinpoints=PINPOINTS,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+    if kind == "llava_onevision":
+        return LlavaOnevisionConfig(
+            vision_config=_vision("siglip"),
+            text_config=_text(Qwen2Config),
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            image_grid_pinpoints=PINPOINTS,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_9",
+        )
+    return InternVLConfig(
+        vision_config=_vision("internvl"),
+        text_config=_text(Qwen2Config),
+        image_token_id=IMAGE,
+        image_seq_length=N_TILE,
+        downsample_ratio=0.5,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
     )
 
 
-def fresh_model(tower="clip", attn="sdpa", dtype=torch.float32) -> LlavaForConditionalGeneration:
+CLASSES = {
+    "llava_next": LlavaNextForConditionalGeneration,
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
+    "internvl": InternVLForConditionalGeneration,
+}
+
+
+def fresh_model(kind="clip", attn="sdpa", dtype=torch.float32):
     """A model of one's own, to break or to change."""
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config(tower)).eval()
+    model = CLASSES.get(kind, LlavaForConditionalGeneration)(config(kind)).eval()
     sharpen(model)
     model.to(dtype)
     model.set_attn_implementation(attn)
@@ -73,9 +136,9 @@ def fresh_model(tower="clip", attn="sdpa", dtype=torch.float32) -> LlavaForCondi
 
 
 @functools.cache
-def model(tower="clip", attn="sdpa", dtype=torch.float32) -> LlavaForConditionalGeneration:
+def model(kind="clip", attn="sdpa", dtype=torch.float32):
     """A shared model; leave it as you find it."""
-    return fresh_model(tower, attn, dtype)
+    return fresh_model(kind, attn, dtype)
 
 
 @torch.no_grad()
@@ -83,9 +146,10 @@ def sharpen(module: torch.nn.Module) -> None:
     """Weights far from uniform attention: with the usual initialisation nothing that is dropped matters."""
     generator = torch.Generator().manual_seed(1)
     for name, p in module.named_parameters():
-        if p.ndim < 2 and "class_embedding" not in name:
+        alone = any(part in name for part in ("class_embedding", "cls_token", "image_newline"))
+        if p.ndim < 2 and not alone:
             continue
-        fan_in = 1 if p.ndim == 1 or "embed_tokens" in name else p[0].numel()
+        fan_in = 1 if alone or "embed_tokens" in name else p[0].numel()
         p.copy_(torch.randn(p.shape, generator=generator) * (1.2 / math.sqrt(fan_in) if fan_in > 1 else 1.0))
 
 
@@ -94,10 +158,52 @@ def pictures(n: int, seed: int = 3) -> torch.Tensor:
     return torch.randn(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
+def tiles(image: int) -> torch.Tensor:
+    """(tiles, 3, 32, 32) of a smooth picture, the thumbnail last where there are several."""
+    rows, columns = TILES[image % len(TILES)]
+    generator = torch.Generator().manual_seed(30 + image)
+    smooth = F.interpolate(torch.randn(1, 3, 5, 5, generator=generator), (rows * TILE, columns * TILE), mode="bilinear")
+    crops = smooth[0].unflatten(1, (rows, TILE)).unflatten(3, (columns, TILE)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    thumbnail = F.interpolate(smooth, (TILE, TILE), mode="bilinear", antialias=True)
+    return crops if len(crops) == 1 else torch.cat([crops, thumbnail])
+
+
+def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """What a processor gives for the pictures of every row of a batch."""
+    images = [image for row in rows for image in row]
+    if not images:
+        return {}
+    if kind in TOWERS:
+        return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
+    if kind == "internvl":
+        return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
+    sizes = [SIZES[i % len(SIZES)] for i in images]
+    several = [len(row) > 1 and kind == "llava_onevision" for row in rows for _ in row]
+    counts = [1 if s else image_size_to_num_patches(z, PINPOINTS, SIDE) for z, s in zip(sizes, several, strict=True)]
+    crops = [pictures(n, seed=50 + i) for n, i in zip(counts, images, strict=True)]
+    padded = [F.pad(c, (0, 0, 0, 0, 0, 0, 0, max(counts) - len(c))) for c in crops]
+    found = {"pixel_values": torch.stack(padded).to(dtype), "image_sizes": torch.tensor(sizes)}
+    if kind == "llava_onevision":
+        found["batch_num_images"] = torch.tensor([len(row) for row in rows if row])
+    return found
+
+
+@functools.cache
+def n_rows(kind: str, image: int, alone: bool = True) -> int:
+    """Placeholders of an image, as the bare model counts them; alone in its row or not."""
+    if kind in TOWERS:
+        return N_VISUAL
+    inputs = pixels(kind, [[image] if alone else [image, image]])
+    with torch.no_grad():
+        out = model(kind).model.get_image_features(**inputs)
+    features = getattr(out, "pooler_output", out)
+    return sum(map(len, features)) // (1 if alone else 2)
+
+
 MIXED = ((0,), (1, 2), ())  # one image; two images; text alone
 
 
-def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True) -> dict[str, torch.Tensor]:
+def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True, kind="clip") -> dict[str, torch.Tensor]:
     """A left-padded batch; row r shows the pictures layout[r] and has 3 + r or so tokens of text.
 
     Without `lead` no text comes before the first picture, not even a beginning-of-sequence token.
@@ -107,36 +213,35 @@ def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True) -> dict[str, tor
     def words(n: int) -> list[int]:
         return torch.randint(3, 80, (n,), generator=generator).tolist()
 
-    rows, order = [], []
+    rows = []
     for r, images in enumerate(layout):
         ids = [1, *words(2 + r)] if lead else []
         for image in images:
-            ids += [IMAGE] * N_VISUAL + words(2)
-            order.append(image)
+            ids += [IMAGE] * n_rows(kind, image, len(images) == 1) + words(2)
         rows.append(ids + words(4 + 2 * r))
-    return collate(rows, order, dtype)
+    return padded(rows) | pixels(kind, [list(images) for images in layout], dtype)
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Left-padded ids and mask."""
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[PAD] * (length - len(r)) + r for r in rows]),
+        "attention_mask": torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows]),
+    }
 
 
 def collate(rows: list[list[int]], order: list[int], dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Left-padded ids and mask, and the pictures in the order of the prompt."""
-    length = max(map(len, rows))
-    inputs = {
-        "input_ids": torch.tensor([[PAD] * (length - len(r)) + r for r in rows]),
-        "attention_mask": torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows]),
-    }
-    if order:
-        inputs["pixel_values"] = pictures(max(order) + 1)[order].to(dtype)
-    return inputs
+    return padded(rows) | pixels("clip", [order], dtype)
 
 
-def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED) -> dict[str, torch.Tensor]:
+def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED, kind="clip") -> dict[str, torch.Tensor]:
     """Row r alone, without padding."""
     mask = inputs["attention_mask"][r].bool()
-    start = sum(len(images) for images in layout[:r])
+    dtype = inputs["pixel_values"].dtype if "pixel_values" in inputs else torch.float32
     single = {"input_ids": inputs["input_ids"][r][mask][None], "attention_mask": mask[mask][None].long()}
-    if layout[r]:
-        single["pixel_values"] = inputs["pixel_values"][start : start + len(layout[r])]
-    return single
+    return single | pixels(kind, [list(layout[r])], dtype)
 
 
 def generate(model, inputs, **options) -> torch.Tensor:

@@ -26,8 +26,8 @@ from .errors import (
     TokPruneError,
 )
 from .methods import Spec, build_method
-from .methods.base import Method
-from .prompt import places_of, text_of
+from .methods.base import Filter, Method
+from .prompt import places_of, same_places, text_of
 from .report import Prefill, Report, describe_signals, without_beam_copies
 from .selection import Encoded, Newlines, Selector, by_image
 from .types import Kind
@@ -73,6 +73,8 @@ def attach(
     from .integrations.transformers import adapter_for
 
     built, label = build_method(method, options)
+    if isinstance(built, Filter):
+        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, 'vtc_cls']")
     budget = _checked_budget(built, (keep_ratio, keep_tokens, flops_ratio), flops_scope)
     adapter = adapter_for(model)
     if flops_ratio is not None and adapter.shape is None:
@@ -237,9 +239,9 @@ class Attachment(NotCopyable):
             except BaseException:
                 self._local.call = None
                 raise
-        elif past_length(kwargs.get("past_key_values")):
+        elif past_length(kwargs.get("past_key_values")) or not same_places(call.masks, self._local.masks):
             return None
-        if not call.marks or not call.touched:
+        if not call.touched:
             return None
         embeds = embeds.clone()
         for place, marked in call.marks:
@@ -265,7 +267,7 @@ class Attachment(NotCopyable):
             salts = repeated_salts(tuple(self.salts), len(places))
             marked, _ = self._selector.prune(images, salts, call)
             call.marks += zip(places, marked, strict=True)
-        call.pending = []
+        call.pending, call.masks = [], masks
 
     def _call_of_encode(self, name: str) -> Call:
         call = self._local.call

@@ -25,6 +25,7 @@ class Call:
     touched: bool = False  # a method ran
     pending: list = field(default_factory=list)  # `selection.Encoded`, to be selected when the prompt is known
     marks: list = field(default_factory=list)  # (`prompt.Place`, marked rows) of what was selected then
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # placeholders of the prompt that they were found in
     clamped: bool = False
     ran: bool = False
     rows: Tensor | None = None  # input_ids whose rows may be beam copies

@@ -349,7 +349,7 @@ def _new_columns(seen: _Seen) -> NewColumns:
 
 def past_length(cache) -> int:
     """Tokens in a cache; 0 without one."""
-    return 0 if cache is None else int(cache.get_seqpast_length())
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: int) -> tuple[int, Columns]:

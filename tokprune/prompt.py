@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +49,20 @@ def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> li
     return places
 
 
+def same_places(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Whether a prompt comes again, maybe with more text behind it; without a cache it does at every step."""
+    if not before or before.keys() != now.keys():
+        return False
+    for name, old in before.items():
+        new, n = now[name], old.shape[1]
+        if len(new) != len(old) or new.shape[1] < n or not torch.equal(new[:, :n], old) or bool(new[:, n:].any()):
+            return False
+    return True
+
+
 def _runs(columns: list[int]) -> list[list[int]]:
     starts = [i for i, c in enumerate(columns) if i == 0 or columns[i - 1] != c - 1]
-    return [columns[a:b] for a, b in zip(starts, [*starts[1:], len(columns)], strict=True)]
+    return [columns[a:b] for a, b in itertools.pairwise([*starts, len(columns)])]
 
 
 def _pieces(columns: list[int], left: list[int]) -> list[list[int]]:

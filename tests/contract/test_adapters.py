@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import oracle
 import pytest
 import tiny
 import torch
 import transformers
 from packaging.version import Version
-from specs import BUDGETED
+from specs import BUDGETED, PRUNING, build, scaled
 
 import tokprune
 
-TOWERS = tiny.TOWERS
-METHOD = {"clip": "vtc_cls", "siglip": "fopru"}
+TOWERS, KINDS = tiny.TOWERS, tiny.KINDS
+METHOD = {
+    "clip": "vtc_cls",
+    "siglip": "fopru",
+    "llava_next": "globalcom2",
+    "llava_onevision": "globalcom2",
+    "internvl": "globalcom2",
+}
 POSITIONS = ("contiguous", "original")
 # Half precision arithmetic of double: exact. Eager masks overflow in double, so eager runs in single.
 NUMERICS = {"sdpa": (torch.float64, 1e-9), "eager": (torch.float32, 5e-5)}
@@ -21,13 +29,26 @@ NUMERICS = {"sdpa": (torch.float64, 1e-9), "eager": (torch.float32, 5e-5)}
 MULTI_IMAGE_BEAMS_WORK = Version(transformers.__version__) >= Version("5.18")
 
 towers = pytest.mark.parametrize("tower", TOWERS)
+kinds = pytest.mark.parametrize("kind", KINDS)
 numerics = pytest.mark.parametrize("attn", NUMERICS)
 policies = pytest.mark.parametrize("positions", POSITIONS)
 
 
-def model_and_batch(tower, attn="sdpa", layout=tiny.MIXED):
+def model_and_batch(kind, attn="sdpa", layout=tiny.MIXED):
     dtype = NUMERICS[attn][0]
-    return tiny.model(tower, attn, dtype), tiny.batch(layout, dtype)
+    return tiny.model(kind, attn, dtype), tiny.batch(layout, dtype, kind=kind)
+
+
+def for_kind(spec, kind):
+    """A method as a user has to type it where the tower has no [CLS] token, and for a tower of four layers."""
+    spec = scaled(spec)
+    if kind not in ("siglip", "llava_onevision"):
+        return spec
+    parts = spec.split("+")
+    for i, part in enumerate(parts):
+        option = tokprune.get_method(part).if_missing
+        parts[i] = f"{part}:{option}" if option else part
+    return "+".join(parts)
 
 
 def by_row(kept, layout=tiny.MIXED):
@@ -36,80 +57,83 @@ def by_row(kept, layout=tiny.MIXED):
     return [[next(kept) for _ in images] for images in layout]
 
 
-@towers
-@pytest.mark.parametrize("spec", BUDGETED)
+@pytest.mark.parametrize(("kind", "spec"), [(k, s) for k in KINDS for s in BUDGETED if k in TOWERS or ":" not in s])
 @torch.no_grad()
-def test_keep_all_is_bit_identical(tower, spec):
-    model, inputs = tiny.model(tower), tiny.batch()
-    if tower == "siglip" and spec.startswith(("vtc_cls", "fastervlm")):
-        spec += ":without_cls=received"
-    spec = spec.replace("start_layer=22", "start_layer=2").replace("start_layer=-8", "start_layer=-3")
-    logits, tokens = model(**inputs).logits, tiny.generate(model, inputs)
-    for budget in ({"keep_ratio": 1.0}, {"keep_tokens": tiny.N_VISUAL}, {"keep_tokens": 1000}):
-        with tokprune.attach(model, spec, **budget) as attachment:
+def test_keep_all_is_bit_identical(kind, spec):
+    model, inputs = tiny.model(kind), tiny.batch(kind=kind)
+    logits, tokens = bare(kind)
+    for budget in ({"keep_ratio": 1.0}, {"keep_tokens": 10_000}):
+        with tokprune.attach(model, for_kind(spec, kind), **budget) as attachment:
             assert torch.equal(model(**inputs).logits, logits)
             assert torch.equal(tiny.generate(model, inputs), tokens)
             assert attachment.report.n_prompt == attachment.report.n_prompt_kept == inputs["input_ids"].shape[1]
-            assert attachment.report.clamped == (budget.get("keep_tokens") == 1000)
+            assert attachment.report.clamped == (budget.get("keep_tokens") == 10_000)
 
 
-@towers
+@functools.cache
+def bare(kind):
+    """Logits and tokens of the bare model."""
+    model, inputs = tiny.model(kind), tiny.batch(kind=kind)
+    return model(**inputs).logits, tiny.generate(model, inputs)
+
+
+@kinds
 @numerics
 @policies
 @torch.no_grad()
-def test_pruned_forward_equals_the_short_sequence(tower, attn, positions):
-    model, inputs = model_and_batch(tower, attn)
-    with tokprune.attach(model, METHOD[tower], keep_ratio=0.3, positions=positions) as attachment:
+def test_pruned_forward_equals_the_short_sequence(kind, attn, positions):
+    model, inputs = model_and_batch(kind, attn)
+    with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions) as attachment:
         logits, kept = model(**inputs).logits, by_row(attachment.kept)
     for r in range(3):
-        single = tiny.row(inputs, r)
-        columns = oracle.kept_columns(single, kept[r], tiny.N_VISUAL)
+        single = tiny.row(inputs, r, kind=kind)
+        columns = oracle.kept_columns(single, kept[r])
         padding = inputs["input_ids"].shape[1] - len(columns)
         want = oracle.short_logits(model, oracle.full_embeds(model, single), columns, positions, padding)
         got = logits[r, padding:][columns]
         assert (got - want[0]).abs().max() < NUMERICS[attn][1]
 
 
-@towers
+@kinds
 @policies
 @torch.no_grad()
-def test_twin_with_one_token_swapped_differs(tower, positions):
-    model, inputs = model_and_batch(tower)
-    single = tiny.row(inputs, 1)
-    with tokprune.attach(model, METHOD[tower], keep_ratio=0.3, positions=positions) as attachment:
+def test_twin_with_one_token_swapped_differs(kind, positions):
+    model, inputs = model_and_batch(kind)
+    single = tiny.row(inputs, 1, kind=kind)
+    with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions) as attachment:
         logits, kept = model(**single).logits, attachment.kept
     other = next(i for i in range(tiny.N_VISUAL) if i not in kept[0].tolist())
     kept[0][0] = other
-    columns = oracle.kept_columns(single, kept, tiny.N_VISUAL)
+    columns = oracle.kept_columns(single, kept)
     twin = oracle.short_logits(model, oracle.full_embeds(model, single), columns, positions)
     assert (logits[:, -1] - twin[:, -1]).abs().max() > 1e-2
 
 
-@towers
+@kinds
 @torch.no_grad()
-def test_twin_with_the_other_positions_differs(tower):
-    model, inputs = model_and_batch(tower)
-    single = tiny.row(inputs, 1)
+def test_twin_with_the_other_positions_differs(kind):
+    model, inputs = model_and_batch(kind)
+    single = tiny.row(inputs, 1, kind=kind)
     out = {}
     for positions in POSITIONS:
-        with tokprune.attach(model, METHOD[tower], keep_ratio=0.3, positions=positions):
+        with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions):
             out[positions] = model(**single).logits[:, -1]
     assert (out["contiguous"] - out["original"]).abs().max() > 1e-2
 
 
-@towers
+@kinds
 @numerics
 @policies
 @torch.no_grad()
-def test_cached_generation_equals_recomputing_the_short_sequence(tower, attn, positions):
-    model, inputs = model_and_batch(tower, attn)
-    with tokprune.attach(model, METHOD[tower], keep_ratio=0.3, positions=positions) as attachment:
+def test_cached_generation_equals_recomputing_the_short_sequence(kind, attn, positions):
+    model, inputs = model_and_batch(kind, attn)
+    with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions) as attachment:
         tokens, kept = tiny.generate(model, inputs), by_row(attachment.kept)
         uncached = tiny.generate(model, inputs, use_cache=False)
     assert torch.equal(tokens, uncached)
     for r in range(3):
-        single = tiny.row(inputs, r)
-        columns = oracle.kept_columns(single, kept[r], tiny.N_VISUAL)
+        single = tiny.row(inputs, r, kind=kind)
+        columns = oracle.kept_columns(single, kept[r])
         want = oracle.greedy(model, oracle.full_embeds(model, single), columns, positions)
         assert tokens[r].tolist() == want
 
@@ -125,14 +149,14 @@ WAYS = {
 SINGLE_IMAGES = ((0,), (1,), ())
 
 
-@towers
+@kinds
 @policies
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
-def test_every_way_of_generating_equals_itself_without_cache(tower, positions, way):
+def test_every_way_of_generating_equals_itself_without_cache(kind, positions, way):
     layout = ((0,),) if way == "prompt lookup" else SINGLE_IMAGES
-    model, inputs = model_and_batch(tower, layout=layout)
-    with tokprune.attach(model, METHOD[tower], keep_ratio=0.3, positions=positions):
+    model, inputs = model_and_batch(kind, layout=layout)
+    with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions):
         torch.manual_seed(0)
         cached = tiny.generate(model, inputs, **WAYS[way])
         torch.manual_seed(0)
@@ -159,29 +183,31 @@ def test_prompt_lookup_takes_candidates_back(positions):
     assert max(widths[1:]) > 1  # candidates were proposed
 
 
-@towers
+@kinds
 @policies
 @pytest.mark.parametrize("way", ["greedy", "beams"])
 @torch.no_grad()
-def test_batch_equals_its_rows_one_by_one(tower, positions, way):
+def test_batch_equals_its_rows_one_by_one(kind, positions, way):
     layout = tiny.MIXED if way == "greedy" or MULTI_IMAGE_BEAMS_WORK else SINGLE_IMAGES
-    model, inputs = model_and_batch(tower, layout=layout)
-    with tokprune.attach(model, METHOD[tower], keep_ratio=0.3, positions=positions):
+    model, inputs = model_and_batch(kind, layout=layout)
+    with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions):
         together = tiny.generate(model, inputs, **WAYS[way])
-        alone = [tiny.generate(model, tiny.row(inputs, r, layout), **WAYS[way]) for r in range(3)]
+        alone = [tiny.generate(model, tiny.row(inputs, r, layout, kind), **WAYS[way]) for r in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 
-@policies
-@pytest.mark.parametrize("spec", BUDGETED)
+@pytest.mark.parametrize(("kind", "spec"), [(k, s) for k in KINDS for s in PRUNING if k != "siglip"])
 @torch.no_grad()
-def test_batch_equals_its_rows_for_every_method(spec, positions):
-    spec = spec.replace("start_layer=22", "start_layer=2").replace("start_layer=-8", "start_layer=-3")
-    model, inputs = model_and_batch("clip")
-    with tokprune.attach(model, spec, keep_ratio=0.3, positions=positions):
-        together = tiny.generate(model, inputs, max_new_tokens=4)
-        alone = [tiny.generate(model, tiny.row(inputs, r), max_new_tokens=4) for r in range(3)]
-    assert torch.equal(together, torch.cat(alone))
+def test_batch_equals_its_rows_for_every_method(kind, spec):
+    model, inputs = model_and_batch(kind)
+    budget = {"keep_ratio": 0.3} if build(spec).takes_budget else {}
+    with tokprune.attach(model, for_kind(spec, kind), **budget) as attachment:
+        together = tiny.generate(model, inputs, max_new_tokens=3)
+        kept = by_row(attachment.kept)
+        for r in range(3):
+            alone = tiny.generate(model, tiny.row(inputs, r, kind=kind), max_new_tokens=3)
+            assert torch.equal(together[r : r + 1], alone)
+            assert all(torch.equal(a, b) for a, b in zip(kept[r], attachment.kept, strict=True))
 
 
 class Widths:
@@ -199,24 +225,27 @@ class Widths:
             hook.remove()
 
 
-@towers
+@kinds
 @pytest.mark.parametrize("keep", [{"keep_ratio": 0.3}, {"keep_tokens": 1}, {"keep_ratio": 1.0}])
 @torch.no_grad()
-def test_report_equals_the_lengths_the_layers_saw(tower, keep):
-    model, inputs = model_and_batch(tower)
-    with tokprune.attach(model, METHOD[tower], **keep) as attachment:
+def test_report_equals_the_lengths_the_layers_saw(kind, keep):
+    model, inputs = model_and_batch(kind)
+    with tokprune.attach(model, METHOD[kind], **keep) as attachment:
         witness = Widths(model)
         out = model(**inputs, use_cache=True)
         report = attachment.report
         witness.remove()
     assert report.layers == [seen[0] for seen in witness.seen]
     assert [out.past_key_values.get_seq_length(i) for i in range(5)] == report.layers
-    assert [i.n_visual for i in report.images] == [36, 36, 36]
-    n_kept = {0.3: 11, 1.0: 36}.get(keep.get("keep_ratio"), 1)
-    assert [len(k) for k in attachment.kept] == [n_kept] * 3 == report.to_dict()["n_kept"]
+    n_visual = [i.n_visual for i in report.images]
+    assert sum(len(i.layout.crop) for i in report.images) == (inputs["input_ids"] == tiny.IMAGE).sum()
+    n_kept = [1 if "keep_tokens" in keep else round(keep["keep_ratio"] * n + 1e-9) for n in n_visual]
+    assert report.to_dict()["n_kept"] == n_kept
+    assert [len(k) for k in attachment.kept] == [n + i.n_special_kept for n, i in zip(n_kept, report.images, strict=True)]
     text = (inputs["input_ids"] != tiny.IMAGE).logical_and(inputs["attention_mask"].bool()).sum(1).tolist()
-    if n_kept < 36:
-        assert report.prefills[0].rows == [t + n_kept * n for t, n in zip(text, (1, 2, 0), strict=True)]
+    if n_kept != n_visual:
+        lengths = [sum(map(len, images)) for images in by_row(attachment.kept)]
+        assert report.prefills[0].rows == [t + n for t, n in zip(text, lengths, strict=True)]
 
 
 @torch.no_grad()
@@ -253,7 +282,7 @@ def test_prompt_that_is_only_an_image(tower, positions):
     inputs = tiny.collate([[tiny.IMAGE] * 36], [0], torch.float64)
     with tokprune.attach(model, METHOD[tower], keep_tokens=5, positions=positions) as attachment:
         logits, (kept,) = model(**inputs).logits, attachment.kept
-    columns = oracle.kept_columns(inputs, [kept], 36)
+    columns = oracle.kept_columns(inputs, [kept])
     want = oracle.short_logits(model, oracle.full_embeds(model, inputs), columns, positions)
     assert logits.shape[1] == 36
     assert (logits[0, columns] - want[0]).abs().max() < 1e-9
@@ -286,20 +315,20 @@ def test_leading_image_may_be_dropped_whole(positions):
         assert tokens[r].tolist() == oracle.greedy(model, embeds, columns, positions)
 
 
-@towers
+@kinds
 @policies
-def test_loss_equals_the_loss_of_the_short_sequence(tower, positions):
-    model = tiny.fresh_model(tower)
-    inputs = tiny.row(tiny.batch(), 1)
+def test_loss_equals_the_loss_of_the_short_sequence(kind, positions):
+    model = tiny.fresh_model(kind)
+    inputs = tiny.row(tiny.batch(kind=kind), 1, kind=kind)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == tiny.IMAGE, -100)
-    with tokprune.attach(model, METHOD[tower], keep_ratio=0.3, positions=positions) as attachment:
+    with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions) as attachment:
         loss = model(**inputs, labels=labels).loss
         kept = attachment.kept
         loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
     assert all(g.isfinite().all() for g in gradients)
-    columns = oracle.kept_columns(inputs, kept, 36)
+    columns = oracle.kept_columns(inputs, kept)
     logits = oracle.short_logits(model, oracle.full_embeds(model, inputs), columns, positions)[0]
     want = torch.nn.functional.cross_entropy(logits[:-1], labels[0, columns][1:], ignore_index=-100)
     assert abs(loss.item() - want.item()) < 1e-5
@@ -437,7 +466,7 @@ def test_image_hidden_states_carry_no_mark():
         kept = attachment.kept
     states = states if isinstance(states, torch.Tensor) else torch.cat(list(states))
     states = states.reshape(3, 36, -1)
-    bare = oracle.features_of(model, inputs["pixel_values"])
+    bare = oracle.features_of(model, inputs).view(3, 36, -1)
     for i in range(3):
         dropped = torch.ones(36, dtype=torch.bool).index_fill(0, kept[i], False)
         assert torch.equal(states[i, kept[i]], bare[i, kept[i]])
@@ -455,6 +484,6 @@ def test_cls_feature_of_strategy_full_is_kept_and_counted_apart():
         logits, (image,) = model(**inputs).logits, attachment.report.images
     assert (image.n_visual, image.n_special, image.n_kept, len(image.kept)) == (36, 1, 5, 6)
     assert image.kept[0] == 0
-    columns = oracle.kept_columns(inputs, [image.kept], 37)
+    columns = oracle.kept_columns(inputs, [image.kept])
     want = oracle.short_logits(model, oracle.full_embeds(model, inputs), columns, "contiguous")
     assert (logits[0, columns] - want[0]).abs().max() < 1e-9

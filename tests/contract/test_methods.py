@@ -8,7 +8,7 @@ import inspect
 import pytest
 import tiny
 import torch
-from specs import BUDGETED, SPECS, TOWER, n_keeps, tokens_for
+from specs import BUDGETED, FILTERS, LAYOUTS, PRUNING, SPECS, TOWER, build, n_keeps, tokens_for
 from tokprune.integrations.transformers import adapter_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,13 +17,23 @@ from tokprune.methods import METHODS
 from tokprune.methods.base import ScoreMethod
 from tokprune.types import Count, Layout, VisualTokens, grid_layout
 
-SCORING = [s for s in SPECS if isinstance(METHODS.build(s), ScoreMethod)]
-LAYOUTS = {"6x6": grid_layout(6, 6), "3x8": grid_layout(3, 8), "24x24": grid_layout(24, 24), "1x1": grid_layout(1, 1)}
-NOT_EXACT = {"fopru:strategy=row": Count.AT_MOST, "pool": Count.AT_MOST}
+SCORING = [s for s in SPECS if isinstance(build(s), ScoreMethod)]
+LARGE = grid_layout(24, 24)
+NOT_EXACT = {
+    "fopru:strategy=row": Count.AT_MOST,
+    "globalcom2:faithful=true": Count.CONTENT,
+    "hired:faithful=true": Count.CONTENT,
+    "pool": Count.AT_MOST,
+    "prumerge": Count.CONTENT,
+    "prumerge_plus": Count.CONTENT,
+    "prumerge_plus:n_top=5:step=6": Count.CONTENT,
+    "tokencorr": Count.CONTENT,
+    "tokencorr:sample=top:thumbnail=false": Count.CONTENT,
+}
 
 
 def select(spec: str, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-    return METHODS.build(spec).select(tokens, n_keep)
+    return build(spec).select(tokens, n_keep)
 
 
 def part(tokens: VisualTokens, i: int) -> VisualTokens:
@@ -36,7 +46,7 @@ def part(tokens: VisualTokens, i: int) -> VisualTokens:
 def test_scores_are_finite_float32_and_leave_inputs_alone(spec):
     tokens = tokens_for(spec)
     before = copy.deepcopy(tokens)
-    scores = METHODS.build(spec).score(tokens)
+    scores = build(spec).score(tokens)
     assert scores.shape == (3, 36)
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
@@ -45,7 +55,7 @@ def test_scores_are_finite_float32_and_leave_inputs_alone(spec):
 
 
 def test_count_classes_are_frozen():
-    classes = {s: METHODS.build(s).count for s in SPECS}
+    classes = {s: build(s).count for s in SPECS}
     assert {s: c for s, c in classes.items() if c is not Count.EXACT} == NOT_EXACT
 
 
@@ -58,11 +68,22 @@ def test_select_keeps_what_its_count_class_promises(spec, layout):
         counts = set(out.keep.sum(1).tolist())
         assert out.keep.shape == (3, layout.n_visual)
         assert out.keep.dtype == torch.bool
-        if METHODS.build(spec).count is Count.EXACT:
+        if build(spec).count is Count.EXACT:
             assert counts == {n_keep}
-        else:  # known from the layout, so the same for every picture
+        elif build(spec).count is Count.AT_MOST:  # known from the layout, so the same for every picture
             assert len(counts) == 1
             assert 0 < counts.pop() <= n_keep
+        else:
+            assert max(counts) <= n_keep
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("spec", [s for s in PRUNING if s not in BUDGETED])
+def test_methods_without_a_budget_decide_by_themselves(spec, layout):
+    tokens = tokens_for(spec, n_images=4, layout=layout)
+    keep = select(spec, tokens, 0).keep
+    assert keep.any(1).all()
+    assert torch.equal(keep, select(spec, tokens, 7).keep)
 
 
 def test_blind_keeps_nothing():
@@ -94,7 +115,7 @@ def test_a_group_equals_its_images_one_by_one(spec):
 @pytest.mark.parametrize("spec", [s for s in SCORING if s not in NOT_EXACT])  # whole rows: not token by token
 def test_select_keeps_the_highest_scores(spec):
     tokens = tokens_for(spec)
-    scores, keep = METHODS.build(spec).score(tokens), select(spec, tokens, 9).keep
+    scores, keep = build(spec).score(tokens), select(spec, tokens, 9).keep
     lowest_kept = scores.masked_fill(~keep, torch.inf).amin(1)
     assert (lowest_kept >= scores.masked_fill(keep, -torch.inf).amax(1)).all()
     assert not torch.equal(keep, keep.roll(1, 1))
@@ -109,7 +130,7 @@ def test_bfloat16_features_stay_bfloat16_and_scores_float32(spec):
     assert torch.equal(out.keep, select(spec, tokens_for(spec), 12).keep)
 
 
-@pytest.mark.parametrize("spec", [s for s in BUDGETED if METHODS.build(s).count is not Count.CONTENT])
+@pytest.mark.parametrize("spec", [s for s in BUDGETED if build(s).count is not Count.CONTENT])
 def test_runs_without_values(spec):
     """Under FakeTensorMode a read from the device, or a shape that depends on values, raises."""
     tokens = tokens_for(spec)
@@ -143,21 +164,21 @@ def test_gpu_selects_what_the_cpu_selects(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_layers_are_absolute_and_in_range(spec):
-    for signal in METHODS.build(spec).needs(TOWER):
+    for signal in build(spec).needs(TOWER):
         assert signal.layers == tuple(sorted(signal.layers))
         assert all(0 <= layer < TOWER.n_layers for layer in signal.layers)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_docstring_has_the_agreed_parts(spec):
-    doc = inspect.getdoc(type(METHODS.build(spec)))
+    doc = inspect.getdoc(type(build(spec)))
     for heading in ("Source:", "Faithful:", "Differs:", "Needs:"):
         assert heading in doc
 
 
 @pytest.mark.parametrize("name", tokprune.list_methods())
 def test_method_file_is_short(name):
-    source = inspect.getsource(inspect.getmodule(type(METHODS.build(name))))
+    source = inspect.getsource(inspect.getmodule(type(build(name))))
     doc = sum(len(d.splitlines()) for d in source.split('"""')[1::2])
     code = [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(code) - doc <= 80
@@ -231,5 +252,5 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", tokprune.list_methods())
 def test_minimum_support_table(name, tower):
     adapter = adapter_for(tiny.model(tower))
-    supported = adapter.supplies_all(METHODS.build(name).needs(adapter.tower))
+    supported = adapter.supplies_all(build(name).needs(adapter.tower))
     assert supported == ((name, tower) not in UNSUPPORTED)

@@ -43,7 +43,7 @@ def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tupl
 
     Raises:
         UnknownNameError, OptionError: as `Registry.build`.
-        TokPruneError: a filter alone, or more methods than one model can carry.
+        TokPruneError: more methods than one model can carry.
     """
     options = dict(options or {})
     if isinstance(method, str) and "+" in method:
@@ -54,10 +54,7 @@ def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tupl
                 "keyword options with a list are ambiguous; write them in the list, as 'vtc_cls:start_layer=16'"
             )
         return _build_list(method)
-    built, label = _build_one(method, options)
-    if isinstance(built, Filter):
-        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, 'vtc_cls']")
-    return built, label
+    return _build_one(method, options)
 
 
 def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
