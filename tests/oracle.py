@@ -9,7 +9,9 @@ from torch import Tensor
 
 def features_of(model, single: dict[str, Tensor]) -> Tensor:
     """(N, D) of all pictures of a row from the bare model, whatever its release returns."""
-    out = model.model.get_image_features(**{k: v for k, v in single.items() if k not in ("input_ids", "attention_mask")})
+    out = model.model.get_image_features(
+        **{k: v for k, v in single.items() if k not in ("input_ids", "attention_mask")}
+    )
     return torch.cat(list(getattr(out, "pooler_output", out)))
 
 

@@ -72,7 +72,10 @@ LAYOUTS = {
     "padded": mosaic_layout(6, (2, 2), height=9),
     "wide": mosaic_layout(4, (1, 3), width=11),
     "three frames": Layout(
-        *(tuple(x) for x in zip(*[(f + 1, f * 3 + r, c) for f in range(3) for r in range(3) for c in range(3)])),
+        *(
+            tuple(x)
+            for x in zip(*[(f + 1, f * 3 + r, c) for f in range(3) for r in range(3) for c in range(3)], strict=True)
+        ),
         crop_grid=(3, 1),
     ),
 }
@@ -114,5 +117,3 @@ def n_keeps(spec: str, layout: Layout) -> list[int]:
 def scaled(spec: str) -> str:
     """The same for a tower of a few layers."""
     return spec.replace("start_layer=22", "start_layer=2").replace("start_layer=-8", "start_layer=-3")
-
-

@@ -70,7 +70,7 @@ def test_tap_equals_the_towers_own_attention_maps(tower):
             full = maps[layer].mean(1)
             patches = full[:, n_special:, n_special:]
             want = {Kind.RECEIVED: patches.mean(1), Kind.GIVEN: patches.mean(2), Kind.CLS_ROW: full[:, 0, n_special:]}
-            torch.testing.assert_close(collected[Signal(kind, layers)][:, place], want[kind], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(collected[Signal(kind, layers)][:, :, place], want[kind], rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

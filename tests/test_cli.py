@@ -22,7 +22,7 @@ from tokprune.eval.run import EMBEDDED_MODEL
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
-from tokprune import attachment, cli, compaction
+from tokprune import cli, compaction, selection
 from tokprune.budget import Budget
 from tokprune.types import grid_layout
 
@@ -117,7 +117,7 @@ def test_cli_model_that_is_no_supported_family(tmp_path):
 
     LlamaConfig().save_pretrained(tmp_path)
     done = tokprune_cli("compare", "--model", str(tmp_path))
-    assert "of: llava" in refusal(done)
+    assert "of: internvl, llava" in refusal(done)
 
 
 # ---- runs that are cut off
@@ -491,7 +491,8 @@ def test_doctor_finds_a_healthy_installation():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
     for name in tokprune.list_methods():
-        assert f"ok     {name} prunes" in done.stdout
+        label = f"{name}+vtc_cls" if tokprune.get_method(name).is_filter else name
+        assert f"ok     {label} prunes" in done.stdout
     assert "transformers" in done.stdout
 
 
@@ -504,11 +505,11 @@ def in_generate_alone(before):
 
 SABOTAGE = {
     "no compaction": (compaction.Compaction, "install", lambda _: lambda self, stack: None),
-    "nothing marked": (attachment, "mark_dropped", lambda _: lambda features, keep: features),
+    "nothing marked": (selection, "mark_dropped", lambda _: lambda features, keep: features),
     "not in generate": (compaction.Compaction, "before", in_generate_alone),
     "one token kept": (Budget, "n_keep", lambda _: lambda self, n_visual, flops=None, least=1: 1),
     "padding mask lost": (compaction.Columns, "inner_mask", lambda _: lambda self, mask, n_outer: None),
-    "kept features zeroed": (attachment, "mark_dropped", lambda mark: lambda f, keep: mark(torch.zeros_like(f), keep)),
+    "kept features zeroed": (selection, "mark_dropped", lambda mark: lambda f, keep: mark(torch.zeros_like(f), keep)),
 }
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tiny
 import torch
 import transformers
 from counter import counted
-from specs import BUDGETED, SPECS, TOWER, n_keeps, tokens_for
+from specs import BUDGETED, HEAD_DIM, HEADS, SPECS, TOWER, build, mosaic_layout, n_keeps, scaled, tokens_for
 
 import tokprune
 from tokprune.errors import BudgetError, UnknownNameError, UnsupportedModelError
-from tokprune.flops import COMPAT, Ops, Stack, fastv_macs, sparsevlm_macs
-from tokprune.methods import METHODS
+from tokprune.flops import COMPAT, Ops, Stack, Widths, fastv_macs, sparsevlm_macs
 from tokprune.shapes import KNOWN, TEXT_FAMILIES, known_shape, shape_from_config
 from tokprune.types import Kind, Signal, grid_layout
 
@@ -163,21 +164,27 @@ def test_signals_cost_what_the_counter_sees():
     n_heads, n_tokens, width = 4, 37, 8
     q, k = torch.randn(2, 3, n_heads, n_tokens, width)
     vision = shape_from_config(tiny.model().config).vision
-    kinds = [{Kind.CLS_ROW}, {Kind.RECEIVED}, {Kind.GIVEN}, {Kind.RECEIVED, Kind.GIVEN}, set(Kind)]
-    for form in ("softmax", "logits"):
+    kinds = [{Kind.CLS_ROW}, {Kind.RECEIVED}, {Kind.GIVEN}, {Kind.RECEIVED, Kind.GIVEN}, {Kind.CLS_ROW, Kind.KEYS}]
+    for form, heads in itertools.product(("softmax", "logits"), ("mean", "single")):
         for asked in kinds:
-            signals = [Signal(kind, (0,), form) for kind in sorted(asked, key=str)]
+            signals = [Signal(kind, (0,), form, heads) for kind in sorted(asked, key=str)]
             seen = counted(lambda signals=signals: list(signal_rows(signals, q, k, 1.0, 1)))
             assert (vision.signals(signals) * 3).flops == within_a_percent(seen["all"])
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_methods_declare_their_matrix_products(spec):
-    method, layout = METHODS.build(spec), grid_layout(6, 6)
-    tokens = tokens_for(spec, n_images=3)
+DECIDED = ("prumerge", "prumerge_plus", "prumerge_plus:n_top=5:step=6")  # the declared cost is of a usual picture
+
+
+@pytest.mark.parametrize("layout", [grid_layout(6, 6), mosaic_layout(6, (2, 2), height=9)], ids=["6x6", "padded"])
+@pytest.mark.parametrize("spec", [s for s in SPECS if s not in DECIDED])
+def test_methods_declare_their_matrix_products(spec, layout):
+    method = build(spec)
+    tokens = tokens_for(spec, n_images=3, layout=layout)
     n_keep = n_keeps(spec, layout)[len(n_keeps(spec, layout)) // 2]
+    has_cls_state = any(s.kind is Kind.CLS_STATE for s in tokens.signals)
+    widths = Widths(16, HEADS * HEAD_DIM, HEAD_DIM, has_cls_state)
     seen = counted(lambda: method.select(tokens, n_keep))
-    assert 3 * method.cost(36, n_keep, 16).flops == within_a_percent(seen["all"])
+    assert 3 * method.cost(layout, n_keep, widths).flops == within_a_percent(seen["all"])
 
 
 # ---- against figures worked out by hand
@@ -270,11 +277,16 @@ def test_known_shapes_have_the_parameters_of_their_name(name):
 def test_flops_ratio_keeps_the_most_that_it_pays_for(spec, scope):
     model = tiny.model()
     layout, shape = grid_layout(6, 6), shape_from_config(model.config)
-    method = METHODS.build(spec) if "layer" not in spec else METHODS.build("vtc_cls")
+    method = build(scaled(spec))
     signals = method.needs(tokprune.types.Tower(4, True))
 
     def cost(n_keep: int) -> int:
         ledger = shape.prefill(64 + n_keep, signals=signals if n_keep < 36 else ())
+        if scope == "prefill" and n_keep < 36:
+            in_tower = method.space == "tower"
+            widths = Widths(32 if in_tower else 64, 32, 8, any(s.kind is Kind.CLS_STATE for s in signals))
+            more = method.cost(layout, n_keep, widths) + (shape.project(n_keep) if in_tower else Ops())
+            return ledger.prefill.flops + more.flops
         return getattr(ledger, scope).flops
 
     with tokprune.attach(model, method, flops_ratio=0.8, flops_scope=scope) as attachment:

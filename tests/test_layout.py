@@ -78,11 +78,15 @@ MAY_KNOW = {
         "tokprune.integrations",
         "tokprune.integrations.transformers",
     },
+    "tokprune.prompt": {"ground"},
+    "tokprune.selection": {"ground", "tokprune.methods", "tokprune.compaction"},
     "tokprune.attachment": {
         "ground",
         "tokprune.methods",
         "tokprune.compaction",
         "tokprune.compatibility",
+        "tokprune.prompt",
+        "tokprune.selection",
         "tokprune.integrations",
         "tokprune.integrations.transformers",
     },
@@ -164,7 +168,8 @@ import tokprune
 assert (dict(ALL_ATTENTION_FUNCTIONS), list(warnings.filters), logging.getLogger().level) == before
 loaded = {m for m in sys.modules if m.startswith("tokprune.")}
 assert not [m for m in loaded if m.startswith(("tokprune.eval", "tokprune.integrations", "tokprune.cli"))], loaded
-assert {m for m in loaded if m.startswith("tokprune.methods.")} == {"tokprune.methods.base"}, loaded
+shared = {"tokprune.methods.base", "tokprune.methods.mosaic"}
+assert {m for m in loaded if m.startswith("tokprune.methods.")} == shared, loaded
 """
     done = run(code)
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from .errors import (
     TokPruneError,
 )
 from .methods import Spec, build_method
-from .methods.base import Filter, Method
+from .methods.base import Method
 from .prompt import places_of, same_places, text_of
 from .report import Prefill, Report, describe_signals, without_beam_copies
 from .selection import Encoded, Newlines, Selector, by_image
@@ -73,7 +73,7 @@ def attach(
     from .integrations.transformers import adapter_for
 
     built, label = build_method(method, options)
-    if isinstance(built, Filter):
+    if built.is_filter:
         raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, 'vtc_cls']")
     budget = _checked_budget(built, (keep_ratio, keep_tokens, flops_ratio), flops_scope)
     adapter = adapter_for(model)
@@ -309,7 +309,7 @@ class Attachment(NotCopyable):
         """Scalars for the one synchronisation of a prefill."""
         flags = {}
         if self._local.masks:
-            flags["placeholders"] = sum(mask.sum() for mask in self._local.masks.values())
+            flags["placeholders"] = torch.stack([mask.sum() for mask in self._local.masks.values()]).sum()
         call = self._local.call
         if call and call.bad and not self._local.paused:
             flags["bad_features"] = torch.stack(call.bad).any()

@@ -57,32 +57,45 @@ def findings(runner: Any) -> Iterator[Finding]:
     yield Finding("keeping all tokens changes no bit", torch.equal(same, bare), f"{before[0]} columns")
     for method in tokprune.list_methods():
         try:
-            yield _prunes(model, inputs, method, before[0])
+            yield _prunes(model, inputs, method)
         except Exception as error:  # any failure is a finding here
             yield Finding(f"{method} prunes", False, f"{type(error).__name__}: {error}")
     after, _ = _watched(model, lambda: model(**inputs).logits)
     yield Finding("the model is as it was after detaching", torch.equal(after, bare), "logits equal")
 
 
-def _prunes(model, inputs: dict, method: str, n_columns: int) -> Finding:
+def _prunes(model, inputs: dict, method: str) -> Finding:
     n_visual, built = model.config.image_seq_length, tokprune.get_method(method)
+    if built.is_filter:
+        method, built = f"{method}+vtc_cls", tokprune.get_method("vtc_cls")
     budget: dict[str, Any] = {"keep_ratio": KEEP} if built.takes_budget else {}
-    n_keep = round(n_visual * KEEP) if budget else 0
+    n_keep = round(n_visual * KEEP) if budget else n_visual
     with tokprune.attach(model, method, **budget) as attachment:
         logits, columns = _watched(model, lambda: model(**inputs).logits)
         kept = attachment.kept
         _, in_generate = _watched(model, lambda: model.generate(**inputs, max_new_tokens=3, do_sample=False))
-    n_layers, n_kept = len(model.model.language_model.layers), len(kept[0])
+    n_layers, counts, lengths = len(model.model.language_model.layers), [len(k) for k in kept], _lengths(inputs)
     problems = {
-        f"asked to keep {n_keep}": n_kept > n_keep or (built.count is Count.EXACT and n_kept < n_keep),
-        "nothing kept": bool(n_keep) and not n_kept,
-        "the layers saw another length": set(columns) != {n_columns - n_visual + n_kept},
+        f"asked to keep {n_keep}": max(counts) > n_keep or (bool(budget) and min(counts) < _least(built, n_keep)),
+        "nothing kept": method != "blind" and not all(counts),
+        "something kept": method == "blind" and any(counts),
+        "the layers saw another length": set(columns)
+        != {max(length - n_visual + n for length, n in zip(lengths, counts, strict=True))},
         "generate ran on another length": in_generate[:n_layers] != columns,
         "logits are not those of the kept tokens": _differs(model, inputs, kept, logits, built),
     }
     found = [problem for problem, is_there in problems.items() if is_there]
-    seen = f"visual tokens {n_visual} -> {n_kept}, decoder layers saw {n_columns} -> {columns[0]} columns"
+    shown = " and ".join(map(str, sorted(set(counts))))
+    seen = f"visual tokens {n_visual} -> {shown}, decoder layers saw {max(lengths)} -> {columns[0]} columns"
     return Finding(f"{method} prunes", not found, "; ".join([seen, *found]))
+
+
+def _least(built: tokprune.Method, n_keep: int) -> int:
+    return n_keep if built.count is Count.EXACT else 1
+
+
+def _lengths(inputs: dict) -> list[int]:
+    return inputs["attention_mask"].sum(1).tolist()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .types import Kind, Layout, Signal
 
@@ -270,6 +271,22 @@ class Ledger:
         )
 
 
+class Widths(NamedTuple):
+    """What the cost of a selection depends on, beside counts.
+
+    Args:
+        rows: width of the rows that are compared and merged.
+        keys: width of the tower's keys, all heads.
+        head: width of one head's.
+        has_cls_state: whether the tower's [CLS] state can take a place.
+    """
+
+    rows: int
+    keys: int
+    head: int
+    has_cls_state: bool
+
+
 @dataclass(frozen=True)
 class SelectionCost:
     """What a method computes to select the tokens of an image, and what is left to compute after it.
@@ -277,21 +294,27 @@ class SelectionCost:
     Args:
         shape: the model.
         signals: collected from the vision tower.
-        products: (layout, n_keep, width) to the matrix products of the selection itself.
+        products: (layout, n_keep, widths) to the matrix products of the selection itself.
         in_tower: whether it merges states of the tower, which the projector then sees anew.
     """
 
     shape: Shape
     signals: frozenset[Signal]
-    products: Callable[[Layout, int, int], Ops]
+    products: Callable[[Layout, int, Widths], Ops]
     in_tower: bool = False
 
     def selector(self, layout: Layout, n_keep: int, n_patches: int | None = None, collected: bool = True) -> Ops:
         """Signals, where they are collected, and selection, where not all tokens are kept."""
         spent = Ops()
         if n_keep < layout.n_visual:
-            width = self.shape.vision.stack.width if self.in_tower else self.shape.text.width
-            spent += self.products(layout.without_specials, n_keep, width)
+            tower = self.shape.vision.stack
+            widths = Widths(
+                rows=tower.width if self.in_tower else self.shape.text.width,
+                keys=tower.n_heads * tower.head_dim,
+                head=tower.head_dim,
+                has_cls_state=any(s.kind is Kind.CLS_STATE for s in self.signals),
+            )
+            spent += self.products(layout.without_specials, n_keep, widths)
             spent += self.shape.project(n_keep or layout.n_visual) if self.in_tower else Ops()
         if collected:
             spent += self.shape.vision.signals(self.signals, n_patches) * layout.n_crops

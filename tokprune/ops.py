@@ -88,7 +88,7 @@ def shares(sizes: tuple[int, ...], total: int, even: bool = False) -> tuple[int,
     while sum(exact) < total:
         open_ = [i for i, size in enumerate(sizes) if exact[i] < size]
         weight = sum(1 if even else sizes[i] for i in open_)
-        left = total - sum(exact)
+        left = total - sum(exact, Fraction(0))
         for i in open_:
             exact[i] = min(exact[i] + left * (1 if even else sizes[i]) / weight, Fraction(sizes[i]))
     counts = [int(share) for share in exact]

@@ -37,9 +37,9 @@ def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> li
     alike = copies and all(c == bases[i // copies] for i, c in enumerate(columns))
     if rest or not alike:
         raise TokPruneError(
-            f"the prompt holds {sum(map(len, columns))} image placeholders where {n_encoded} rows were encoded; a method "
-            "that reads the prompt, and models whose images only the prompt tells apart, need it in one pass (without "
-            "prefill_chunk_size), with the pictures of this call alone"
+            f"the prompt holds {sum(map(len, columns))} image placeholders where {n_encoded} rows were encoded; "
+            "methods that read the prompt, and models whose images only the prompt tells apart, need it in one pass "
+            "(without prefill_chunk_size), with the pictures of this call alone"
         )
     places, left = [], list(lengths or [])
     for i, own in enumerate(bases):

@@ -206,8 +206,8 @@ class Layout:
 
     def part(self, index: Sequence[int]) -> Layout:
         """The layout of some of the tokens."""
-        picked = (tuple(t[i] for i in index) for t in (self.crop, self.row, self.column))
-        return Layout(*picked, crop_grid=self.crop_grid)
+        crop, row, column = (tuple(t[i] for i in index) for t in (self.crop, self.row, self.column))
+        return Layout(crop, row, column, self.crop_grid)
 
 
 @functools.lru_cache(maxsize=64)

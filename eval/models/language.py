@@ -89,9 +89,7 @@ class LanguageTrainer(nn.Module):
         """Logits at the answered positions, (number of answered tokens, vocabulary)."""
         return self.answers(self.projector(x), kept, torch.ones_like(kept, dtype=torch.bool), contiguous, text)
 
-    def answers(
-        self, visual: Tensor, kept: Tensor, valid: Tensor, contiguous: bool, text: dict[str, Tensor]
-    ) -> Tensor:
+    def answers(self, visual: Tensor, kept: Tensor, valid: Tensor, contiguous: bool, text: dict[str, Tensor]) -> Tensor:
         """The same from projected rows (B, N, D), of which those at `kept` (B, K) stay where `valid`."""
         words, n_all = self.language_model.embed_tokens, visual.shape[1]
         batch, n_keep = kept.shape

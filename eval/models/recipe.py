@@ -159,7 +159,9 @@ def build_image_processor():
 def build_next_image_processor():
     """LLaVA-NeXT's image processor, in its PIL form where the release has one by that name."""
     try:
-        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil as Processor
+        from transformers.models.llava_next.image_processing_pil_llava_next import (
+            LlavaNextImageProcessorPil as Processor,
+        )
     except ImportError:  # transformers 4
         from transformers import LlavaNextImageProcessor as Processor
     side = findit.SIZE

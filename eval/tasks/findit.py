@@ -65,9 +65,7 @@ def background(rng: np.random.Generator, height: int = SIZE, width: int = SIZE) 
     """Textured noise with strokes and blobs, (height, width, 3); as dense on a large picture as on a small one."""
     grey = rng.uniform(60, 190)
     cells = int(rng.integers(4, 13))
-    coarse = Image.fromarray(
-        rng.uniform(-28, 28, (cells * height // SIZE, cells * width // SIZE)).astype(np.float32)
-    )
+    coarse = Image.fromarray(rng.uniform(-28, 28, (cells * height // SIZE, cells * width // SIZE)).astype(np.float32))
     image = grey + rng.uniform(-14, 14, 3) + np.asarray(coarse.resize((width, height), Image.BICUBIC))[..., None]
     image = image + rng.normal(0, rng.uniform(4, 11), (height, width, 1)) + rng.normal(0, 3, (height, width, 3))
     n_times = height * width // SIZE**2

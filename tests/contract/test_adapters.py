@@ -241,7 +241,9 @@ def test_report_equals_the_lengths_the_layers_saw(kind, keep):
     assert sum(len(i.layout.crop) for i in report.images) == (inputs["input_ids"] == tiny.IMAGE).sum()
     n_kept = [1 if "keep_tokens" in keep else round(keep["keep_ratio"] * n + 1e-9) for n in n_visual]
     assert report.to_dict()["n_kept"] == n_kept
-    assert [len(k) for k in attachment.kept] == [n + i.n_special_kept for n, i in zip(n_kept, report.images, strict=True)]
+    assert [len(k) for k in attachment.kept] == [
+        n + i.n_special_kept for n, i in zip(n_kept, report.images, strict=True)
+    ]
     text = (inputs["input_ids"] != tiny.IMAGE).logical_and(inputs["attention_mask"].bool()).sum(1).tolist()
     if n_kept != n_visual:
         lengths = [sum(map(len, images)) for images in by_row(attachment.kept)]

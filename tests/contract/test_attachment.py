@@ -108,7 +108,11 @@ def test_exception_inside_the_model_leaves_it_usable(warm):
 
 REFUSED = {
     "unknown method": (dict(method="vtc_csl", keep_ratio=0.3), errors.UnknownNameError, "Did you mean 'vtc_cls'"),
-    "unknown option": (dict(method="vtc_cls", keep_ratio=0.3, layer=2), errors.OptionError, "Options: start_layer"),
+    "unknown option": (
+        dict(method="vtc_cls", keep_ratio=0.3, layer=2),
+        errors.OptionError,
+        "Options: split, start_layer",
+    ),
     "option value": (dict(method="fopru:form=softmx", keep_ratio=0.3), errors.OptionError, "'softmax', 'logits'"),
     "option type": (dict(method="vtc_cls", keep_ratio=0.3, start_layer="2"), errors.OptionError, "int or None"),
     "no equals sign": (dict(method="fopru:row", keep_ratio=0.3), errors.OptionError, "name:option=value"),
@@ -242,7 +246,7 @@ REFUSED_MODELS = {
     wrapped_in_parallel: "model.module",
     compiled: "compiled",
     compiled_inside: "compiled",
-    text_only: "Supported: llava",
+    text_only: "Supported: internvl, llava",
     Plain: "not a transformers model",
     dict: "takes a transformers model",
     flex: "attn_implementation='sdpa'",

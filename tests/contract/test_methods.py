@@ -13,7 +13,6 @@ from tokprune.integrations.transformers import adapter_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokprune
-from tokprune.methods import METHODS
 from tokprune.methods.base import ScoreMethod
 from tokprune.types import Count, Layout, VisualTokens, grid_layout
 
@@ -169,9 +168,10 @@ def test_layers_are_absolute_and_in_range(spec):
         assert all(0 <= layer < TOWER.n_layers for layer in signal.layers)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + FILTERS)
 def test_docstring_has_the_agreed_parts(spec):
-    doc = inspect.getdoc(type(build(spec)))
+    method = build(spec)
+    doc = inspect.getdoc(type(getattr(method, "method", method)))
     for heading in ("Source:", "Faithful:", "Differs:", "Needs:"):
         assert heading in doc
 
@@ -241,16 +241,26 @@ def test_fopru_rows_are_whole():
     assert torch.equal(keep.all(2), keep.any(2))
 
 
-# Methods that a tower cannot serve, with the reason. A pair enters only with one.
+# Methods that a model cannot serve as they are, with the reason. A pair enters only with one.
+NO_CLS = "SigLIP has no [CLS] token; the option without_cls=received is explicit"
+WITHOUT_CLS = ("siglip", "llava_onevision")
 UNSUPPORTED = {
-    ("vtc_cls", "siglip"): "SigLIP has no [CLS] token; the option without_cls=received is explicit",
-    ("fastervlm", "siglip"): "SigLIP has no [CLS] token; the option without_cls=received is explicit",
+    (name, kind): NO_CLS
+    for kind in WITHOUT_CLS
+    for name in ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vtc_cls")
 }
 
 
-@pytest.mark.parametrize("tower", tiny.TOWERS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("name", tokprune.list_methods())
-def test_minimum_support_table(name, tower):
-    adapter = adapter_for(tiny.model(tower))
+def test_minimum_support_table(name, kind):
+    adapter = adapter_for(tiny.model(kind))
     supported = adapter.supplies_all(build(name).needs(adapter.tower))
-    assert supported == ((name, tower) not in UNSUPPORTED)
+    assert supported == ((name, kind) not in UNSUPPORTED)
+
+
+@pytest.mark.parametrize("kind", WITHOUT_CLS)
+@pytest.mark.parametrize("name", sorted({name for name, _ in UNSUPPORTED}))
+def test_what_to_type_instead_runs(name, kind):
+    adapter = adapter_for(tiny.model(kind))
+    assert adapter.supplies_all(build(f"{name}:{build(name).if_missing}").needs(adapter.tower))

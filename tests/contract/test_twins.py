@@ -154,7 +154,7 @@ def test_broken_part_fails_its_law(monkeypatch, what):
 
 def test_marks_that_do_not_mark_are_noticed(monkeypatch):
     """Zeros in place of marks: nothing would be pruned, and the model would still answer."""
-    monkeypatch.setattr("tokprune.attachment.mark_dropped", keep_the_marks)
+    monkeypatch.setattr("tokprune.selection.mark_dropped", keep_the_marks)
     with pytest.raises(ValueError, match="nothing was dropped"):
         adapters.test_pruned_forward_equals_the_short_sequence("clip", "sdpa", "contiguous")
     tiny.model.cache_clear()

@@ -209,7 +209,9 @@ def check_visionzip(case: Case) -> None:
     assert torch.equal(targets, expected["contextual_targets"])
     assigned = torch.full_like(expected["contextual_assign"], -1)
     own = torch.arange(p["contextual"]).expand_as(targets)
-    assigned = assigned.scatter(1, rest, (groups * torch.arange(p["contextual"])).sum(2).long()).scatter(1, targets, own)
+    assigned = assigned.scatter(1, rest, (groups * torch.arange(p["contextual"])).sum(2).long()).scatter(
+        1, targets, own
+    )
     assert torch.equal(assigned, expected["contextual_assign"])
     out = method.select(tokens, n_keep)
     assert out.keep.sum(1).tolist() == [n_keep] * p["tiles"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..errors import OptionError, TokPruneError
 from ..registry import Registry
-from .base import Filter, Method
-from .chain import Chain
+from .base import Method
 
 METHODS = Registry(
     what="method",
@@ -22,7 +21,7 @@ METHODS = Registry(
         "hired": "tokprune.methods.hired:HiRED",
         "pool": "tokprune.methods.pool:Pool",
         "prumerge": "tokprune.methods.prumerge:PruMerge",
-        "prumerge_plus": "tokprune.methods.prumerge:PruMergePlus",
+        "prumerge_plus": "tokprune.methods.prumerge_plus:PruMergePlus",
         "random": "tokprune.methods.random_:Random",
         "tokencorr": "tokprune.methods.tokencorr:TokenCorr",
         "tome": "tokprune.methods.tome:ToMe",
@@ -61,16 +60,19 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
     if not parts:
         raise TokPruneError("an empty list; name at least one method, as ['vtc_cls']")
     pairs = [_build_one(part, {}) for part in parts]
-    selecting = [label for built, label in pairs if not isinstance(built, Filter)]
-    *filters, (last, label) = pairs
-    if len(selecting) != 1 or isinstance(last, Filter):
+    selecting = [label for built, label in pairs if not built.is_filter]
+    filters: list[Any] = pairs[:-1]
+    last, label = pairs[-1]
+    if len(selecting) != 1 or last.is_filter:
         raise TokPruneError(
             "a list takes filters, then exactly one method that acts before the language model; "
             f"this one has {len(selecting)} ({', '.join(selecting) or 'none'}), which must come last"
         )
     if not filters:
         return last, label
-    chain = Chain(tuple(built for built, _ in filters), last)
+    from .chain import Chain  # here, so that importing tokprune imports no method
+
+    chain = Chain(tuple(built for built, _ in filters), cast(Any, last))
     return chain, "+".join(label for _, label in pairs)
 
 

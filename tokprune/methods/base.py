@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..flops import Ops
+from ..flops import Ops, Widths
 from ..registry import check
 from ..types import Count, Form, Heads, Kind, Layout, Signal, Stage, Tower, VisualTokens
+from .mosaic import top_by_crop
 
 Split = Literal["joint", "even"]
 WithoutCLS = Literal["error", "received"]
@@ -29,6 +29,7 @@ class Method:
     stage: ClassVar[Stage] = Stage.PRE_LLM
     keeps_features: ClassVar[bool] = True  # kept tokens stay as they are; False where a method merges or averages
     space: ClassVar[Literal["packed", "tower"]] = "packed"  # "tower": merges what the projector takes, if it can
+    is_filter: ClassVar[bool] = False  # only goes before a method, in a list
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
 
@@ -63,8 +64,8 @@ class Method:
         """
         return frozenset()
 
-    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
-        """Matrix products of `select` for one image, rows of a width; signals not counted."""
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
+        """Matrix products of `select` for one image; signals not counted."""
         return Ops()
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
@@ -124,6 +125,8 @@ class RankMethod(ScoreMethod):
 class Filter(Method):
     """Drops tokens before a score method selects among the others: write `passes`. It takes no budget."""
 
+    is_filter: ClassVar[bool] = True
+
     @property
     def takes_budget(self) -> bool:
         """It drops what it finds."""
@@ -132,34 +135,6 @@ class Filter(Method):
     def passes(self, tokens: VisualTokens) -> Tensor:
         """(G, N) bool: what is left."""
         raise NotImplementedError
-
-
-def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]) -> Tensor:
-    """(G, N) bool: of every crop as many of the highest scores as `counts` says, (G, C) or one tuple for all."""
-    if isinstance(counts, tuple):
-        counts = ops.on_device(counts, scores.device).expand(len(scores), -1)
-    return ops.keep_top_of_parts(scores, ops.on_device(layout.crop_places, scores.device), counts)
-
-
-def crop_by_crop(
-    tokens: VisualTokens, n_keeps: tuple[int, ...], select: Callable[[VisualTokens, int], VisualTokens]
-) -> VisualTokens:
-    """Select in every crop by itself, and put the crops together; a crop with a share of 0 keeps nothing."""
-    layout, keep, features = tokens.layout, torch.zeros_like(tokens.keep), tokens.features
-    for place, n_keep in enumerate(n_keeps):
-        index = [i for i, p in enumerate(layout.crop_places) if p == place]
-        if not n_keep:
-            continue
-        part = select(tokens.part(index, place), n_keep)
-        at = ops.on_device(index, keep.device)
-        keep, features = keep.index_copy(1, at, part.keep), features.index_copy(1, at, part.features)
-    return replace(tokens, keep=keep, features=features)
-
-
-def in_order(tokens: VisualTokens, keep: Tensor, rows: Tensor) -> VisualTokens:
-    """Tokens with the rows (G, K, D) written, in their order, into the K kept places, ascending."""
-    places = ops.keep_top(keep.float(), rows.shape[1])
-    return replace(tokens, keep=keep, features=ops.put(tokens.features, places, rows))
 
 
 def cls_signal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..flops import Ops
+from ..flops import Ops, Widths
 from ..types import Kind, Layout, Signal, Tower, VisualTokens
-from .base import Method, Split, crop_by_crop
+from .base import Method, Split
+from .mosaic import crop_by_crop
 
 LEAST = 1e-6  # residuals up to here are rounding: the rank of the features is exhausted
 
@@ -50,11 +51,12 @@ class CDPruner(Method):
         """The text."""
         return frozenset({Signal(Kind.TEXT_EMBEDS)})
 
-    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
-        """All cosines, and the updates; the cosines to the text are not counted."""
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
+        """All cosines, the updates, and one product with the mean direction of the text."""
         sizes = layout.crop_sizes if self.split == "even" else (layout.n_visual,)
         shares = ops.shares(layout.crop_sizes, n_keep, even=True) if self.split == "even" else (n_keep,)
-        return Ops(sum(n * n * width + n * k * (k - 1) // 2 for n, k in zip(sizes, shares, strict=True)))
+        updates = sum(n * k * (k - 1) // 2 for n, k in zip(sizes, shares, strict=True))
+        return Ops(updates + sum(n * n for n in sizes) * widths.rows + layout.n_visual * widths.rows)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The chosen tokens, in raster order."""
@@ -65,7 +67,8 @@ class CDPruner(Method):
         """(G, N) in 0..1; embeds (G, N, D), text (G, T, D) with rows of zeros where there is none."""
         n_text = (text != 0).any(-1).sum(1).clamp(min=1)[:, None]
         # The mean of cosines is the product with the sum of unit vectors.
-        near = (F.normalize(embeds.float(), dim=-1) @ F.normalize(text.float(), dim=-1).sum(1)[..., None])[..., 0] / n_text
+        direction = F.normalize(text.float(), dim=-1).sum(1)[..., None] / n_text[..., None]
+        near = (F.normalize(embeds.float(), dim=-1) @ direction)[..., 0]
         near = -near if self.invert else near
         low, high = near.amin(1, keepdim=True), near.amax(1, keepdim=True)
         return (near - low + 1e-6) / (high - low).clamp(min=1e-6)
@@ -75,8 +78,12 @@ class CDPruner(Method):
         if self.split == "joint" or tokens.layout.n_crops == 1:
             return tokens.keeping(self.order(tokens.features, relevance, n_keep))
         shares = ops.shares(tokens.layout.crop_sizes, n_keep, even=True)
-        scored = tokens.keeping(torch.zeros_like(relevance[:, :0]).long(), relevance)
-        return crop_by_crop(scored, shares, lambda c, n: c.keeping(self.order(c.features, c.scores, n)))
+        # Relevance travels with the tokens of a crop as one more channel.
+        wide = replace(tokens, features=torch.cat([tokens.features.float(), relevance[..., None]], 2))
+        chosen = crop_by_crop(
+            wide, shares, lambda c, n: c.keeping(self.order(c.features[..., :-1], c.features[..., -1], n))
+        )
+        return replace(tokens, keep=chosen.keep)
 
     def order(self, features: Tensor, relevance: Tensor, n_keep: int) -> Tensor:
         """Indices in the order they are chosen, (G, n_keep)."""
@@ -88,9 +95,9 @@ class CDPruner(Method):
             # 1 + residual while there is any, then relevance below 1: one ranking, no read from the device
             rank = torch.where(residual > LEAST, 2 + residual, relevance.clamp(max=1))
             newest = ops.first_highest(rank.masked_fill(~free, -torch.inf))[:, None]
-            own, column = residual.gather(1, newest), newest[:, None].expand(-1, i, 1)
+            own, column = residual.gather(1, newest), newest[:, None].expand(-1, i, 1)  # (G, 1), (G, i, 1)
             row = kernel.gather(1, newest[..., None].expand(-1, 1, kernel.shape[2]))[:, 0]
-            known = (basis[:, :i].gather(2, column) * basis[:, :i]).sum(1)
+            known = (basis[:, :i].gather(2, column).transpose(1, 2) @ basis[:, :i])[:, 0]
             basis[:, i] = torch.where(own > LEAST, (row - known) / own.clamp(min=LEAST).sqrt(), 0.0)
             residual = (residual - basis[:, i].square()).clamp(min=0)
             free = free.scatter(1, newest, False)

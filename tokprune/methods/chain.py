@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..errors import OptionError
-from ..flops import Ops
+from ..flops import Ops, Widths
 from ..types import Count, Layout, Signal, Tower, VisualTokens
 from .base import Filter, Method, ScoreMethod
 
@@ -51,9 +51,9 @@ class Chain(Method):
         """What any of them needs."""
         return frozenset().union(*(part.needs(tower) for part in (*self.filters, self.method)))
 
-    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
         """The method's."""
-        return self.method.cost(layout, n_keep, width)
+        return self.method.cost(layout, n_keep, widths)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Filter, then select."""
@@ -63,4 +63,3 @@ class Chain(Method):
 
     def __str__(self):
         return " + ".join(map(str, (*self.filters, self.method)))
-

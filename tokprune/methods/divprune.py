@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..flops import Ops
+from ..flops import Ops, Widths
 from ..types import Layout, VisualTokens
-from .base import Method, Split, crop_by_crop
+from .base import Method, Split
+from .mosaic import crop_by_crop
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class DivPrune(Method):
 
     source: ClassVar[str] = "arXiv:2503.02175"
 
-    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
         """All cosines."""
         sizes = layout.crop_sizes if self.split == "even" else (layout.n_visual,)
-        return Ops(sum(n * n * width for n in sizes))
+        return Ops(sum(n * n * widths.rows for n in sizes))
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The chosen tokens, in raster order."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import ops
 from ..errors import OptionError
 from ..types import Count, Layout, Signal, Tower, VisualTokens
-from .base import ScoreMethod, WithoutCLS, cls_signal, cls_values, top_by_crop
+from .base import ScoreMethod, WithoutCLS, cls_signal, cls_values
+from .mosaic import counts_by_cell, thumbnail_cells, top_by_crop
 
 
 @dataclass(frozen=True)
@@ -78,26 +79,21 @@ class HiRED(ScoreMethod):
         if not self.faithful:
             own = total * self.alpha / max(1 - self.alpha, 1e-9)
             return top_by_crop(ranked, layout, ops.allocate(torch.cat([own, counts], 1), sizes, n_keep))
-        own = min(int(self.alpha * n_keep), sizes[0])
-        rest = ((counts / total).float() * (n_keep - own)).long()
+        n_own = min(int(self.alpha * n_keep), sizes[0])
+        rest = ((counts / total).float() * (n_keep - n_own)).long()
         rest = rest.minimum(ops.on_device(sizes[1:], rest.device))
-        return top_by_crop(ranked, layout, torch.cat([torch.full_like(rest[:, :1], own), rest], 1))
+        return top_by_crop(ranked, layout, torch.cat([torch.full_like(rest[:, :1], n_own), rest], 1))
 
     def crop_counts(self, tokens: VisualTokens) -> Tensor:
         """(G, crops of the mosaic): early winners of the thumbnail that each crop shows."""
         layout, thumbnail = tokens.layout, tokens.layout.regions[0]
         early = cls_values(tokens)[:, 0, ops.on_device(thumbnail.index, tokens.keep.device)]
         winners = ops.keep_top(early, max(1, int(len(thumbnail.index) * (1 - self.alpha))))
-        cell = ops.on_device(_cells(layout, self.faithful), early.device)
         won = torch.zeros_like(early).scatter(1, winners, 1.0)
-        counts = early.new_zeros(len(early), layout.crop_grid[0] * layout.crop_grid[1]).index_add(1, cell, won)
-        return counts[:, ops.on_device([crop - 1 for crop in layout.crops if crop > 0], early.device)]
+        return counts_by_cell(won, _strips(layout) if self.faithful else thumbnail_cells(layout), layout)
 
 
-def _cells(layout: Layout, strips: bool) -> list[int]:
-    thumbnail, (rows, columns) = layout.regions[0], layout.crop_grid
-    height, width = thumbnail.height, thumbnail.width
-    if strips:
-        size = height * width // (rows * columns)
-        return [min(i // size, rows * columns - 1) for i in range(height * width)]
-    return [i * rows // height * columns + j * columns // width for i in range(height) for j in range(width)]
+def _strips(layout: Layout) -> list[int]:
+    """As many pieces of the thumbnail's raster as there are crops."""
+    n_crops, n = layout.crop_grid[0] * layout.crop_grid[1], len(layout.regions[0].index)
+    return [min(i // (n // n_crops), n_crops - 1) for i in range(n)]

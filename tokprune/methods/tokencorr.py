@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..flops import Ops
+from ..flops import Ops, Widths
 from ..types import Count, Kind, Layout, Signal, Tower, VisualTokens
-from .base import Method, WithoutCLS, cls_signal, cls_values, crop_by_crop
+from .base import Method, WithoutCLS, cls_signal, cls_values
+from .mosaic import crop_by_crop, is_thumbnail
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class TokenCorr(Method):
         layers = tuple(sorted({early, late}))
         return frozenset({Signal(Kind.KEYS, (early,)), cls_signal(tower, layers, self.without_cls)})
 
-    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
-        """All cosines of keys within crops, as if keys were as wide as the rows."""
-        return Ops(sum(n * n * width for n in layout.crop_sizes))
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
+        """All cosines of keys within crops."""
+        return Ops(sum(n * n * widths.keys for n in layout.crop_sizes))
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Every crop by itself; the budget plays no part."""
@@ -79,7 +79,7 @@ class TokenCorr(Method):
         out = crop_by_crop(tokens, tokens.layout.crop_sizes, self._compress)
         if not whole:
             return out
-        return replace(out, keep=out.keep | ops.on_device([p == 0 for p in out.layout.crop_places], out.keep.device))
+        return replace(out, keep=out.keep | is_thumbnail(out.layout, out.keep.device))
 
     def _compress(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         attention = cls_values(tokens)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..flops import Ops
+from ..flops import Ops, Widths
 from ..types import Layout, VisualTokens
 from .base import Method
 
@@ -34,11 +34,11 @@ class ToMe(Method):
     keeps_features: ClassVar[bool] = False
     source: ClassVar[str] = "arXiv:2210.09461"
 
-    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
         """Similarities of A and B in every round."""
         left, spent = layout.n_visual, 0
         while left > n_keep:
-            spent += (left + 1) // 2 * (left // 2) * width
+            spent += (left + 1) // 2 * (left // 2) * widths.rows
             left = max(n_keep, left - left // 2)
         return Ops(spent)
 

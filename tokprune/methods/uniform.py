@@ -34,7 +34,7 @@ class Uniform(Method):
         regions, sizes = layout.regions, [len(region.index) for region in layout.regions]
         n_crops = [len({layout.crop[i] for i in region.index}) for region in regions]
         by_crop = ops.shares(layout.crop_sizes, n_keep, even=True)
-        even = [sum(by_crop[:n_crops[0]]), sum(by_crop[n_crops[0] :])]
+        even = [sum(by_crop[: n_crops[0]]), sum(by_crop[n_crops[0] :])]
         shares = even if self.split == "even" else ops.shares(tuple(sizes), n_keep)
         cells = []
         for region, share in zip(regions, shares, strict=False):

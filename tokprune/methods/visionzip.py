@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..flops import Ops
+from ..flops import Ops, Widths
 from ..types import Kind, Layout, Signal, Tower, VisualTokens
-from .base import Method, crop_by_crop, in_order
+from .base import Method
+from .mosaic import crop_by_crop, in_order
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,14 @@ class VisionZip(Method):
         found = {Signal(Kind.CLS_ROW if tower.has_cls else Kind.RECEIVED, layers), Signal(Kind.KEYS, layers)}
         return frozenset(found | ({Signal(Kind.CLS_STATE)} if tower.has_cls and tower.projects_rows else set()))
 
-    def cost(self, layout: Layout, n_keep: int, width: int) -> Ops:
-        """Similarities to targets, and the means (the width of keys is that of the tower)."""
-        n_targets = sum(self._n_contextual(k) for k in ops.shares(layout.crop_sizes, n_keep, even=True))
-        return Ops(2 * layout.n_visual // max(layout.n_crops, 1) * n_targets * width)
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
+        """Similarities to targets by keys of one head's width, and the means."""
+        shares, spent = ops.shares(layout.crop_sizes, n_keep, even=True), 0
+        for n, k in zip(layout.crop_sizes, shares, strict=True):
+            n_targets = self._n_contextual(k) if k else 0
+            n_rest = n - (k - n_targets - int(widths.has_cls_state))
+            spent += n_rest * n_targets * (widths.head + widths.rows)
+        return Ops(spent)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Every crop by itself."""
@@ -91,12 +96,12 @@ class VisionZip(Method):
         step = max(1, n_rest // max(n_targets, 1))
         at = torch.arange(n_targets, device=rest.device) * step
         keys = tokens.signal(Kind.KEYS)[:, 0].mean(2)  # (G, N, d)
-        keys = torch.nn.functional.normalize(ops.take(keys, rest), dim=-1)
+        keys = F.normalize(ops.take(keys, rest), dim=-1)
         near = keys @ keys[:, at].transpose(1, 2)  # (G, M, C)
         if not n_targets:
             return rest[:, :0], near
         best = ops.first_highest(near.flatten(0, 1)).view(near.shape[:2])
-        groups = torch.nn.functional.one_hot(best, n_targets).to(near.dtype)
+        groups = F.one_hot(best, n_targets).to(near.dtype)
         return rest[:, at], groups.index_fill(1, at, 0.0)
 
     def _attention(self, tokens: VisualTokens) -> Tensor:
