@@ -23,8 +23,6 @@ from .tables import plot, table
 from .tasks import Sample, Task, stratified
 from .tasks.subset import SUBSET_SIZE
 
-METHODS = ("none", "blind", "vtc_cls", "fopru", "uniform", "pool", "random")
-RATIOS = (0.5, 0.25, 0.11)
 RANDOM_SEEDS = 3
 CONDITIONS = ("device", "dtype", "attn_implementation", "torch", "transformers", "tokprune", "commit")
 
@@ -42,7 +40,8 @@ def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int =
         if spec == NONE:
             grid += [Config(NONE), Config(NONE, shuffled=True)]
             continue
-        specs = [f"random:seed={seed}" for seed in range(seeds)] if spec == "random" else [spec]
+        is_random = spec == "random" or (spec.startswith("random:") and "seed=" not in spec)
+        specs = [f"{spec}:seed={seed}" for seed in range(seeds)] if is_random else [spec]
         budgeted = [tokprune.get_method(s).takes_budget for s in specs]
         grid += [Config(s, ratio) for s, b in zip(specs, budgeted, strict=True) if b for ratio in ratios]
         grid += [Config(s) for s, b in zip(specs, budgeted, strict=True) if not b]

@@ -11,7 +11,8 @@ from PIL import Image
 
 import tokprune
 from tokprune.errors import TaskError
-from tokprune.explain import dimmed, enlarged, seen, side_by_side
+from tokprune.explain import dimmed, enlarged, seen, side_by_side, stacked
+from tokprune.types import Layout
 
 from .run import Runner
 from .tasks.base import UNREADABLE
@@ -38,17 +39,32 @@ def explained(
     inputs = runner.processor(images=[picture], text=[runner.prompt(question)], return_tensors="pt")
     inputs = inputs.to(runner.model.device, runner.model.dtype)
     processor = runner.processor.image_processor
-    whole = seen(inputs["pixel_values"][0], processor.image_mean, processor.image_std)
-    panels, lines = [("as the model sees it", enlarged(whole))], []
+    crops = inputs["pixel_values"].flatten(0, -4)
+    panels, lines = [], []
     for spec, budget in methods:
         with tokprune.attach(runner.model, spec, **budget) as attachment:
             runner.model(**inputs)
             report = attachment.report
         (image,) = report.images
+        order = list(dict.fromkeys(crop for crop in image.layout.crop if crop >= 0))
+        whole = seen(crops[order.index(0)], processor.image_mean, processor.image_std)
+        if not panels:
+            panels.append(("as the model sees it", _both(whole, picture, image.layout)))
+        shown = whole if len(order) > 1 else _covered(whole, image.layout, runner.model.config.vision_config.patch_size)
         title = f"{spec}: {image.n_visual} -> {image.n_kept}"
-        # A side that is no multiple of the patch has pixels at its end that no token shows.
-        patch = runner.model.config.vision_config.patch_size
-        shown = whole.crop((0, 0, image.layout.width * patch, image.layout.height * patch))
-        panels.append((title, enlarged(dimmed(shown, image.layout, image.kept))))
+        panels.append((title, _both(shown, picture, image.layout, image.kept)))
         lines.append(str(report))
     return side_by_side(panels), lines
+
+
+def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.Tensor | None = None) -> Image.Image:
+    """What the only crop shows; or the thumbnail and, below it, the picture that the crops cut up."""
+    parts = [whole, picture][: len(layout.regions)]
+    if kept is not None:
+        parts = [dimmed(p, layout, kept, region=r) for p, r in zip(parts, layout.regions, strict=True)]
+    return enlarged(parts[0]) if len(parts) == 1 else stacked(*map(enlarged, parts))
+
+
+def _covered(whole: Image.Image, layout: Layout, patch: int) -> Image.Image:
+    """A side that is no multiple of the patch has pixels at its end that no token shows."""
+    return whole.crop((0, 0, layout.width * patch, layout.height * patch))

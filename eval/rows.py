@@ -51,12 +51,14 @@ class Costs:
     kv_bytes_after: float | None = None
 
     @classmethod
-    def of(cls, shape: Shape | None, before: int, after: int, selector: Ops, bytes_per_value: int) -> Costs:
-        """Of one picture of one crop with a prompt of so many columns; unknown where the shape is."""
+    def of(
+        cls, shape: Shape | None, before: int, after: int, selector: Ops, bytes_per_value: int, crops: int = 1
+    ) -> Costs:
+        """Of one picture of so many crops with a prompt of so many columns; unknown where the shape is."""
         if shape is None:
             return cls()
-        bare = shape.prefill(before, bytes_per_value=bytes_per_value)
-        pruned = shape.prefill(after, bytes_per_value=bytes_per_value)
+        bare = shape.prefill(before, crops=crops, bytes_per_value=bytes_per_value)
+        pruned = shape.prefill(after, crops=crops, bytes_per_value=bytes_per_value)
         return cls(
             llm_flops_before=bare.llm.flops,
             llm_flops_after=pruned.llm.flops,

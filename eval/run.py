@@ -24,10 +24,11 @@ from tokprune.errors import MissingSignalError, RunError, UnsupportedModelError
 from tokprune.flops import Ops, Shape
 from tokprune.shapes import shape_from_config
 
+from .models import DEFAULT, path_of
 from .rows import NONE, BatchTime, Config, Costs, SampleRow
 from .tasks import Sample, Task, normalise
 
-EMBEDDED_MODEL = Path(__file__).parent / "models" / "tiny-llava"
+EMBEDDED_MODEL = Path(path_of(DEFAULT))
 
 
 @dataclass
@@ -48,12 +49,12 @@ class Runner:
 
     @classmethod
     def load(cls, path: str, **options: Any) -> Runner:
-        """From a local folder or a hub id, on the first GPU where there is one.
+        """An embedded model by its name, or from a local folder or a hub id; on the first GPU where there is one.
 
         Raises:
             RunError: it cannot be loaded.
         """
-        gpu = torch.cuda.is_available()
+        gpu, path = torch.cuda.is_available(), path_of(path)
         try:
             processor = AutoProcessor.from_pretrained(path)
             model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto" if gpu else torch.float32)
@@ -139,15 +140,21 @@ class Runner:
         return out[:, inputs["input_ids"].shape[1] :], report, watch
 
     def rows(
-        self, task: Task, samples: Sequence[Sample], config: Config, inputs, batch: int = 0
+        self,
+        task: Task,
+        samples: Sequence[Sample],
+        config: Config,
+        inputs,
+        batch: int = 0,
+        crops: Sequence[int] | None = None,
     ) -> tuple[list[SampleRow], BatchTime]:
-        """One row a sample of a batch, and its times."""
+        """One row a sample of a batch, and its times; `crops` are those that the tower encodes for each."""
         salts = [zlib.crc32(s.id.encode()) for s in samples]
         tokens, report, watch = self.answer(inputs, config, salts)
         before = inputs["attention_mask"].sum(1).tolist()
         after = (report.prefills[0].rows if report else None) or before
         n_visual = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
-        n_kept = [i.n_kept + i.n_special for i in report.encoded] if report else n_visual
+        n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else n_visual
         selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
         stops = _stop_ids(self.model)
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
@@ -169,7 +176,7 @@ class Runner:
                 n_visual_after=n_kept[i],
                 llm_columns_before=before[i],
                 llm_columns_after=after[i],
-                costs=self._costs(inputs, before[i], after[i], selectors[i]),
+                costs=self._costs(crops and crops[i], before[i], after[i], selectors[i]),
             )
             for i, (s, text, row) in enumerate(zip(samples, texts, tokens, strict=True))
         ]
@@ -177,12 +184,21 @@ class Runner:
         time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
         return rows, time
 
-    def _costs(self, inputs, before: int, after: int, selector: Ops) -> Costs:
-        pictures = inputs["pixel_values"]
-        # One picture of one crop a sample; anything else has a number of crops that is not known here.
-        known = pictures.ndim == 4 and len(pictures) == len(inputs["input_ids"])
+    def _costs(self, crops: int | None, before: int, after: int, selector: Ops) -> Costs:
         bytes_per_value = self.model.model.language_model.dtype.itemsize
-        return Costs.of(self.shape if known else None, before, after, selector, bytes_per_value)
+        return Costs.of(self.shape if crops else None, before, after, selector, bytes_per_value, crops or 1)
+
+    @torch.no_grad()
+    def crops(self, inputs) -> list[int] | None:
+        """How many crops the tower encodes for each sample; None for a model that cannot be attached to.
+
+        Asked of the model itself: this is also the first run, which is slow, and no configuration should pay for it.
+        """
+        if self.model.config.model_type not in tokprune.list_models():
+            return None
+        with tokprune.attach(self.model, "uniform", keep_ratio=1) as attachment:
+            self.model(**inputs, logits_to_keep=1)
+            return [image.layout.n_crops for image in attachment.report.encoded]
 
     def run(
         self,
@@ -194,7 +210,6 @@ class Runner:
     ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
         """Rows and times of every configuration on every batch, as they come; (label, batch) in `done` are left out."""
         others = dict(zip((s.id for s in samples), _other_pictures(samples), strict=True))
-        is_cold = True
         for start in range(0, len(samples), batch_size):
             part, batch = samples[start : start + batch_size], start // batch_size
             turn = batch % len(configs)  # no configuration is always first
@@ -202,14 +217,12 @@ class Runner:
             if not open_:
                 continue
             right = self.prepare(task, part, [s.image_id for s in part])
-            if is_cold:  # the first run of anything is slow, and the first configuration should not pay for it
-                self.answer(right, Config(NONE), [0])
-                is_cold = False
+            crops = self.crops(right)
             shuffled = None
             if any(c.shuffled for c in open_):
                 shuffled = self.prepare(task, part, [others[s.id] for s in part])
             for config in open_:
-                yield config, *self.rows(task, part, config, shuffled if config.shuffled else right, batch)
+                yield config, *self.rows(task, part, config, shuffled if config.shuffled else right, batch, crops)
 
 
 class Stopwatch:

@@ -94,7 +94,7 @@ def tokens_for(spec: str, n_images=3, layout: Layout | None = None, dtype=torch.
         if s.kind is Kind.KEYS:
             return values(max(len(s.layers), 1), n, HEADS, HEAD_DIM)
         if s.kind is Kind.CLS_STATE:
-            return values(layout.n_crops, width)
+            return values(layout.n_crops, width)  # of all crops that a tower encodes
         if s.kind is Kind.TEXT_EMBEDS:
             return values(N_TEXT, width) * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])[:, None]
         return (3 * values(max(len(s.layers), 1), n)).softmax(-1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokprune.eval import compare, rows
+from tokprune.eval.models import EMBEDDED
 from tokprune.eval.rows import Config
 from tokprune.eval.run import EMBEDDED_MODEL, Runner, _begins_with, _other_pictures
 from tokprune.eval.tasks import Sample, load_task, normalise, stratified
@@ -188,7 +189,8 @@ def test_question_only_floor_is_the_training_majority():
 
 
 def test_grid_of_configurations():
-    grid = compare.configurations(compare.METHODS, compare.RATIOS)
+    usual = EMBEDDED["tiny-llava"]
+    grid = compare.configurations(usual.methods, usual.ratios)
     labels = [c.label for c in grid]
     assert len(labels) == len(set(labels)) == 2 + 1 + 4 * 3 + 3 * 3
     assert "random:seed=2@0.11" in labels

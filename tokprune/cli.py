@@ -17,9 +17,9 @@ import tokprune
 from . import terminal
 from .budget import Budget
 from .errors import RunError, TokPruneError
-from .flops import Shape
+from .flops import Ledger, Ops, SelectionCost, Shape
 from .shapes import KNOWN, known_shape, shape_from_config
-from .types import Kind, Signal, Tower
+from .types import Count, Kind, Layout, Signal, Tower
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -56,25 +56,36 @@ def flops(
     visual = shape.n_visual if visual is None else visual
     if min(visual, text, 1 if crops is None else crops) < 1:
         raise RunError("--visual, --text and --crops take whole numbers of at least 1")
-    n_keep, signals = _kept(shape, method, keep, visual)
+    n_keep, signals, products = _kept(shape, method, keep, visual)
     before = shape.picture(visual, crops) + shape.read(visual + text)
     after = shape.picture(visual, crops, signals) + shape.read(n_keep + text)
+    after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=products)
     _console().print(terminal.ledger_table(shape, (before, after), (visual + text, n_keep + text), layers))
     share = before.before_llm.flops / before.prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
 
 
-def _kept(shape: Shape, method: str, keep: float, visual: int) -> tuple[int, frozenset[Signal]]:
-    """Tokens kept, and the signals of a method; at most so many tokens where a method keeps whole rows or a grid."""
+def _kept(shape: Shape, method: str, keep: float, visual: int) -> tuple[int, frozenset[Signal], Ops]:
+    """Tokens kept, the signals of a method, and its own products; fewer tokens where it keeps whole rows or a grid."""
     n_keep = Budget(keep_ratio=keep).n_keep(visual)
     if not method:
-        return n_keep, frozenset()
+        return n_keep, frozenset(), Ops()
     built, has_cls = tokprune.get_method(method), shape.vision.n_special > 0
-    signals = built.needs(Tower(shape.vision.stack.n_layers, has_cls))
+    if built.count is Count.CONTENT or built.is_filter:
+        raise RunError(
+            f"how many tokens {method!r} keeps depends on the picture; leave --method out for the budget alone"
+        )
+    projects_rows = shape.projector[0] == shape.vision.stack.width
+    signals = built.needs(Tower(shape.vision.stack.n_layers, has_cls, projects_rows))
     if not has_cls and any(s.kind is Kind.CLS_ROW for s in signals):
         raise RunError(f"{method!r} needs a [CLS] token, which the tower of {shape.name} lacks; see tokprune models")
     n_keep = n_keep if built.takes_budget else 0
-    return n_keep, signals if n_keep < visual else frozenset()
+    if n_keep == visual:
+        return n_keep, frozenset(), Ops()
+    tiles = [i // shape.n_visual for i in range(visual)]
+    layout = Layout(tuple(tiles), tuple(range(visual)), (0,) * visual, (1, max(tiles)))
+    cost = SelectionCost(shape, signals, built.cost, built.space == "tower" and projects_rows)
+    return n_keep, signals, cost.selector(layout, n_keep, collected=False)
 
 
 def _shape(model: str) -> Shape:
@@ -101,7 +112,9 @@ def explain(
     ] = None,
     keep: Annotated[float, typer.Option(help="Ratio of the visual tokens kept.")] = 0.25,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
-    model: Annotated[str, typer.Option(help="Local folder or hub id; the embedded model by default.")] = "",
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
     question: Annotated[str, typer.Option(help="Asked beside the picture.")] = "what is in the image?",
 ) -> None:
     """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
@@ -141,12 +154,17 @@ def doctor() -> None:
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Option(help="Local folder or hub id; the embedded model by default.")] = "",
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
     task: Annotated[
-        list[str] | None, typer.Option(help="easyvqa, findit, or a folder with metadata.jsonl; repeatable.")
+        list[str] | None,
+        typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl; repeatable."),
     ] = None,
     methods: Annotated[str, typer.Option(help="Names or specifications, with commas.")] = "",
-    keep: Annotated[str, typer.Option(help="Ratios kept, with commas.")] = "0.5,0.25,0.11",
+    keep: Annotated[
+        str, typer.Option(help="Ratios kept, with commas; 0.5,0.25,0.11 unless the model has its own.")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder for rows, samples and the plot.")] = Path("runs/compare"),
     limit: Annotated[int | None, typer.Option(help="So many questions a task, for a quick look.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All questions instead of the fixed 800 a task.")] = False,
@@ -159,13 +177,13 @@ def compare(
 
     A run that was cut off goes on where it stopped when the same command is typed again.
     """
-    compared = _eval("compare")
-    tasks = _eval("tasks")
+    compared, tasks, embedded = _eval("compare"), _eval("tasks"), _eval("models")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
         raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
-    names = methods.split(",") if methods else list(compared.METHODS)
-    configs = compared.configurations([n.strip() for n in names], _ratios(keep))
-    loaded = [tasks.load_task(name) for name in task or sorted(tasks.TASKS)]
+    usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
+    names = methods.split(",") if methods else usual.methods
+    configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
+    loaded = [tasks.load_task(name) for name in task or usual.tasks]
     if len({t.name for t in loaded}) < len(loaded):
         raise RunError(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
@@ -179,25 +197,24 @@ def compare(
     if missing:
         console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
         configs = [c for c in configs if c.method not in missing]
-    name = model or _eval("run").EMBEDDED_MODEL.name
-    settings = compared.settings(runner, name, chosen, configs, batch_size=batch_size)
+    settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size)
     with contextlib.closing(_eval("folder").RunFolder(out, settings, overwrite)) as results:
-        compared.Comparison(runner, name, results, configs, batch_size).run(chosen, console)
-    if not model:
+        compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
+    if model in embedded.EMBEDDED:
         console.print(
             "A model this small shows that things work and what they save, not which method is better on large models."
         )
     console.print(f"rows.jsonl, samples.jsonl and accuracy.png are in {out}")
 
 
-def _runner(model: str = "", **options: Any):
-    """A loaded model with its processor; the embedded one without a name, and then without a progress bar."""
+def _runner(model: str = "tiny-llava", **options: Any):
+    """A loaded model with its processor; an embedded one without a progress bar."""
     from transformers.utils import logging
 
     run = _eval("run", needs=())
-    if not model:
+    if model in _eval("models", needs=()).EMBEDDED:
         logging.disable_progress_bar()
-    return run.Runner.load(model or str(run.EMBEDDED_MODEL), **options)
+    return run.Runner.load(model, **options)
 
 
 def _console() -> Console:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .types import Layout
+from .types import Layout, Region
 
 DIM = 0.3  # brightness left to a dropped token
 _GAP, _TITLE = 12, 22  # pixels between panels and for their titles
@@ -28,7 +28,9 @@ def seen(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.I
     return Image.fromarray(values.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def dimmed(picture: Image.Image, layout: Layout, kept: Tensor, dim: float = DIM) -> Image.Image:
+def dimmed(
+    picture: Image.Image, layout: Layout, kept: Tensor, dim: float = DIM, region: Region | None = None
+) -> Image.Image:
     """The picture with the cells of dropped tokens darkened; those of kept ones are untouched.
 
     Args:
@@ -36,12 +38,14 @@ def dimmed(picture: Image.Image, layout: Layout, kept: Tensor, dim: float = DIM)
         layout: where the N rows of the image lie; rows that show no patch have no cell.
         kept: (K,) indices of the kept rows among the N.
         dim: brightness left to a dropped cell, 0..1.
+        region: which of `layout.regions` the picture shows; None is the first, the thumbnail or only crop.
     """
+    region = region or layout.regions[0]
     pixels = torch.from_numpy(np.array(picture.convert("RGB")))  # (H, W, 3)
     height, width = pixels.shape[:2]
-    for i in sorted(set(layout.visual) - set(kept.tolist())):
-        top, bottom = _span(layout.row[i], layout.height, height)
-        left, right = _span(layout.column[i], layout.width, width)
+    for i in sorted(set(region.index) - set(kept.tolist())):
+        top, bottom = _span(layout.row[i], region.height, height)
+        left, right = _span(layout.column[i], region.width, width)
         cell = pixels[top:bottom, left:right]
         cell.copy_((cell.float() * dim).to(cell.dtype))
     return Image.fromarray(pixels.numpy())
@@ -55,6 +59,16 @@ def enlarged(picture: Image.Image, least: int = 336) -> Image.Image:
     """A small picture blown up by a whole factor, without smoothing."""
     factor = max(1, -(-least // max(picture.size)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """Two pictures above each other, as wide as the wider one, on white."""
+    width = max(upper.width, lower.width)
+    upper, lower = (p.resize((width, p.height * width // p.width), Image.Resampling.NEAREST) for p in (upper, lower))
+    sheet = Image.new("RGB", (width, upper.height + _GAP + lower.height), "white")
+    sheet.paste(upper, (0, 0))
+    sheet.paste(lower, (0, upper.height + _GAP))
+    return sheet
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -67,9 +67,13 @@ def by_image(adapter, encoded: Encoded, runs: list[int] | None = None) -> Images
     device = features[0].device
 
     def packed(values: Tensor) -> list[Tensor]:
-        rows = torch.cat(adapter.pack(name, arguments, values.flatten(2).to(device))).split(lengths)
-        pairs = zip(rows, layouts, strict=True)
-        visual = [r if len(la.visual) == len(r) else r[ops.on_device(la.visual, device)] for r, la in pairs]
+        rows = torch.cat(adapter.pack(name, arguments, values.flatten(2).to(device)))
+        n_visual = [layout.n_visual for layout in layouts]
+        if len(rows) == sum(n_visual):  # what shows no patch was not packed
+            visual = list(rows.split(n_visual))
+        else:
+            pairs = zip(rows.split(lengths), layouts, strict=True)
+            visual = [r[ops.on_device(layout.visual, device)] for r, layout in pairs]
         return [v.unflatten(1, values.shape[2:]) for v in visual]
 
     signals: dict[Signal, list[Tensor]] = {}

@@ -40,9 +40,9 @@ class Kind(Enum):
     not renormalised after the [CLS] column is cut off. RECEIVED: attention that a visual token receives from
     all visual tokens of its crop, mean over heads and queries, (G, l, N). GIVEN: attention that it gives to all
     visual tokens of its crop, mean over heads and keys, (G, l, N). KEYS: keys of every head, (G, l, N, H, d).
-    CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for C crops; only where the
-    projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt, (G, T, D),
-    rows of zeros elsewhere; known when the language model runs, not before. All are float32.
+    CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for the C crops that it encodes; only
+    where the projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt,
+    (G, T, D), rows of zeros elsewhere; known when the language model runs, not before. All are float32.
     """
 
     CLS_ROW = "cls_row"
@@ -175,8 +175,9 @@ class Layout:
 
     @property
     def n_crops(self) -> int:
-        """Crops that the tower encodes, the thumbnail included."""
-        return len(self.crops)
+        """Crops that the tower encodes: the thumbnail or only crop, and those of the mosaic, padding among them."""
+        rows, columns = self.crop_grid
+        return int(0 in self.crops) + rows * columns
 
     @property
     def height(self) -> int:
@@ -279,7 +280,8 @@ class VisualTokens:
             if signal.kind.is_per_token:
                 values = values[:, :, at]
             elif signal.kind is Kind.CLS_STATE:
-                values = values[:, crop : crop + 1]
+                number = self.layout.crops[crop] - int(self.layout.crops[0] > 0)
+                values = values[:, number : number + 1]
             signals[signal] = values
         return replace(
             self,

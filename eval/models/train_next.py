@@ -24,7 +24,7 @@ from .language import pack
 from .recipe import N_VISUAL, build_model, build_next_image_processor, build_next_model, build_next_processor
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-N_SCENES = {"train": 12_000, "validation": 300}
+N_SCENES = {"train": 8_000, "validation": 300}
 
 
 @app.command()

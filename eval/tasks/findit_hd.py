@@ -32,8 +32,8 @@ def draw(split: str, index: int) -> tuple[np.ndarray, list[findit.Shape]]:
     rng = np.random.default_rng((20_28, SPLITS[split], index))
     height, width = size(index)
     image = findit.background(rng, height, width)
-    quarters = rng.permutation(4)[: int(rng.integers(1, 3))]
-    n_shapes = int(rng.choice([3, 4, 5, 6])) if len(quarters) == 2 else int(rng.choice([3, 4]))
+    quarters = rng.permutation(4)[: int(rng.choice([1, 1, 2]))]
+    n_shapes = int(rng.choice([5, 6, 7, 8]))
     shapes = findit.paint_shapes(image, rng, _place(rng, n_shapes, quarters, height // 2, width // 2))
     return np.clip(image, 0, 255).astype(np.uint8), shapes
 

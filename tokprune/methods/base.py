@@ -116,7 +116,7 @@ class RankMethod(ScoreMethod):
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
         """The highest scores of all, or of every crop."""
-        if self.split == "joint" or tokens.layout.n_crops == 1:
+        if self.split == "joint" or len(tokens.layout.crops) == 1:
             return super().chosen(ranked, tokens, n_keep)
         return top_by_crop(ranked, tokens.layout, ops.shares(tokens.layout.crop_sizes, n_keep, even=True))
 

@@ -75,7 +75,7 @@ class CDPruner(Method):
 
     def choose(self, tokens: VisualTokens, relevance: Tensor, n_keep: int) -> VisualTokens:
         """The tokens of the greedy order, of all crops or of every crop."""
-        if self.split == "joint" or tokens.layout.n_crops == 1:
+        if self.split == "joint" or len(tokens.layout.crops) == 1:
             return tokens.keeping(self.order(tokens.features, relevance, n_keep))
         shares = ops.shares(tokens.layout.crop_sizes, n_keep, even=True)
         # Relevance travels with the tokens of a crop as one more channel.

@@ -44,7 +44,7 @@ class DivPrune(Method):
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The chosen tokens, in raster order."""
-        if self.split == "even" and tokens.layout.n_crops > 1:
+        if self.split == "even" and len(tokens.layout.crops) > 1:
             shares = ops.shares(tokens.layout.crop_sizes, n_keep, even=True)
             return crop_by_crop(tokens, shares, lambda crop, n: crop.keeping(self.order(crop, n)))
         return tokens.keeping(self.order(tokens, n_keep))

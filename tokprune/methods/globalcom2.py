@@ -74,7 +74,7 @@ class GlobalCom2(ScoreMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         """The thumbnail's own scores; in crops, both."""
         own, layout = self._own(tokens), tokens.layout
-        if layout.n_crops == 1 or layout.crops[0] != 0:
+        if len(layout.crops) == 1 or layout.crops[0] != 0:
             return own
         shared = mosaic.thumbnail_on_mosaic(own, layout)
         if self.alpha is not None:
@@ -100,12 +100,12 @@ class GlobalCom2(ScoreMethod):
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
         """The highest scores of thumbnail and crops, each by its share."""
         layout = tokens.layout
-        if layout.n_crops == 1 and not self.faithful:
+        if len(layout.crops) == 1 and not self.faithful:
             return super().chosen(ranked, tokens, n_keep)
         if layout.crops[0] != 0:
             return mosaic.top_by_crop(ranked, layout, ops.shares(layout.crop_sizes, n_keep, even=True))
         ratio = n_keep / layout.n_visual if self.ratio is None else self.ratio
-        retention = self.retention(tokens, ratio) if layout.n_crops > 1 else ranked.new_zeros(len(ranked), 0)
+        retention = self.retention(tokens, ratio) if len(layout.crops) > 1 else ranked.new_zeros(len(ranked), 0)
         share = F.pad(retention, (1, 0), value=ratio) * ops.on_device(layout.crop_sizes, ranked.device)
         counts = share.long() if self.faithful else ops.allocate(share, layout.crop_sizes, n_keep)
         return mosaic.top_by_crop(ranked, layout, counts)

@@ -72,7 +72,7 @@ class HiRED(ScoreMethod):
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
         """The highest scores of thumbnail and crops, each by its share."""
         layout = tokens.layout
-        if layout.n_crops == 1 or layout.crops[0] != 0:
+        if len(layout.crops) == 1 or layout.crops[0] != 0:
             return top_by_crop(ranked, layout, ops.shares(layout.crop_sizes, n_keep, even=True))
         counts = self.crop_counts(tokens).double()
         sizes, total = layout.crop_sizes, counts.sum(1, keepdim=True)

@@ -44,7 +44,7 @@ def in_order(tokens: VisualTokens, keep: Tensor, rows: Tensor) -> VisualTokens:
 def sum_by_crop(values: Tensor, layout: Layout) -> Tensor:
     """Sums over the crop of every token, at every token; values are (G, N) or (G, N, D)."""
     places = ops.on_device(layout.crop_places, values.device)
-    sums = values.new_zeros(len(values), layout.n_crops, *values.shape[2:]).index_add(1, places, values)
+    sums = values.new_zeros(len(values), len(layout.crops), *values.shape[2:]).index_add(1, places, values)
     return sums[:, places]
 
 

@@ -75,7 +75,7 @@ class TokenCorr(Method):
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Every crop by itself; the budget plays no part."""
-        whole = self.thumbnail and tokens.layout.n_crops > 1 and tokens.layout.crops[0] == 0
+        whole = self.thumbnail and len(tokens.layout.crops) > 1 and tokens.layout.crops[0] == 0
         out = crop_by_crop(tokens, tokens.layout.crop_sizes, self._compress)
         if not whole:
             return out

@@ -1,0 +1,100 @@
+"""Genuine processors of the any-resolution families at the tiny models' sizes; image-only ones need no torchvision."""
+
+from __future__ import annotations
+
+import re
+
+import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    InternVLProcessor,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+
+WORDS = ["<pad>", "<s>", "</s>", "what", "is", "it", "?", "<img>", "</img>", "\n"]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level; every id below the tiny models' vocabulary."""
+    ids = {f"word{i}": i for i in range(tiny.VOCAB)}
+    names = {**dict(enumerate(WORDS)), tiny.IMAGE: "<image>", tiny.VIDEO: "<video>"}
+    ids = {names.get(i, word): i for word, i in ids.items()}
+    words = Tokenizer(models.WordLevel(ids, unk_token="what"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<pad>", "<s>", "</s>", "<image>", "<video>", "<img>", "</img>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=4096,
+        extra_special_tokens={
+            "image_token": "<image>",
+            "video_token": "<video>",
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<image>",
+        },
+    )
+
+
+def pil(module: str, name: str):
+    """An image processor in its PIL form, or what transformers 4 has by the plain name."""
+    import importlib
+
+    try:
+        return getattr(
+            importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}"), f"{name}Pil"
+        )
+    except ImportError:
+        return getattr(importlib.import_module("transformers"), name)
+
+
+class ImageOnlyOnevision(LlavaOnevisionProcessor):
+    """Without the video part, which needs torchvision."""
+
+    attributes = ["image_processor", "tokenizer"]
+
+    def __init__(self, image_processor, tokenizer, num_image_tokens, chat_template=None):
+        self.num_image_tokens, self.vision_feature_select_strategy = num_image_tokens, "full"
+        self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token_id, self.video_token_id = tiny.IMAGE, tiny.VIDEO
+        self.vision_aspect_ratio = "anyres_max_9"
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class ImageOnlyInternVL(InternVLProcessor):
+    """Without the video part, which needs torchvision."""
+
+    attributes = ["image_processor", "tokenizer"]
+
+    def __init__(self, image_processor, tokenizer, image_seq_length, chat_template=None):
+        self.image_seq_length = image_seq_length
+        self.start_image_token, self.end_image_token = "<img>", "</img>"
+        self.start_image_token_id, self.end_image_token_id = WORDS.index("<img>"), WORDS.index("</img>")
+        self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token_id, self.image_ids = tiny.IMAGE, [tiny.IMAGE]
+        self.multimodal_pattern = re.compile("(?P<image><image>)|(?P<video><video>)")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def processor(kind: str):
+    """The processor of "llava_next", "llava_onevision" or "internvl"."""
+    side = {"height": tiny.SIDE, "width": tiny.SIDE}
+    if kind == "llava_next":
+        images = pil("llava_next", "LlavaNextImageProcessor")(
+            size={"shortest_edge": tiny.SIDE}, crop_size=side, image_grid_pinpoints=tiny.PINPOINTS
+        )
+        options = dict(patch_size=tiny.PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+        return LlavaNextProcessor(image_processor=images, tokenizer=tokenizer(), **options)
+    if kind == "llava_onevision":
+        images = pil("llava_onevision", "LlavaOnevisionImageProcessor")(size=side, image_grid_pinpoints=tiny.PINPOINTS)
+        return ImageOnlyOnevision(images, tokenizer(), num_image_tokens=tiny.N_VISUAL)
+    images = pil("got_ocr2", "GotOcr2ImageProcessor")(
+        size={"height": tiny.TILE, "width": tiny.TILE}, crop_to_patches=True, min_patches=1, max_patches=6
+    )
+    return ImageOnlyInternVL(images, tokenizer(), image_seq_length=tiny.N_TILE)
