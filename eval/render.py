@@ -17,7 +17,7 @@ from tokprune.budget import REFERENCE_TEXT, Budget
 from tokprune.shapes import known_shape
 
 from .rows import Row, pooled
-from .tables import COLUMNS, body, caption, of_kinds, order, unpruned
+from .tables import COLUMNS, body, caption, of_kinds, order, times, unpruned
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,6 +45,71 @@ def comparison(name: str) -> str:
         parts.append(f"**{task}**: {caption(shown[0])}. {unpruned(shown[0])}\n\n")
         parts.append(markdown(COLUMNS, body(shown, floor)) + "\n")
     return "".join(parts)
+
+
+def grid(name: str) -> str:
+    """A line a method, a column a ratio; for long lists of methods."""
+    rows = read_rows(name)
+    shown = pooled([Row.read(r) for r in rows if r["method"] != "question only"])
+    ratios = sorted({r.keep_ratio for r in shown if r.keep_ratio is not None}, reverse=True)
+    least = ratios[-1]
+    lines = []
+    for method in dict.fromkeys(r.method for r in sorted(shown, key=lambda r: r.keep_ratio is not None)):
+        by_ratio = {r.keep_ratio: r for r in shown if r.method == method}
+        last = by_ratio.get(least) or by_ratio[None]
+        own = [_accuracy(by_ratio[None]), *[""] * (len(ratios) - 1)] if None in by_ratio else []
+        each = own or [_accuracy(by_ratio[ratio]) for ratio in ratios]
+        kept = f"{last.n_visual_before:.4g} -> {last.n_visual_after:.4g}"
+        c = last.costs
+        flops = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
+        lines.append([f"`{method}`", *each, kept, *flops, times(last.prefill_ratio, 1)])
+    floors = [
+        ["question only", f"{r['value']:.3f}", *[""] * (len(ratios) + 3)] for r in rows if "value" in r and len(r) == 3
+    ]
+    first = shown[0]
+    at = f"at {least:g}"
+    head = ("method", *(f"keep {r:g}" for r in ratios), f"placeholders {at}", f"LLM FLOPs {at}", f"prefill FLOPs {at}")
+    return f"{caption(first)}. {unpruned(first)}\n\n" + markdown((*head, f"prefill time {at}"), floors + lines)
+
+
+def _accuracy(row: Row) -> str:
+    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+
+
+def pairs(name: str) -> str:
+    """Differences between configurations on the same questions."""
+    lines = [
+        [
+            f"`{r['first']}`",
+            f"`{r['second']}`",
+            f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]",
+            str(r["n_samples"]),
+        ]
+        for r in read_rows(name)
+    ]
+    return markdown(("first", "second", "difference in points [95 %]", "questions"), lines)
+
+
+def selectors(name: str) -> str:
+    """Time of every selection beside the prefill of 32 decoder layers."""
+    rows = read_rows(name)
+    first = rows[0]
+    head = (
+        f"{first['n_visual']} visual tokens of width {first['width']}, keep {first['keep_ratio']:g}, "
+        f"{first['device']}, {first['dtype']}, median of {first['rounds']}; one decoder layer on the unpruned prompt: "
+        f"{first['layer_s']:.2f} s\n\n"
+    )
+    lines = [
+        [
+            f"`{r['method']}`",
+            str(r["n_kept"]),
+            f"{1000 * r['signals_s']:.1f} ms",
+            f"{1000 * r['select_s']:.1f} ms",
+            f"{100 * r['share']:.2f} %",
+        ]
+        for r in rows
+    ]
+    return head + markdown(("method", "kept", "signals", "selection", "share of 32 layers"), lines)
 
 
 def kinds(names: str) -> str:
@@ -113,9 +178,12 @@ def ledger(names: str) -> str:
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     "comparison": comparison,
+    "grid": grid,
     "kinds": kinds,
     "ledger": ledger,
     "models": models,
+    "pairs": pairs,
+    "selectors": selectors,
     "signals": signals,
 }
 

@@ -299,7 +299,8 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     """
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        name = row.method.split(":")[0] if row.method.startswith("random:") else row.method
+        parts = row.method.split(":")
+        name = ":".join(p for p in parts if not p.startswith("seed=")) if parts[0] == "random" else row.method
         groups[row.model, row.task, name, row.keep_ratio].append(row)
     return [group[0] if len(group) == 1 else _pool(name, group) for (_, _, name, _), group in groups.items()]
 

@@ -38,7 +38,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]",
         f"{row.words_value:.3f}",
         f"{row.stop_rate:.3f}",
-        f"{row.n_visual_before:g} -> {row.n_visual_after:g}",
+        f"{row.n_visual_before:.4g} -> {row.n_visual_after:.4g}",
         times(c.llm_flops_after, c.llm_flops_before),
         times(c.prefill_flops_after, c.prefill_flops_before),
         times(c.kv_bytes_after, c.kv_bytes_before),

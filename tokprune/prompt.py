@@ -33,6 +33,10 @@ def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> li
     """
     columns = [row.nonzero()[:, 0].tolist() for row in mask.cpu()]
     copies, rest = divmod(sum(map(len, columns)), n_encoded)
+    if rest and lengths and not sum(map(len, columns)) % (n_encoded + len(lengths)):
+        # transformers 4 joins a newline to every video after it was encoded.
+        longer = places_of(mask, n_encoded + len(lengths), [n + 1 for n in lengths])
+        return [Place(place.rows, place.columns[:-1]) for place in longer]
     bases = columns[:: max(copies, 1)]
     alike = copies and all(c == bases[i // copies] for i, c in enumerate(columns))
     if rest or not alike:

@@ -147,6 +147,12 @@ WAYS = {
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
 }
 SINGLE_IMAGES = ((0,), (1,), ())
+SINGLE_TILES = ((0,), (5,), ())
+
+
+def images_that_beams_can_show(kind):
+    """Before transformers 5.18 beams also scatter the tiles of one InternVL picture into the wrong rows."""
+    return SINGLE_TILES if kind == "internvl" and not MULTI_IMAGE_BEAMS_WORK else SINGLE_IMAGES
 
 
 @kinds
@@ -154,7 +160,7 @@ SINGLE_IMAGES = ((0,), (1,), ())
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()
 def test_every_way_of_generating_equals_itself_without_cache(kind, positions, way):
-    layout = ((0,),) if way == "prompt lookup" else SINGLE_IMAGES
+    layout = ((0,),) if way == "prompt lookup" else images_that_beams_can_show(kind)
     model, inputs = model_and_batch(kind, layout=layout)
     with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions):
         torch.manual_seed(0)
@@ -188,7 +194,7 @@ def test_prompt_lookup_takes_candidates_back(positions):
 @pytest.mark.parametrize("way", ["greedy", "beams"])
 @torch.no_grad()
 def test_batch_equals_its_rows_one_by_one(kind, positions, way):
-    layout = tiny.MIXED if way == "greedy" or MULTI_IMAGE_BEAMS_WORK else SINGLE_IMAGES
+    layout = tiny.MIXED if way == "greedy" or MULTI_IMAGE_BEAMS_WORK else images_that_beams_can_show(kind)
     model, inputs = model_and_batch(kind, layout=layout)
     with tokprune.attach(model, METHOD[kind], keep_ratio=0.3, positions=positions):
         together = tiny.generate(model, inputs, **WAYS[way])

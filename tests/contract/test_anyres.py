@@ -169,18 +169,21 @@ def test_video_is_one_image_of_frames(method):
     with tokprune.attach(model, method, keep_tokens=10) as attachment:
         logits, (image,) = model(**inputs).logits, attachment.report.images
         tokens = tiny.generate(model, inputs, max_new_tokens=3)
-    assert (image.n_visual, image.n_kept, image.n_special, image.n_special_kept) == (27, 10, 1, 1)
+    read = {name: getattr(model.config, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
+    out = model.model.get_video_features(inputs["pixel_values_videos"], **read)
+    rows = getattr(out, "pooler_output", out)[0]
+    n_newlines = len(rows) - 27  # transformers 4 joins the newline later, unseen
+    assert (image.n_visual, image.n_kept, image.n_special, image.n_special_kept) == (27, 10, n_newlines, n_newlines)
     assert image.layout.crop_grid == (3, 1)
     assert tokens.shape == (1, 3)
     if tokprune.get_method(method).keeps_features:
-        out = model.model.get_video_features(inputs["pixel_values_videos"])
-        rows = getattr(out, "pooler_output", out)[0]
-        if len(rows) == 27:  # transformers 4 joins the newline later
+        if not n_newlines:
             rows = torch.cat([rows, model.model.image_newline[None]])
         embeds = model.get_input_embeddings()(inputs["input_ids"]).clone()
         embeds[inputs["input_ids"] == tiny.VIDEO] = rows
         columns = inputs["input_ids"][0] != tiny.VIDEO
         columns[3 + image.kept] = True
+        columns[3 + 27] = True
         want = oracle.short_logits(model, embeds, columns, "contiguous")
         assert (logits[0, columns] - want[0]).abs().max() < 1e-9
 

@@ -1,0 +1,102 @@
+"""Two configurations on the same questions: the difference of their accuracies, with its interval.
+
+python -m tokprune.eval.paired runs/compare globalcom2@0.1 globalcom2:allocate=even@0.1
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokprune.errors import RunError
+
+from .rows import Z95
+
+
+@dataclass
+class Difference:
+    """How much more of the same questions `first` answers than `second`, as shares, with a 95 % interval.
+
+    The interval is Bonett and Price's (2012) for paired proportions.
+    """
+
+    task: str
+    first: str
+    second: str
+    n_samples: int
+    only_first: float
+    only_second: float
+    difference: float
+    low: float
+    high: float
+
+
+def interval(only_first: float, only_second: float, n: int) -> tuple[float, float]:
+    """Bonett and Price: half an answer is added to both kinds of disagreement."""
+    more, less = only_first + 0.5, only_second + 0.5
+    middle = (more - less) / (n + 2)
+    half = Z95 * math.sqrt((more + less) - (more - less) ** 2 / (n + 2)) / (n + 2)
+    return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def differences(folder: Path, first: str, second: str) -> list[Difference]:
+    """One a task of a run; labels are those of the run's rows, such as globalcom2@0.1.
+
+    Raises:
+        RunError: no such run, or no such configurations in it.
+    """
+    try:
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RunError(f"no run of tokprune compare in {folder}: {error.strerror}") from error
+    right: dict[tuple[str, str], dict[str, bool]] = {}
+    for line in lines:
+        row = json.loads(line)
+        right.setdefault((row["task"], row["config"]), {})[row["sample"]] = row["right"]
+    found = []
+    for task in sorted({task for task, _ in right}):
+        try:
+            a, b = right[task, first], right[task, second]
+        except KeyError as error:
+            labels = ", ".join(sorted(label for name, label in right if name == task))
+            raise RunError(f"no configuration {error.args[0][1]!r} in {folder}; there are: {labels}") from None
+        both = sorted(a.keys() & b.keys())
+        only_a, only_b = sum(a[s] and not b[s] for s in both), sum(b[s] and not a[s] for s in both)
+        low, high = interval(only_a, only_b, len(both))
+        n = len(both)
+        found.append(Difference(task, first, second, n, only_a / n, only_b / n, (only_a - only_b) / n, low, high))
+    return found
+
+
+def main(
+    folder: Path,
+    pairs: Annotated[list[str], typer.Argument(help="Labels, two by two.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the rows as JSONL.")] = None,
+) -> None:
+    """Differences between configurations of a run."""
+    found: list[Difference] = []
+    for first, second in _two_by_two(pairs):
+        found += differences(folder, first, second)
+    for d in found:
+        typer.echo(
+            f"{d.task}: {d.first} - {d.second}: {100 * d.difference:+.1f} points "
+            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], n = {d.n_samples}"
+        )
+    if out:
+        out.write_text("".join(json.dumps(asdict(d)) + "\n" for d in found), encoding="utf-8")
+
+
+def _two_by_two(labels: Sequence[str]) -> list[tuple[str, str]]:
+    if len(labels) % 2:
+        raise RunError("labels go two by two: first second [first second ...]")
+    return list(zip(labels[::2], labels[1::2], strict=True))
+
+
+if __name__ == "__main__":
+    typer.run(main)
