@@ -17,7 +17,7 @@ from tokprune.budget import Budget
 from tokprune.errors import RunError
 
 from .folder import RunFolder
-from .rows import NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions
+from .rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions
 from .run import Runner
 from .tables import plot, table
 from .tasks import Sample, Task, stratified
@@ -37,6 +37,9 @@ def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int =
         Budget(keep_ratio=ratio)
     grid = []
     for spec in methods:
+        if spec == DOWNSAMPLE:
+            grid.append(Config(DOWNSAMPLE))
+            continue
         if spec == NONE:
             grid += [Config(NONE), Config(NONE, shuffled=True)]
             continue

@@ -20,6 +20,8 @@ import tokprune
 from tokprune.flops import Ops, Shape
 
 NONE = "none"
+DOWNSAMPLE = "downsample"  # the bare model on pictures of half the height and width
+BARE = (NONE, DOWNSAMPLE)
 SHUFFLED = "shuffled pictures"
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -52,13 +54,19 @@ class Costs:
 
     @classmethod
     def of(
-        cls, shape: Shape | None, before: int, after: int, selector: Ops, bytes_per_value: int, crops: int = 1
+        cls,
+        shape: Shape | None,
+        columns: tuple[int, int],
+        selector: Ops,
+        bytes_per_value: int,
+        crops: tuple[int, int] = (1, 1),
     ) -> Costs:
-        """Of one picture of so many crops with a prompt of so many columns; unknown where the shape is."""
+        """Of one picture, with columns of the prompt and crops of the tower before and after; unknown for no shape."""
         if shape is None:
             return cls()
-        bare = shape.prefill(before, crops=crops, bytes_per_value=bytes_per_value)
-        pruned = shape.prefill(after, crops=crops, bytes_per_value=bytes_per_value)
+        bare, pruned = (
+            shape.prefill(n, crops=c, bytes_per_value=bytes_per_value) for n, c in zip(columns, crops, strict=True)
+        )
         return cls(
             llm_flops_before=bare.llm.flops,
             llm_flops_after=pruned.llm.flops,
@@ -240,7 +248,7 @@ class Summariser:
         ordered = sorted(1000 * t.prefill_s for t in timed.values())
         steps = [1000 * t.decode_s_per_token for t in timed.values() if t.decode_s_per_token is not None]
         peaks = [t.peak_bytes for t in timed.values() if t.peak_bytes is not None]
-        params = {} if config.method == NONE else asdict_of_method(config.method)
+        params = {} if config.method in BARE else asdict_of_method(config.method)
         return Row(
             model=self.model_name,
             method=SHUFFLED if config.shuffled else config.method,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokprune
@@ -25,7 +26,7 @@ from tokprune.flops import Ops, Shape
 from tokprune.shapes import shape_from_config
 
 from .models import DEFAULT, path_of
-from .rows import NONE, BatchTime, Config, Costs, SampleRow
+from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
 from .tasks import Sample, Task, normalise
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -74,7 +75,7 @@ class Runner:
         """
         reasons = {}
         for config in configs:
-            if config.method == NONE:
+            if config.method in BARE:
                 continue
             budget = {} if config.keep_ratio is None else {"keep_ratio": config.keep_ratio}
             try:
@@ -99,9 +100,11 @@ class Runner:
             )
         return f"USER: <image>\n{question} ASSISTANT:"
 
-    def prepare(self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Left-padded inputs on the model's device."""
-        images = [[task.image(i)] for i in image_ids]
+    def prepare(
+        self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1
+    ) -> dict[str, torch.Tensor]:
+        """Left-padded inputs on the model's device; with `scale`, of pictures of other height and width."""
+        images = [[_scaled(task.image(i), scale)] for i in image_ids]
         text = [self.prompt(s.question) for s in samples]
         inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
@@ -128,9 +131,9 @@ class Runner:
 
     @torch.no_grad()
     def answer(self, inputs, config: Config, salts: Sequence[int]) -> tuple[torch.Tensor, Any, Stopwatch]:
-        """New tokens, the report (None for "none"), and the times."""
+        """New tokens, the report (None for the bare model), and the times."""
         budget = {} if config.keep_ratio is None else {"keep_ratio": config.keep_ratio}
-        bare = config.method == NONE
+        bare = config.method in BARE
         with nullcontext() if bare else tokprune.attach(self.model, config.method, **budget) as attachment:
             if attachment is not None:
                 attachment.salts = list(salts)
@@ -144,17 +147,15 @@ class Runner:
         task: Task,
         samples: Sequence[Sample],
         config: Config,
-        inputs,
+        asked: Asked,
+        whole: Asked,
         batch: int = 0,
-        crops: Sequence[int] | None = None,
     ) -> tuple[list[SampleRow], BatchTime]:
-        """One row a sample of a batch, and its times; `crops` are those that the tower encodes for each."""
+        """One row a sample of a batch, and its times; what pruning saves is counted from `whole`."""
         salts = [zlib.crc32(s.id.encode()) for s in samples]
-        tokens, report, watch = self.answer(inputs, config, salts)
-        before = inputs["attention_mask"].sum(1).tolist()
-        after = (report.prefills[0].rows if report else None) or before
-        n_visual = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
-        n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else n_visual
+        tokens, report, watch = self.answer(asked.inputs, config, salts)
+        before, after = whole.columns, (report.prefills[0].rows if report else None) or asked.columns
+        n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
         selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
         stops = _stop_ids(self.model)
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
@@ -172,11 +173,11 @@ class Runner:
                 right=normalise(text) == normalise(s.answer),
                 words_right=_begins_with(normalise(text), normalise(s.answer)),
                 stopped=bool(set(row.tolist()) & stops),
-                n_visual_before=n_visual[i],
+                n_visual_before=whole.n_visual[i],
                 n_visual_after=n_kept[i],
                 llm_columns_before=before[i],
                 llm_columns_after=after[i],
-                costs=self._costs(crops and crops[i], before[i], after[i], selectors[i]),
+                costs=self._costs((whole, asked), i, (before[i], after[i]), selectors[i]),
             )
             for i, (s, text, row) in enumerate(zip(samples, texts, tokens, strict=True))
         ]
@@ -184,21 +185,25 @@ class Runner:
         time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
         return rows, time
 
-    def _costs(self, crops: int | None, before: int, after: int, selector: Ops) -> Costs:
+    def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, int], selector: Ops) -> Costs:
         bytes_per_value = self.model.model.language_model.dtype.itemsize
-        return Costs.of(self.shape if crops else None, before, after, selector, bytes_per_value, crops or 1)
+        before, after = (a.crops[i] if a.crops else 0 for a in asked)
+        return Costs.of(self.shape if before else None, columns, selector, bytes_per_value, (before, after))
 
     @torch.no_grad()
-    def crops(self, inputs) -> list[int] | None:
-        """How many crops the tower encodes for each sample; None for a model that cannot be attached to.
+    def asked(self, inputs) -> Asked:
+        """Inputs with what the model makes of them.
 
-        Asked of the model itself: this is also the first run, which is slow, and no configuration should pay for it.
+        Its crops are asked of the model itself: this is also the first run, which is slow, and no configuration should
+        pay for it. They are unknown for a model that cannot be attached to.
         """
+        columns = inputs["attention_mask"].sum(1).tolist()
+        n_visual = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
         if self.model.config.model_type not in tokprune.list_models():
-            return None
+            return Asked(inputs, columns, n_visual, [])
         with tokprune.attach(self.model, "uniform", keep_ratio=1) as attachment:
             self.model(**inputs, logits_to_keep=1)
-            return [image.layout.n_crops for image in attachment.report.encoded]
+            return Asked(inputs, columns, n_visual, [i.layout.n_crops for i in attachment.report.encoded])
 
     def run(
         self,
@@ -216,13 +221,29 @@ class Runner:
             open_ = [c for c in [*configs[turn:], *configs[:turn]] if (c.label, batch) not in done]
             if not open_:
                 continue
-            right = self.prepare(task, part, [s.image_id for s in part])
-            crops = self.crops(right)
-            shuffled = None
+            ids = [s.image_id for s in part]
+            whole = self.asked(self.prepare(task, part, ids))
+            other = half = whole
             if any(c.shuffled for c in open_):
-                shuffled = self.prepare(task, part, [others[s.id] for s in part])
+                other = self.asked(self.prepare(task, part, [others[s.id] for s in part]))
+            if any(c.method == DOWNSAMPLE for c in open_):
+                half = self.asked(self.prepare(task, part, ids, scale=0.5))
             for config in open_:
-                yield config, *self.rows(task, part, config, shuffled if config.shuffled else right, batch, crops)
+                if config.shuffled:
+                    yield config, *self.rows(task, part, config, other, other, batch)
+                else:
+                    seen = half if config.method == DOWNSAMPLE else whole
+                    yield config, *self.rows(task, part, config, seen, whole, batch)
+
+
+@dataclass
+class Asked:
+    """Prepared questions: columns and placeholders of every row, and the crops of its picture, where known."""
+
+    inputs: Any
+    columns: list[int]
+    n_visual: list[int]
+    crops: list[int]
 
 
 class Stopwatch:
@@ -261,6 +282,13 @@ def _synchronise(model: torch.nn.Module) -> None:
 def _stop_ids(model: torch.nn.Module) -> set[int]:
     stop = model.generation_config.eos_token_id
     return set(stop) if isinstance(stop, list) else {stop}
+
+
+def _scaled(picture: Image.Image, scale: float) -> Image.Image:
+    if scale == 1:
+        return picture
+    size = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(tuple(size), Image.Resampling.BICUBIC)
 
 
 def _begins_with(text: str, expected: str) -> bool:

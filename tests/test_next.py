@@ -167,8 +167,11 @@ def test_model_beats_its_floors_and_needs_its_crops(runner):
 def test_crops_are_counted_by_the_model(runner):
     task = load_task("findit_hd")
     samples = task.samples()[:4]
-    inputs = runner.prepare(task, samples, [s.image_id for s in samples])
-    assert runner.crops(inputs) == [5] * 4
+    ids = [s.image_id for s in samples]
+    whole, half = (runner.asked(runner.prepare(task, samples, ids, scale)) for scale in (1, 0.5))
+    assert whole.crops == [5] * 4
+    assert half.crops == [3] * 4  # the least that LLaVA-NeXT makes of a picture: two crops
+    assert max(half.n_visual) < 0.6 * min(whole.n_visual)
 
 
 @torch.no_grad()
@@ -204,7 +207,7 @@ def test_explain_draws_crops_in_place(runner):
 
 
 def test_compare_by_name_and_pairs(tmp_path):
-    methods = "none,globalcom2,globalcom2:allocate=even,damro_filter+vtc_cls,prumerge,random:split=even"
+    methods = "none,downsample,globalcom2,globalcom2:allocate=even,damro_filter+vtc_cls,prumerge,random:split=even"
     arguments = ["compare", "--model", "tiny-llava-next", "--limit", "4", "--methods", methods, "--keep", "0.1"]
     done = CliRunner().invoke(cli.app, [*arguments, "--batch-size", "2", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -212,10 +215,24 @@ def test_compare_by_name_and_pairs(tmp_path):
         r["config"]: r for r in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()) if "config" in r
     }
     assert set(rows) == {
-        *("none", "shuffled pictures", "globalcom2@0.1", "globalcom2:allocate=even@0.1", "damro_filter+vtc_cls@0.1"),
+        *(
+            "none",
+            "shuffled pictures",
+            "downsample",
+            "globalcom2@0.1",
+            "globalcom2:allocate=even@0.1",
+            "damro_filter+vtc_cls@0.1",
+        ),
         *("prumerge", *(f"random:split=even:seed={seed}@0.1" for seed in range(3))),
     }
     assert rows["none"]["task"] == "findit_hd"
+    assert rows["downsample"]["n_visual_after"] < 0.6 * rows["none"]["n_visual_after"]
+    costs = rows["downsample"]["costs"]
+    assert (
+        costs["prefill_flops_after"]
+        < 0.7 * costs["prefill_flops_before"]
+        == 0.7 * rows["none"]["costs"]["prefill_flops_before"]
+    )
     assert "random:split=even, 3 seeds" in done.output
     (difference,) = paired.differences(tmp_path, "none", "prumerge")
     assert difference.n_samples == 4
@@ -238,7 +255,7 @@ def test_defaults_of_the_embedded_models_exist():
     for usual in EMBEDDED.values():
         assert all(load_task(task) for task in usual.tasks)
         for method in usual.methods:
-            assert method == "none" or tokprune.get_method(method)
+            assert method in ("none", "downsample") or tokprune.get_method(method)
     listed = {m.split(":")[0].split("+")[0] for m in EMBEDDED["tiny-llava-next"].methods}
     assert set(tokprune.list_methods()) <= listed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-CONTROLS = ("none", "blind", "uniform", "pool", "random")
+CONTROLS = ("none", "blind", "downsample", "uniform", "pool", "random")
 PRE_LLM = (
     "globalcom2",
     "globalcom2:allocate=even",
@@ -41,7 +41,7 @@ EMBEDDED = {
     ),
     "tiny-llava-next": Embedded(
         ("findit_hd",),
-        (*CONTROLS[:2], *PRE_LLM, *CONTROLS[2:], "random:split=even", "uniform:split=even"),
+        (*CONTROLS[:3], *PRE_LLM, *CONTROLS[3:], "random:split=even", "uniform:split=even"),
         (0.5, 0.25, 0.1),
     ),
 }
