@@ -123,6 +123,15 @@ def test_dropped_subsets_keep_the_newlines_of_their_rows(untrained):
     assert len(where) in sizes
 
 
+def test_newlines_stay_with_the_rows_that_keep_a_token(untrained):
+    where = anyres.places(untrained.model, (144, 192))
+    keep = torch.zeros(1, len(where), dtype=torch.bool)
+    row_two = [i for i, (crop, row, _) in enumerate(where.tolist()) if crop > 0 and row == 2]
+    keep[0, row_two[3]] = keep[0, 5] = True  # and one of the thumbnail
+    ends = (where[:, 0] < 0).nonzero()[:, 0].tolist()
+    assert anyres.newlines_of_rows(keep, where)[0].nonzero()[:, 0].tolist() == [ends[2]]
+
+
 def test_processor_crops_are_what_training_saw():
     """The exported processor's own crops are cut to the layout that training packed."""
     from PIL import Image

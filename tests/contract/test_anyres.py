@@ -466,3 +466,66 @@ def test_tokencorr_keeps_what_repeats_once_in_a_while():
     method = tokprune.get_method("tokencorr", sample="top")
     assert method.density(tokens).tolist() == pytest.approx([12 / 36] * 3, abs=0.03)
     assert 12 <= int(method.select(tokens, 0).keep[0].sum()) <= 16
+
+
+# ---- what methods do over crops, by hand
+
+
+@torch.no_grad()
+def test_internvl_signal_of_a_token_is_the_mean_of_its_patches():
+    model = tiny.model("internvl")
+    adapter, side = adapter_for(model), tiny.TILE // tiny.PATCH
+    patches = torch.randn(2, side * side, 3, generator=torch.Generator().manual_seed(0))
+    packed = adapter.pack("get_image_features", {}, patches)
+    for tile, tokens in zip(patches, packed, strict=True):
+        grid = tile.view(side // 2, 2, side // 2, 2, 3).mean((1, 3)).flatten(0, 1)
+        assert torch.allclose(tokens, grid, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", ["vtc_cls:split=even", "random:split=even", "divprune:split=even", "cdpruner:split=even"]
+)
+def test_even_split_gives_every_crop_the_same(spec):
+    layout = mosaic_layout(4, (1, 3), width=11)  # the outer crops are narrower
+    keep = tokprune.get_method(spec.split(":")[0], split="even").select(tokens_for(spec, layout=layout), 23).keep
+    counts = [int(keep[0, [i for i, c in enumerate(layout.crop) if c == crop]].sum()) for crop in range(4)]
+    assert sorted(counts) == [5, 6, 6, 6]
+    joint = tokprune.get_method(spec.split(":")[0]).select(tokens_for(spec, layout=layout), 23).keep
+    assert not torch.equal(joint, keep)
+
+
+def test_hired_counts_winners_in_the_quarter_that_a_crop_shows():
+    layout = mosaic_layout(6, (2, 2))
+    tokens = tokens_for("hired", layout=layout)
+    (signal,) = tokens.signals
+    tokens.signals[signal][:, 0] = 0
+    for place in range(36):  # the upper right quarter wins, then the lower left one
+        row, column = divmod(place, 6)
+        tokens.signals[signal][:, 0, place] = 2.0 * (row < 3 <= column) + 1.0 * (column < 3 <= row)
+    assert tokprune.get_method("hired").crop_counts(tokens).tolist() == [[0, 9, 9, 0]] * 3
+    assert tokprune.get_method("hired", faithful=True).crop_counts(tokens)[0].tolist() != [0, 9, 9, 0]
+    keep = tokprune.get_method("hired").select(tokens, 40).keep
+    counts = [int(keep[0, [i for i, c in enumerate(layout.crop) if c == crop]].sum()) for crop in range(5)]
+    assert counts == [20, 0, 10, 10, 0]
+
+
+def test_tome_merges_as_a_plain_loop_does():
+    from tokprune.types import VisualTokens, grid_layout
+
+    x = torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(2))
+    tokens = [(i, x[0, i], 1) for i in range(9)]  # place, mean, size
+    for n_keep in (7, 5, 3, 2):  # each a round of its own, as the budgets nest
+        a, b = tokens[::2], tokens[1::2]
+        near = [[float(torch.cosine_similarity(p[1], q[1], 0)) for q in b] for p in a]
+        best = [max(range(len(b)), key=lambda j: row[j]) for row in near]
+        order = sorted(range(len(a)), key=lambda i: -near[i][best[i]])[: len(tokens) - n_keep]
+        for j in {best[i] for i in order}:
+            group = [b[j], *(a[i] for i in order if best[i] == j)]
+            size = sum(g[2] for g in group)
+            b[j] = (b[j][0], sum(g[1] * g[2] for g in group) / size, size)
+        tokens = sorted([*b, *(a[i] for i in range(len(a)) if i not in order)], key=lambda t: t[0])
+        if n_keep == 5:
+            want = list(tokens)
+    out = tokprune.get_method("tome").select(VisualTokens.of(x, grid_layout(3, 3)), 5)
+    assert out.keep[0].nonzero()[:, 0].tolist() == [t[0] for t in want]
+    assert torch.allclose(out.features[0, out.keep[0]], torch.stack([t[1] for t in want]), atol=1e-5)
