@@ -47,10 +47,13 @@ def explained(
             report = attachment.report
         (image,) = report.images
         order = list(dict.fromkeys(crop for crop in image.layout.crop if crop >= 0))
-        whole = seen(crops[order.index(0)], processor.image_mean, processor.image_std)
+        whole = seen(crops[order.index(0) if 0 in order else 0], processor.image_mean, processor.image_std)
         if not panels:
             panels.append(("as the model sees it", _both(whole, picture, image.layout)))
-        shown = whole if len(order) > 1 else _covered(whole, image.layout, runner.model.config.vision_config.patch_size)
+        patch = runner.model.config.vision_config.patch_size
+        shown = (
+            whole if len(order) > 1 else _covered(whole, image.layout, patch if isinstance(patch, int) else patch[0])
+        )
         title = f"{spec}: {image.n_visual} -> {image.n_kept}"
         panels.append((title, _both(shown, picture, image.layout, image.kept)))
         lines.append(str(report))
@@ -59,7 +62,7 @@ def explained(
 
 def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.Tensor | None = None) -> Image.Image:
     """What the only crop shows; or the thumbnail and, below it, the picture that the crops cut up."""
-    parts = [whole, picture][: len(layout.regions)]
+    parts = [whole, picture][: len(layout.regions)] if 0 in layout.crops else [picture]
     if kept is not None:
         parts = [dimmed(p, layout, kept, region=r) for p, r in zip(parts, layout.regions, strict=True)]
     return enlarged(parts[0]) if len(parts) == 1 else stacked(*map(enlarged, parts))
@@ -67,4 +70,5 @@ def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.
 
 def _covered(whole: Image.Image, layout: Layout, patch: int) -> Image.Image:
     """A side that is no multiple of the patch has pixels at its end that no token shows."""
-    return whole.crop((0, 0, layout.width * patch, layout.height * patch))
+    cell = patch * max(1, whole.width // patch // layout.width)  # a token may show several patches
+    return whole.crop((0, 0, layout.width * cell, layout.height * cell))

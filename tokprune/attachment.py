@@ -126,7 +126,7 @@ class Attachment(NotCopyable):
         self._signals = signals
         self._reads_prompt = adapter.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
         self._local = Local()
-        self._tap = SignalTap(adapter, signals, selector.in_tower) if signals or selector.in_tower else None
+        self._tap = SignalTap(adapter, signals, selector.reads_states) if signals or selector.reads_states else None
         with contextlib.ExitStack() as stack:
             for name in adapter.encode_functions:
                 self._wrap(name, stack)
@@ -214,7 +214,7 @@ class Attachment(NotCopyable):
             features, put_back = split_features(out)
             bound = signature.bind(*args, **kwargs).arguments
             encoded = Encoded(name, {**bound, **bound.get("kwargs", {})}, features, collected)
-            if self._reads_prompt:
+            if self._reads_prompt and not (self._keeps_all and not self.adapter.images_from_prompt):
                 call.pending.append(encoded)
                 return out
             images = by_image(self.adapter, encoded)
@@ -225,8 +225,11 @@ class Attachment(NotCopyable):
         return put_back(marked) if call.touched else out
 
     def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict]:
-        keeps_all = self.budget is not None and 1 in (self.budget.keep_ratio, self.budget.flops_ratio)
-        return self._tap.collect(original) if self._tap and not keeps_all else (original(), {})
+        return self._tap.collect(original) if self._tap and not self._keeps_all else (original(), {})
+
+    @property
+    def _keeps_all(self) -> bool:
+        return self.budget is not None and 1 in (self.budget.keep_ratio, self.budget.flops_ratio)
 
     def _mark_late(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Select and mark where the prompt had to be known; a prompt that comes again gets the same marks."""
@@ -236,22 +239,34 @@ class Attachment(NotCopyable):
         if call.pending and self._local.masks:
             try:
                 self._select_late(call, embeds, kwargs.get("attention_mask"))
-            except BaseException:
+            except BaseException as error:
+                if self._keeps_all and isinstance(error, TokPruneError):
+                    call.pending = []  # a part of a prompt of which everything is kept
+                    return None
                 self._local.call = None
                 raise
-        elif past_length(kwargs.get("past_key_values")) or not same_places(call.masks, self._local.masks):
+        elif past_length(kwargs.get("past_key_values")) or not self._comes_again(call, embeds):
             return None
         if not call.touched:
             return None
         embeds = embeds.clone()
-        for place, marked in call.marks:
+        for place, marked, _ in call.marks:
             for row in place.rows:
                 embeds[row, ops.on_device(place.columns, embeds.device)] = marked.to(embeds)
         return args, {**kwargs, "inputs_embeds": embeds}
 
+    def _comes_again(self, call: Call, embeds: Tensor) -> bool:
+        """Whether this is the prompt of this call, with its pictures; without a cache it is passed at every step."""
+        if not same_places(call.masks, self._local.masks):
+            return False
+        pairs = ((embeds[row, list(p.columns)], rows) for p, _, rows in call.marks for row in p.rows)
+        return all(torch.equal(there, rows.to(there)) for there, rows in pairs)
+
     def _select_late(self, call: Call, embeds: Tensor, attention_mask: Tensor | None) -> None:
         """Select for everything that was encoded for this prompt."""
         masks = self._local.masks
+        if not any(bool(mask.any()) for mask in masks.values()):
+            return  # text alone: what was encoded is for a prompt to come
         for encoded in call.pending:
             mask, n_encoded = masks[encoded.name], sum(map(len, encoded.features))
             if self.adapter.images_from_prompt:
@@ -263,10 +278,11 @@ class Attachment(NotCopyable):
             for signal in self._signals:
                 if signal.kind is Kind.TEXT_EMBEDS:
                     rows = [p.rows[0] for p in places]
-                    images.signals[signal] = list(text_of(embeds, list(masks.values()), attention_mask, rows))
+                    text = text_of(embeds, list(masks.values()), attention_mask, rows)
+                    images.signals[signal] = list(text.to(images.features[0].device))
             salts = repeated_salts(tuple(self.salts), len(places))
             marked, _ = self._selector.prune(images, salts, call)
-            call.marks += zip(places, marked, strict=True)
+            call.marks += zip(places, marked, images.features, strict=True)
         call.pending, call.masks = [], masks
 
     def _call_of_encode(self, name: str) -> Call:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .types import Form
 
-CHUNK = 128  # queries at a time: bounds memory to H * CHUNK * T floats, costs no time
+CHUNK = 128  # queries at a time, fewer where B * H * CHUNK * T floats would be more than LARGEST; costs no time
+LARGEST = 2**25
 
 
 def cls_row(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 1) -> Tensor:
@@ -66,6 +67,7 @@ def _received_and_given(
     q: Tensor, k: Tensor, scale: float, n_special: int, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     heads, n_patches = q.shape[1], q.shape[2] - n_special
+    chunk = max(1, min(chunk, LARGEST // (len(q) * heads * q.shape[2])))
     k_t = k.float().transpose(-1, -2)
     column_sum, rows = q.new_zeros(q.shape[0], n_patches, dtype=torch.float32), []
     for queries in q[:, :, n_special:].split(chunk, dim=2):

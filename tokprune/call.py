@@ -24,7 +24,7 @@ class Call:
     below_budget: bool = False  # some image had more tokens than its budget, so some have to be dropped
     touched: bool = False  # a method ran
     pending: list = field(default_factory=list)  # `selection.Encoded`, to be selected when the prompt is known
-    marks: list = field(default_factory=list)  # (`prompt.Place`, marked rows) of what was selected then
+    marks: list = field(default_factory=list)  # (`prompt.Place`, marked rows, rows before) of what was selected then
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # placeholders of the prompt that they were found in
     clamped: bool = False
     ran: bool = False

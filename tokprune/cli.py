@@ -19,7 +19,7 @@ from .budget import Budget
 from .errors import RunError, TokPruneError
 from .flops import Ledger, Ops, SelectionCost, Shape
 from .shapes import KNOWN, known_shape, shape_from_config
-from .types import Count, Kind, Layout, Signal, Tower
+from .types import Count, Kind, Layout, Signal, Tower, grid_layout
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -80,6 +80,9 @@ def _kept(shape: Shape, method: str, keep: float, visual: int) -> tuple[int, fro
     if not has_cls and any(s.kind is Kind.CLS_ROW for s in signals):
         raise RunError(f"{method!r} needs a [CLS] token, which the tower of {shape.name} lacks; see tokprune models")
     n_keep = n_keep if built.takes_budget else 0
+    least = built.min_keep(grid_layout(1, visual))
+    if built.takes_budget and n_keep < min(least, visual) and built.count is Count.EXACT:
+        raise RunError(f"{method!r} cannot keep {n_keep} tokens; its least is {least}")
     if n_keep == visual:
         return n_keep, frozenset(), Ops()
     tiles = [i // shape.n_visual for i in range(visual)]

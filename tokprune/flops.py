@@ -296,12 +296,14 @@ class SelectionCost:
         signals: collected from the vision tower.
         products: (layout, n_keep, widths) to the matrix products of the selection itself.
         in_tower: whether it merges states of the tower, which the projector then sees anew.
+        projects_all: whether all of them, or those that are kept.
     """
 
     shape: Shape
     signals: frozenset[Signal]
     products: Callable[[Layout, int, Widths], Ops]
     in_tower: bool = False
+    projects_all: bool = False
 
     def selector(self, layout: Layout, n_keep: int, n_patches: int | None = None, collected: bool = True) -> Ops:
         """Signals, where they are collected, and selection, where not all tokens are kept."""
@@ -315,7 +317,7 @@ class SelectionCost:
                 has_cls_state=any(s.kind is Kind.CLS_STATE for s in self.signals),
             )
             spent += self.products(layout.without_specials, n_keep, widths)
-            spent += self.shape.project(n_keep or layout.n_visual) if self.in_tower else Ops()
+            spent += self.shape.project(layout.n_visual if self.projects_all else n_keep) if self.in_tower else Ops()
         if collected:
             spent += self.shape.vision.signals(self.signals, n_patches) * layout.n_crops
         return spent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Host integers as an int64 tensor, copied without waiting for the device."""
-    return torch.tensor(values).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=None if len(values) else torch.int64).to(device, non_blocking=True)
 
 
 def keep_top(scores: Tensor, n_keep: int) -> Tensor:
@@ -139,7 +139,7 @@ def spread(height: int, width: int, n_keep: int) -> tuple[int, ...]:
 
 def pool_grid(height: int, width: int, n_keep: int) -> tuple[int, int]:
     """Rows and columns of the largest pooling grid of at most `n_keep` cells, shaped like the picture."""
-    rows = max(1, min(height, math.isqrt(n_keep * height // width)))
+    rows = max(1, min(height, n_keep, math.isqrt(n_keep * height // width)))
     return rows, min(width, n_keep // rows)
 
 

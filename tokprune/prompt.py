@@ -80,8 +80,12 @@ def _pieces(columns: list[int], left: list[int]) -> list[list[int]]:
 
 
 def text_of(embeds: Tensor, masks: Sequence[Tensor], attention_mask: Tensor | None, rows: Sequence[int]) -> Tensor:
-    """(len(rows), S, D) float32: embeddings of the text in these rows, zeros for placeholders and padding."""
+    """(len(rows), T, D) float32: embeddings of the text in these rows, zeros where a row has none.
+
+    T are the columns that hold text in any row of the batch: a prompt is mostly placeholders.
+    """
     is_text = ~torch.stack([m.to(embeds.device) for m in masks]).any(0)
     if attention_mask is not None and attention_mask.ndim == 2:
         is_text = is_text & attention_mask[:, -embeds.shape[1] :].to(embeds.device).bool()
-    return (embeds.float() * is_text[..., None])[list(rows)]
+    columns = is_text.any(0).nonzero()[:, 0]
+    return (embeds[:, columns].float() * is_text[:, columns, None])[list(rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +24,13 @@ class ImageReport:
         keep: (N,) bool on the device, read when asked for.
         layout: where the rows lie.
         n_patches: patches of a crop, or None for the configuration's.
-        selector: what collecting signals and selecting computed.
+        spent: what collecting signals and selecting computed, given the number of tokens kept.
     """
 
     keep: Tensor
     layout: Layout
     n_patches: int | None = None
-    selector: Ops = field(default_factory=Ops)
+    spent: Callable[[int], Ops] = lambda n_kept: Ops()
 
     @property
     def n_visual(self) -> int:
@@ -50,6 +51,11 @@ class ImageReport:
     def n_kept(self) -> int:
         """Visual tokens kept, rows that show no patch not counted."""
         return sum(self.layout.crop[i] >= 0 for i in self.kept.tolist())
+
+    @functools.cached_property
+    def selector(self) -> Ops:
+        """What collecting signals and selecting computed."""
+        return self.spent(self.n_kept)
 
     @property
     def n_special_kept(self) -> int:

@@ -98,9 +98,9 @@ class Selector:
     def __init__(self, adapter, method: Method, label: str, budget: Budget | None, newlines: Newlines, signals):
         self.adapter, self.method, self.label, self.budget = adapter, method, label, budget
         self.newlines = method.newlines if newlines == "auto" else newlines
-        self.in_tower = method.space == "tower" and adapter.tower.projects_rows
+        self.reads_states = method.space == "tower" and adapter.tower.projects_rows
         self.n_keep = functools.lru_cache(maxsize=64)(self._count)  # a FLOPs budget is searched for
-        self._cost: Any = adapter.shape and SelectionCost(adapter.shape, signals, method.cost, self.in_tower)
+        self._signals = signals
 
     def prune(self, images: Images, salts: tuple[int, ...], call: Call) -> tuple[list[Tensor], list[Tensor]]:
         """Marked features and keep of every image; the method sees the images of one layout at once."""
@@ -136,9 +136,10 @@ class Selector:
         """Marked features and keep of a group; rows that show no patch never reach the method."""
         visual = ops.on_device(layout.visual, rows.device)
         own = rows if layout.n_visual == len(layout.crop) else rows[:, visual]
-        given = states if self.in_tower and states is not None else own
+        given = states if states is not None and self._in_tower(layout) else own
         tokens = VisualTokens.of(given, layout.without_specials, signals, salts)
-        selected = self.method.select(tokens, n_keep)
+        with torch.autocast(rows.device.type, enabled=False):  # it would compare tokens in half precision
+            selected = self.method.select(tokens, n_keep)
         features = selected.features
         if given is states:
             features = self._projected(selected, own, n_keep)
@@ -173,13 +174,28 @@ class Selector:
         """What keeping so many tokens of an image costs, beside the reference text."""
         n_special = most_specials(layout, n_keep, self.newlines)
         n_patches = self.adapter.crop_patches(layout)
-        ledger = self._cost.prefill(layout, n_keep, REFERENCE_TEXT + n_special, n_patches)
+        ledger = self._cost(layout).prefill(layout, n_keep, REFERENCE_TEXT + n_special, n_patches)
         return getattr(ledger, self.budget.flops_scope if self.budget else "llm").flops
 
     def _image_report(self, layout: Layout, keep: Tensor, collected: bool) -> ImageReport:
-        n_patches = self.adapter.crop_patches(layout)
-        selector = self._cost.selector(layout, self.n_keep(layout), n_patches, collected) if self._cost else Ops()
-        return ImageReport(keep, layout, n_patches, selector)
+        n_patches, n_keep = self.adapter.crop_patches(layout), self.n_keep(layout)
+
+        def spent(n_kept: int) -> Ops:
+            """Counted when it is asked for: what a picture decides is not known before."""
+            if self.adapter.shape is None:
+                return Ops()
+            n = n_kept if self.method.count is Count.CONTENT else n_keep
+            return self._cost(layout).selector(layout, n, n_patches, collected)
+
+        return ImageReport(keep, layout, n_patches, spent)
+
+    def _in_tower(self, layout: Layout) -> bool:
+        return self.reads_states and self.adapter.merges_states(layout)
+
+    def _cost(self, layout: Layout) -> SelectionCost:
+        projects_all = self.method.count is not Count.EXACT
+        shape: Any = self.adapter.shape
+        return SelectionCost(shape, self._signals, self.method.cost, self._in_tower(layout), projects_all)
 
     def _asked_more(self, layout: Layout) -> bool:
         asked = self.budget.keep_tokens if self.budget else None

@@ -169,6 +169,10 @@ class ModelAdapter:
         """How many of the encoded crops belong to each entry of `features`."""
         return [1] * n_crops
 
+    def merges_states(self, layout: Layout) -> bool:
+        """Whether packed rows of this image are projected patches one by one, so that states can be merged instead."""
+        return self.tower.projects_rows
+
     def crop_patches(self, layout: Layout) -> int | None:
         """Patches of a crop where the picture's size decides; None where the configuration does."""
         return None
@@ -272,12 +276,12 @@ class SignalTap(NotCopyable):
 
     def _cls_seen(self, layer: nn.Module, args: tuple, out):
         if self._local.rows is not None:
-            state = (out[0] if isinstance(out, tuple) else out)[:, 0].detach().float()
+            state = (out[0] if isinstance(out, tuple) else out)[:, 0].float()
             self._local.rows |= {s: state for s in self.signals if s.kind is Kind.CLS_STATE}
 
     def _states_seen(self, projector: nn.Module, args: tuple):
         if self._local.rows is not None:
-            self._local.rows["states"] = args[0].detach()
+            self._local.rows["states"] = args[0]
 
 
 class _Open(threading.local):

@@ -45,6 +45,12 @@ class LlavaOnevision(LlavaNext):
         n_frames = _video(arguments).shape[1]
         return [n_frames] * (n_crops // n_frames)
 
+    def merges_states(self, layout: Layout) -> bool:
+        """Not where the model pools or interpolates after its projector: videos, and mosaics that it makes smaller."""
+        rows, columns = (n * self.side for n in layout.crop_grid)
+        is_smaller = layout.height < rows and layout.width < columns  # padding is cut from one side alone
+        return 0 in layout.crops and not is_smaller and super().merges_states(layout)
+
     def tiled(self, arguments: Mapping[str, Any]) -> list[bool]:
         """Images that share a prompt are not cut into crops, where the processor says so."""
         counts = arguments.get("batch_num_images")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import OptionError
 from ..flops import Ops, Widths
 from ..registry import check
 from ..types import Count, Form, Heads, Kind, Layout, Signal, Stage, Tower, VisualTokens
@@ -30,12 +32,17 @@ class Method:
     keeps_features: ClassVar[bool] = True  # kept tokens stay as they are; False where a method merges or averages
     space: ClassVar[Literal["packed", "tower"]] = "packed"  # "tower": merges what the projector takes, if it can
     is_filter: ClassVar[bool] = False  # only goes before a method, in a list
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of numeric options
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
 
     def __post_init__(self):
         for option in fields(self):
             check(type(self), option.name, getattr(self, option.name))
+        for name, (least, most) in self.limits.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise OptionError(f"{type(self).__name__}: {name}={value} is out of range; type {least:g} to {most:g}")
 
     @property
     def takes_budget(self) -> bool:

@@ -30,6 +30,8 @@ class Chain(Method):
         for part in self.filters:
             if not isinstance(part, Filter):
                 raise OptionError(f"{part} is no filter; a list is filters, then the method that selects")
+        if len({type(part) for part in self.filters}) < len(self.filters):
+            raise OptionError("a filter stands twice in the list; name each once")
         if not isinstance(self.method, ScoreMethod) or not self.method.is_filterable:
             raise OptionError(f"{self.method} does not rank single tokens, so nothing can be filtered before it")
 

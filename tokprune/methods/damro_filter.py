@@ -35,6 +35,7 @@ class DAMROFilter(Filter):
     layer: int | None = None
     without_cls: WithoutCLS = "error"
 
+    limits: ClassVar = {"n_outliers": (0, 1e6)}
     source: ClassVar[str] = "arXiv:2410.04514"
     if_missing: ClassVar[str] = "without_cls=received"
 

@@ -40,7 +40,8 @@ class DivPrune(Method):
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
         """All cosines."""
         sizes = layout.crop_sizes if self.split == "even" else (layout.n_visual,)
-        return Ops(sum(n * n * widths.rows for n in sizes))
+        shares = ops.shares(sizes, n_keep, even=True)
+        return Ops(sum(n * n * widths.rows for n, k in zip(sizes, shares, strict=True) if k))
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The chosen tokens, in raster order."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import OptionError
 from ..types import Count, Form, Kind, Layout, Region, Signal, Tower, VisualTokens
 from .base import RankMethod
 
@@ -43,6 +44,11 @@ class FoPru(RankMethod):
     layer: int | None = None
 
     source: ClassVar[str] = "arXiv:2411.14164"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.strategy == "row" and self.split == "even":
+            raise OptionError("FoPru: rows of the mosaic belong to several crops; type strategy=rank with split=even")
 
     @property
     def count(self) -> Count:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..errors import OptionError
 from ..types import Count, Form, Kind, Signal, Tower, VisualTokens
 from . import mosaic
 from .base import ScoreMethod
@@ -54,7 +54,13 @@ class GlobalCom2(ScoreMethod):
     faithful: bool = False
     ratio: float | None = None
 
+    limits: ClassVar = {"temperature": (1e-6, 1e6), "alpha": (0, 1), "ratio": (0, 1)}
     source: ClassVar[str] = "arXiv:2501.05179"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ratio is not None and not self.faithful:
+            raise OptionError("GlobalCom2: ratio is for faithful=True; elsewhere the budget says how much is kept")
 
     @property
     def count(self) -> Count:
@@ -94,7 +100,8 @@ class GlobalCom2(ScoreMethod):
         kept = (ratio * (1 + weights - weights.mean(1, keepdim=True))).clamp(max=1)
         if self.renormalise:
             mean = kept.mean(1, keepdim=True)
-            kept = torch.where(mean.isclose(mean.new_tensor(ratio)), kept, (kept * ratio / mean).clamp(max=1))
+            is_met = (mean - ratio).abs() <= 1e-8 + 1e-5 * ratio
+            kept = torch.where(is_met, kept, (kept * ratio / mean).clamp(max=1))
         return kept
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
@@ -106,7 +113,9 @@ class GlobalCom2(ScoreMethod):
             return mosaic.top_by_crop(ranked, layout, ops.shares(layout.crop_sizes, n_keep, even=True))
         ratio = n_keep / layout.n_visual if self.ratio is None else self.ratio
         retention = self.retention(tokens, ratio) if len(layout.crops) > 1 else ranked.new_zeros(len(ranked), 0)
-        share = F.pad(retention, (1, 0), value=ratio) * ops.on_device(layout.crop_sizes, ranked.device)
+        share = torch.nn.functional.pad(retention, (1, 0), value=ratio) * ops.on_device(
+            layout.crop_sizes, ranked.device
+        )
         counts = share.long() if self.faithful else ops.allocate(share, layout.crop_sizes, n_keep)
         return mosaic.top_by_crop(ranked, layout, counts)
 
@@ -128,6 +137,4 @@ class GlobalCom2(ScoreMethod):
         """Scores of every token in its own crop, (G, N)."""
         if tokens.has(Kind.CLS_ROW):
             return tokens.signal(Kind.CLS_ROW, self.form)[:, 0]
-        unit = F.normalize(tokens.features.float(), dim=-1)
-        mean = F.normalize(mosaic.sum_by_crop(tokens.features.float(), tokens.layout), dim=-1)
-        return -(unit * mean).sum(-1)
+        return mosaic.unlike_mean(tokens.features, tokens.layout)

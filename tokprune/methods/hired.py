@@ -44,6 +44,7 @@ class HiRED(ScoreMethod):
     faithful: bool = False
     without_cls: WithoutCLS = "error"
 
+    limits: ClassVar = {"alpha": (0, 1)}
     source: ClassVar[str] = "arXiv:2408.10945"
     if_missing: ClassVar[str] = "without_cls=received"
 

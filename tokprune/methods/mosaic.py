@@ -53,6 +53,12 @@ def norm_by_crop(values: Tensor, layout: Layout) -> Tensor:
     return sum_by_crop(values.square(), layout).sqrt().clamp(min=1e-12)
 
 
+def unlike_mean(features: Tensor, layout: Layout) -> Tensor:
+    """Minus the cosine of every token to the mean of its crop, (G, N)."""
+    unit = F.normalize(features.float(), dim=-1)
+    return -(unit * F.normalize(sum_by_crop(features.float(), layout), dim=-1)).sum(-1)
+
+
 def rearranged(tokens: VisualTokens, order: Tensor) -> VisualTokens:
     """Kept rows in another order in the same places; order is (G, N), kept tokens first."""
     n = tokens.n_visual

@@ -62,10 +62,10 @@ class PruMerge(Method):
         return frozenset({cls_signal(tower, layers, self.without_cls, heads="single"), Signal(Kind.KEYS, layers)})
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
-        """Cosines to kept keys, merging, and the pooled token; a tenth is kept where outliers decide."""
+        """Cosines to kept keys, merging, and the pooled token."""
         sizes = layout.crop_sizes
-        kept = [n // 10 for n in sizes] if self.adaptive else [k - 1 for k in ops.shares(sizes, n_keep, even=True)]
-        pairs = [(n, k) for n, k in zip(sizes, kept, strict=True) if k >= 0]
+        kept = ops.shares(sizes, n_keep, even=not self.adaptive)
+        pairs = [(n, k - 1) for n, k in zip(sizes, kept, strict=True) if k]
         return Ops(sum(k * n * (widths.keys + widths.rows) + n * widths.rows for n, k in pairs))
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:

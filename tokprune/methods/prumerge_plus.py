@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class PruMergePlus(PruMerge):
 
     n_top: int | None = None
     step: int | None = None
+
+    limits: ClassVar = {"n_top": (1, 1e6), "step": (1, 1e6)}
 
     def chosen(self, attention: Tensor, n_top: int, ratio: float) -> Tensor:
         """The most attended tokens, then those of the grid."""

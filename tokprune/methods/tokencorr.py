@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import OptionError
 from ..flops import Ops, Widths
 from ..types import Count, Kind, Layout, Signal, Tower, VisualTokens
 from .base import Method, WithoutCLS, cls_signal, cls_values
@@ -20,7 +21,7 @@ class TokenCorr(Method):
     """Sample local tokens by early [CLS] attention, as many as are not repetitions, and add late outliers.
 
     A token of a crop is redundant when more than `repeats` of the crop's tokens have keys in an early layer with a
-    cosine above `similar` to its own. With d the share of tokens that are not, ceil(d N) tokens are drawn without
+    cosine above `similar` to its own. As many tokens as are not, at least one, are drawn without
     replacement by the early [CLS] attention; the IQR outliers of the late [CLS] attention join them. A thumbnail
     beside crops is kept whole.
 
@@ -49,6 +50,7 @@ class TokenCorr(Method):
     thumbnail: bool = True
     without_cls: WithoutCLS = "error"
 
+    limits: ClassVar = {"similar": (-1, 1), "repeats": (0, 1)}
     source: ClassVar[str] = "arXiv:2407.14439"
     if_missing: ClassVar[str] = "without_cls=received"
 
@@ -66,6 +68,8 @@ class TokenCorr(Method):
         """Keys of the early layer, attention of both."""
         early = tower.scaled(2, 24) if self.early is None else tower.layer(self.early)
         late = tower.scaled(22, 24) if self.late is None else tower.layer(self.late)
+        if early > late:
+            raise OptionError(f"early is layer {early}, behind late, layer {late}; type an early layer up to {late}")
         layers = tuple(sorted({early, late}))
         return frozenset({Signal(Kind.KEYS, (early,)), cls_signal(tower, layers, self.without_cls)})
 
@@ -83,16 +87,16 @@ class TokenCorr(Method):
 
     def _compress(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         attention = cls_values(tokens)
-        n_local = torch.ceil(self.density(tokens) * tokens.n_visual)[:, None]
+        n_local = self.n_distinct(tokens).clamp(min=1)[:, None]
         order = self._noise(tokens) + attention[:, 0].clamp(min=1e-30).log()
         rank = order.argsort(dim=1, descending=True, stable=True).argsort(1)
         return replace(tokens, keep=(rank < n_local) | ops.outliers(attention[:, -1]))
 
-    def density(self, tokens: VisualTokens) -> Tensor:
-        """(G,) in 0..1: the share of tokens that are no repetition."""
+    def n_distinct(self, tokens: VisualTokens) -> Tensor:
+        """(G,) int64: tokens that are no repetition, d N."""
         near = ops.cosine(tokens.signal(Kind.KEYS)[:, 0].flatten(2)) > self.similar
         others = near.sum(2) - 1  # a token is always like itself
-        return (others <= self.repeats * tokens.n_visual).double().mean(1)
+        return (others <= self.repeats * tokens.n_visual).sum(1)
 
     def _noise(self, tokens: VisualTokens) -> Tensor:
         """Gumbel noise: the highest sums with it are a draw without replacement."""

@@ -45,6 +45,7 @@ class VisionZip(Method):
 
     keeps_features: ClassVar[bool] = False
     space: ClassVar = "tower"
+    limits: ClassVar = {"contextual": (0, 1e6)}
     source: ClassVar[str] = "arXiv:2412.04467"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
