@@ -353,7 +353,7 @@ class Attachment(NotCopyable):
             raise BadFeaturesError("the vision tower or the projector produced NaN; run it in float32 or bfloat16")
         # A chunk of a prompt may hold kept tokens alone; then it is enough that this call dropped some.
         is_chunk = placeholders < sum(len(i.layout.crop) for i in call.images)
-        keeps_all = bool(call.images) and not call.below_budget
+        keeps_all = self._keeps_all or (bool(call.images) and not call.below_budget)
         as_promised = facts["marked"] or keeps_all or (encoded_now and is_chunk and facts.get("dropped"))
         if placeholders and not as_promised:
             raise NothingPrunedError(

@@ -6,8 +6,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from PIL import Image
-from processors import processor
+from processors import PICTURES, inputs_of, picture, video_inputs
 from specs import mosaic_layout, scaled, tokens_for
 from tokprune.integrations.transformers import adapter_for
 
@@ -19,37 +18,6 @@ from tokprune.types import NEWLINE, Kind
 ANYRES = ("llava_next", "llava_onevision", "internvl")
 METHOD = {"llava_next": "vtc_cls", "llava_onevision": "fopru", "internvl": "vtc_cls"}
 anyres = pytest.mark.parametrize("kind", ANYRES)
-# Width and height: square, wide, tall, padded both ways, tiny, and one that OneVision makes smaller.
-PICTURES = {
-    "square": (48, 48),
-    "wide": (96, 24),
-    "tall": (20, 60),
-    "padded": (48, 30),
-    "narrow": (30, 48),
-    "tiny": (3, 2),
-    "large": (96, 90),
-}
-
-
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Smooth colours."""
-    noise = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    values = torch.nn.functional.interpolate(noise[None], size[::-1], mode="bilinear")[0]
-    return Image.fromarray((values * 255).byte().permute(1, 2, 0).numpy())
-
-
-def prompt(kind: str, n_images: int) -> str:
-    return "<s> " + "<image> it " * n_images + "what is it ?"
-
-
-def inputs_of(kind: str, rows: list[list[Image.Image]]) -> dict:
-    """What the genuine processor gives; its placeholders stand apart by words."""
-    made = processor(kind)
-    text = [prompt(kind, len(row)) for row in rows]
-    images = [row for row in rows if row]
-    out = made(images=images or None, text=text, padding=True, return_tensors="pt")
-    known = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "batch_num_images")
-    return {k: v for k, v in out.items() if k in known}
 
 
 @anyres
@@ -147,16 +115,6 @@ def test_onevision_several_images_are_not_cut():
 
 
 # ---- videos
-
-
-def video_inputs(n_frames: int = 3, dtype=torch.float32) -> dict:
-    n = n_frames * 9 + 1
-    ids = torch.tensor([[1, 5, 6, *[tiny.VIDEO] * n, 7, 8, 9]])
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": tiny.pictures(n_frames)[None].to(dtype),
-    }
 
 
 @pytest.mark.parametrize("method", ["fopru", "globalcom2", "uniform:split=even", "visionzip", "cdpruner", "tome"])

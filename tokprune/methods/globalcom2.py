@@ -94,9 +94,7 @@ class GlobalCom2(ScoreMethod):
         layout, own = tokens.layout, self._own(tokens)
         grid = own[:, ops.on_device(layout.regions[0].index, own.device)]
         sums = mosaic.counts_by_cell(grid, mosaic.thumbnail_cells(layout), layout)
-        weights = ((sums - sums.amax(1, keepdim=True)) / self.temperature).exp()
-        weights = weights / (weights.sum(1, keepdim=True) + 1e-8)
-        weights = torch.ones_like(weights) if self.allocate == "even" else weights
+        weights = torch.zeros_like(sums) if self.allocate == "even" else (sums / self.temperature).softmax(1)
         kept = (ratio * (1 + weights - weights.mean(1, keepdim=True))).clamp(max=1)
         if self.renormalise:
             mean = kept.mean(1, keepdim=True)
