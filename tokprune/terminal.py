@@ -18,7 +18,7 @@ def methods_table() -> Table:
         method = tokprune.get_method(name)
         first = (type(method).__doc__ or "").strip().partition("\n")[0]
         preset = "" if str(method).endswith("()") else f" As {method}."
-        count = method.count.value if method.takes_budget else "none"
+        count = "filter" if method.is_filter else "none" if name == "blind" else method.count.value
         table.add_row(name, first + preset, count, method.source or "control")
     return table
 
@@ -28,9 +28,11 @@ def support_table() -> Table:
     pairs = tokprune.list_support()
     columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
     cell = {(p.model, p.tower, p.method): p.answer for p in pairs}
-    table = Table("method", *(f"{model}, {tower}" for model, tower in columns), title="Models", title_justify="left")
+    table = Table("method", title="Models; an option stands where a method does not run as it is", title_justify="left")
+    for model, tower in columns:
+        table.add_column(f"{model}\n{tower}", overflow="fold")
     for name in tokprune.list_methods():
-        table.add_row(name, *(cell[(*column, name)] for column in columns))
+        table.add_row(name, *(cell[(*column, name)].removeprefix(f"{name}:") for column in columns))
     return table
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokprune.types import NEWLINE, Layout
 
+from .base import TowerKind
 from .llava_next import LlavaNext
 
 
@@ -20,6 +21,7 @@ class LlavaOnevision(LlavaNext):
     a prompt are not cut into crops. A video is one image whose crops are its frames, without a thumbnail.
     """
 
+    towers: ClassVar = {"siglip_vision_model": TowerKind("SigLIP", False)}
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
 
     def layouts(
