@@ -30,6 +30,17 @@ SELECTORS = {
 }
 
 
+CLIP_LARGE = dict(  # CLIP ViT-L/14-336
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+
+
 @dataclass
 class Cost:
     """One selector on one tower."""
@@ -52,15 +63,7 @@ class Cost:
 
 def clip_large() -> LlavaForConditionalGeneration:
     """LLaVA-1.5's tower at its real size, random weights, before a language model of one small layer."""
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
+    vision = CLIPVisionConfig(**CLIP_LARGE)
     text = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
     return LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=32)

@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNe
 
 import tokprune
 
-from .efficiency import Stopwatch
+from .efficiency import CLIP_LARGE, Stopwatch
 from .models import PRE_LLM
 from .rows import device_name
 
@@ -49,23 +49,17 @@ class SelectorTime:
     torch: str
 
 
-def llava_next(**vision: int) -> LlavaNextForConditionalGeneration:
+def llava_next() -> LlavaNextForConditionalGeneration:
     """LLaVA-NeXT-7B with random weights and one decoder layer."""
-    sizes = dict(  # CLIP ViT-L/14-336
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    tower = CLIPVisionConfig(**{**sizes, **vision}, projection_dim=768)
-    side = tower.image_size
+    tower = CLIPVisionConfig(**CLIP_LARGE)
     text = LlamaConfig(
         vocab_size=128, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32
     )
     config = LlavaNextConfig(
-        vision_config=tower, text_config=text, image_token_index=IMAGE, image_grid_pinpoints=[[2 * side, 2 * side]]
+        vision_config=tower,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[2 * tower.image_size, 2 * tower.image_size]],
     )
     return LlavaNextForConditionalGeneration(config).eval()
 

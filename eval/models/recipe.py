@@ -78,35 +78,28 @@ def _text_config(max_positions: int) -> LlamaConfig:
     )
 
 
-def build_model() -> LlavaForConditionalGeneration:
-    """A tiny LLaVA with random weights: CLIP tower with [CLS], MLP projector, narrow Llama of 8 layers."""
-    config = LlavaConfig(
+def _config(cls: type, max_positions: int, **more: Any):
+    return cls(
         vision_config=_vision_config(),
-        text_config=_text_config(1024),
+        text_config=_text_config(max_positions),
         image_token_id=IMAGE,
         image_seq_length=N_VISUAL,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
+        **more,
     )
-    return LlavaForConditionalGeneration(config)
+
+
+def build_model() -> LlavaForConditionalGeneration:
+    """A tiny LLaVA with random weights: CLIP tower with [CLS], MLP projector, narrow Llama of 8 layers."""
+    return LlavaForConditionalGeneration(_config(LlavaConfig, 1024))
 
 
 def build_next_model() -> LlavaNextForConditionalGeneration:
     """The same parts as a tiny LLaVA-NeXT: a thumbnail and up to 2 x 2 crops, 744 placeholders at 192 x 192."""
-    config = LlavaNextConfig(
-        vision_config=_vision_config(),
-        text_config=_text_config(2048),
-        image_token_id=IMAGE,
-        image_seq_length=N_VISUAL,
-        image_grid_pinpoints=PINPOINTS,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
-    )
-    return LlavaNextForConditionalGeneration(config)
+    return LlavaNextForConditionalGeneration(_config(LlavaNextConfig, 2048, image_grid_pinpoints=PINPOINTS))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -221,30 +221,33 @@ class FindIt:
     """The task: five kinds of questions about the scenes of a split."""
 
     name = "findit"
+    kinds: Sequence[str] = KINDS
+    seed = 20_27  # of the questions
+    draw = staticmethod(draw)
 
     def __init__(self, split: str = "test", n_scenes: int = N_TEST_SCENES):
         self.split, self.n_scenes = split, n_scenes
 
     def samples(self) -> list[Sample]:
         """One question of each kind a scene, where the scene allows it."""
-        return _samples(self.split, self.n_scenes)
+        return _samples(type(self), self.split, self.n_scenes)
 
     def train_samples(self) -> list[Sample]:
         """Questions about training scenes, for the question-only floor."""
-        return _samples("train", self.n_scenes)
+        return _samples(type(self), "train", self.n_scenes)
 
     def image(self, image_id: str) -> Image.Image:
-        """The picture of a scene, 96 x 96."""
+        """The picture of a scene."""
         split, index = image_id.split("-")
-        return Image.fromarray(draw(split, int(index))[0])
+        return Image.fromarray(self.draw(split, int(index))[0])
 
 
-@functools.lru_cache(maxsize=4)
-def _samples(split: str, n_scenes: int) -> list[Sample]:
+@functools.lru_cache(maxsize=8)
+def _samples(task: type[FindIt], split: str, n_scenes: int) -> list[Sample]:
     samples = []
     for index in range(n_scenes):
-        shapes = draw(split, index)[1]
-        rng = np.random.default_rng((20_27, SPLITS[split], index))
-        for question, answer, kind in ask(rng, shapes):
+        shapes = task.draw(split, index)[1]
+        rng = np.random.default_rng((task.seed, SPLITS[split], index))
+        for question, answer, kind in ask(rng, shapes, kinds=task.kinds):
             samples.append(Sample(f"{split}-{index}-{kind}", f"{split}-{index}", question, answer, kind))
     return samples

@@ -7,18 +7,12 @@ there: what shape has which colour is legible only in the crops, and no crop but
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
-from PIL import Image
 
 from . import findit
-from .base import Sample
 
 SIZES = ((192, 192), (144, 192), (192, 144))  # height, width
 KINDS = ("colour", "shape", "existence")
-SPLITS = {"train": 0, "validation": 1, "test": 2}
-N_TEST_SCENES = 2000
 MARGIN = 2  # pixels between a shape and the middle lines, on which crops meet
 
 
@@ -29,7 +23,7 @@ def size(index: int) -> tuple[int, int]:
 
 def draw(split: str, index: int) -> tuple[np.ndarray, list[findit.Shape]]:
     """Scene `index` of a split: the picture, (height, width, 3) uint8, and what is in it."""
-    rng = np.random.default_rng((20_28, SPLITS[split], index))
+    rng = np.random.default_rng((20_28, findit.SPLITS[split], index))
     height, width = size(index)
     image = findit.background(rng, height, width)
     quarters = rng.permutation(4)[: int(rng.choice([1, 1, 2]))]
@@ -56,33 +50,10 @@ def _place(
     return boxes
 
 
-class FindItHD:
+class FindItHD(findit.FindIt):
     """The task: what colour, what shape, is it there; about the scenes of a split."""
 
     name = "findit_hd"
-
-    def __init__(self, split: str = "test", n_scenes: int = N_TEST_SCENES):
-        self.split, self.n_scenes = split, n_scenes
-
-    def samples(self) -> list[Sample]:
-        """One question of each kind a scene, where the scene allows it."""
-        return _samples(self.split, self.n_scenes)
-
-    def train_samples(self) -> list[Sample]:
-        """Questions about training scenes, for the question-only floor."""
-        return _samples("train", self.n_scenes)
-
-    def image(self, image_id: str) -> Image.Image:
-        """The picture of a scene."""
-        split, index = image_id.split("-")
-        return Image.fromarray(draw(split, int(index))[0])
-
-
-@functools.lru_cache(maxsize=4)
-def _samples(split: str, n_scenes: int) -> list[Sample]:
-    samples = []
-    for index in range(n_scenes):
-        rng = np.random.default_rng((20_29, SPLITS[split], index))
-        for question, answer, kind in findit.ask(rng, draw(split, index)[1], kinds=KINDS):
-            samples.append(Sample(f"{split}-{index}-{kind}", f"{split}-{index}", question, answer, kind))
-    return samples
+    kinds = KINDS
+    seed = 20_29
+    draw = staticmethod(draw)
