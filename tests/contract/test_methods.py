@@ -17,7 +17,7 @@ from tokprune.methods.base import ScoreMethod
 from tokprune.types import Count, Layout, VisualTokens, grid_layout
 
 SCORING = [s for s in SPECS if isinstance(build(s), ScoreMethod)]
-LARGE = grid_layout(24, 24)
+SOME = ("6x6", "padded", "three frames")
 NOT_EXACT = {
     "fopru:strategy=row": Count.AT_MOST,
     "globalcom2:faithful=true": Count.CONTENT,
@@ -101,9 +101,10 @@ def test_equal_scores_go_to_the_lower_index(spec):
     assert not keep[:, n_keep:].any()
 
 
-@pytest.mark.parametrize("spec", BUDGETED)
-def test_a_group_equals_its_images_one_by_one(spec):
-    tokens = tokens_for(spec)
+@pytest.mark.parametrize("layout", SOME)
+@pytest.mark.parametrize("spec", PRUNING)
+def test_a_group_equals_its_images_one_by_one(spec, layout):
+    tokens = tokens_for(spec, layout=LAYOUTS[layout])
     together = select(spec, tokens, 12)
     for i in range(3):
         alone = select(spec, part(tokens, i), 12)
@@ -130,13 +131,14 @@ def test_bfloat16_features_stay_bfloat16_and_scores_float32(spec):
 
 
 @pytest.mark.parametrize("spec", [s for s in BUDGETED if build(s).count is not Count.CONTENT])
-def test_runs_without_values(spec):
+@pytest.mark.parametrize("layout", SOME)
+def test_runs_without_values(spec, layout):
     """Under FakeTensorMode a read from the device, or a shape that depends on values, raises."""
-    tokens = tokens_for(spec)
+    tokens = tokens_for(spec, layout=LAYOUTS[layout])
     with FakeTensorMode() as mode:
         signals = {s: mode.from_tensor(t) for s, t in tokens.signals.items()}
         fake = VisualTokens.of(mode.from_tensor(tokens.features), tokens.layout, signals)
-        assert select(spec, fake, 12).keep.shape == (3, 36)
+        assert select(spec, fake, 12).keep.shape == (3, tokens.n_visual)
 
 
 def test_runs_without_values_sees_a_read_from_the_device():
