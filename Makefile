@@ -52,7 +52,8 @@ wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(PYTHON) -m venv --system-site-packages .venv-wheel
 	.venv-wheel/bin/python $(PIP) --no-deps dist/*.whl
-	cd / && PYTHONPATH=$(CURDIR)/$$(echo $(VENV)/lib/python3*/site-packages) $(CURDIR)/.venv-wheel/bin/python -c \
+	site=$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages) && cd / && \
+	  PYTHONPATH=$$site $(CURDIR)/.venv-wheel/bin/python -c \
 	  "import tokprune, tokprune.eval.run as r, tokprune.integrations.transformers as t; \
 	   assert '.venv-wheel' in tokprune.__file__ and '.venv-wheel' in t.__file__, tokprune.__file__; \
 	   assert (r.EMBEDDED_MODEL / 'model.safetensors').is_file(); print('wheel ok')"
