@@ -35,10 +35,10 @@ METHOD_LAWS = {
     "scores": lambda s: methods.test_scores_are_finite_float32_and_leave_inputs_alone(s),
     "count": lambda s: methods.test_select_keeps_what_its_count_class_promises(s, SQUARE),
     "ties": lambda s: methods.test_equal_scores_go_to_the_lower_index(s),
-    "group": lambda s: methods.test_a_group_equals_its_images_one_by_one(s),
+    "group": lambda s: methods.test_a_group_equals_its_images_one_by_one(s, "6x6"),
     "highest": lambda s: methods.test_select_keeps_the_highest_scores(s),
     "bfloat16": lambda s: methods.test_bfloat16_features_stay_bfloat16_and_scores_float32(s),
-    "no values": lambda s: methods.test_runs_without_values(s),
+    "no values": lambda s: methods.test_runs_without_values(s, "6x6"),
     "needs": lambda s: methods.test_needs_is_honest(s),
 }
 BROKEN_METHODS = [
