@@ -138,7 +138,10 @@ BREAKS = {
         (budget.Budget, "_affordable", without_the_text),
         lambda: costs.test_flops_ratio_keeps_the_most_that_it_pays_for("uniform", "llm"),
     ),
-    "detach": ((ATTACHMENT, "detach", leave_everything), lambda: attachment.test_detach_restores_everything("clip")),
+    "detach": (
+        (ATTACHMENT, "detach", leave_everything),
+        lambda: attachment.test_detach_restores_everything("clip", "vtc_cls"),
+    ),
 }
 
 
