@@ -63,7 +63,9 @@ def by_image(adapter, encoded: Encoded, runs: list[int] | None = None) -> Images
         raise UnsupportedModelError(
             f"{name} gave {sum(map(len, encoded.features))} rows where the layout of the pictures says {sum(lengths)}"
         )
-    features = list(torch.cat(encoded.features).split(lengths))
+    features = encoded.features
+    if lengths != list(map(len, features)):
+        features = list(torch.cat(features).split(lengths))
     device = features[0].device
 
     def packed(values: Tensor) -> list[Tensor]:
