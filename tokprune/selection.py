@@ -115,7 +115,7 @@ class Selector:
             group = [i for i, other in enumerate(layouts) if other == layout]
 
             def stacked(rows: list[Tensor], group=group) -> Tensor:
-                return torch.stack([rows[i] for i in group])
+                return torch.stack([rows[i] for i in group]) if len(group) > 1 else rows[group[0]][None]
 
             rows = stacked(features)
             signals = {s: stacked(values) for s, values in images.signals.items()}
@@ -150,7 +150,9 @@ class Selector:
         keep = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         keep = keep.index_copy(1, visual, selected.keep)
         keep = with_newlines(keep, layout, self.newlines)
-        return mark_dropped(rows.index_copy(1, visual, features), keep), keep
+        if features is not own:
+            rows = rows.index_copy(1, visual, features)
+        return mark_dropped(rows, keep), keep
 
     def _projected(self, selected: VisualTokens, own: Tensor, n_keep: int) -> Tensor:
         """Tower states through the model's own projector, of kept tokens where their number is known."""
