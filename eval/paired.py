@@ -81,8 +81,12 @@ def main(
 ) -> None:
     """Differences between configurations of a run."""
     found: list[Difference] = []
-    for first, second in _two_by_two(pairs):
-        found += differences(folder, first, second)
+    try:
+        for first, second in _two_by_two(pairs):
+            found += differences(folder, first, second)
+    except RunError as error:
+        typer.echo(f"tokprune: {error}", err=True)
+        raise typer.Exit(2) from None
     for d in found:
         typer.echo(
             f"{d.task}: {d.first} - {d.second}: {100 * d.difference:+.1f} points "

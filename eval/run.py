@@ -6,6 +6,7 @@ are compared on the same inputs minutes, not hours, apart.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import time
@@ -25,7 +26,7 @@ from tokprune.errors import MissingSignalError, RunError, UnsupportedModelError
 from tokprune.flops import Ops, Shape
 from tokprune.shapes import shape_from_config
 
-from .models import DEFAULT, path_of
+from .models import DEFAULT, EMBEDDED, path_of
 from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
 from .tasks import Sample, Task, normalise
 
@@ -61,8 +62,11 @@ class Runner:
             model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto" if gpu else torch.float32)
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            near = difflib.get_close_matches(path, EMBEDDED, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
             raise RunError(
-                f"cannot load {path!r}: {first} Type a local folder or a hub id of: {', '.join(tokprune.list_models())}"
+                f"cannot load {path!r}: {first} {hint}Type {' or '.join(EMBEDDED)} (embedded), a local folder, or a "
+                f"hub id of: {', '.join(tokprune.list_models())}"
             ) from error
         processor.tokenizer.padding_side = "left"
         return cls(model.eval().to("cuda" if gpu else "cpu"), processor, **options)

@@ -530,3 +530,26 @@ def test_doctor_exits_with_1_as_a_process():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ---- methods that decide by themselves, and near misses
+
+
+def test_cli_budgets_of_methods_that_decide_are_refused_with_what_to_type(scene, tmp_path):
+    out = ["--out", str(tmp_path / "kept.png")]
+    done = tokprune_cli("explain", str(scene), "--method", "prumerge", "--keep", "0.1", *out)
+    assert "type prumerge:adaptive=false" in refusal(done)
+    assert tokprune_cli("explain", str(scene), "--method", "prumerge", *out).returncode == 0
+    done = tokprune_cli("flops", "--model", "llava-next-7b", "--method", "prumerge")
+    assert "type prumerge:adaptive=false" in refusal(done)
+
+
+def test_cli_misspelt_embedded_model_offers_the_nearest():
+    assert "Did you mean 'tiny-llava-next'?" in refusal(tokprune_cli("compare", "--model", "tiny-llava-nxt"))
+
+
+def test_cli_flops_says_what_it_assumed():
+    done = tokprune_cli("flops", "--model", "llava-next-7b", "--visual", "2880", "--method", "globalcom2")
+    assert "2880 visual tokens (5 crops" in done.stdout
+    assert "< 0.01" in done.stdout  # a selector that costs next to nothing is not one that was not counted
+    assert "576 visual tokens (1 crop;" in tokprune_cli("flops", "--model", "llava-next-7b").stdout

@@ -252,6 +252,16 @@ def test_compare_by_name_and_pairs(tmp_path):
         paired.differences(tmp_path / "nothing", "none", "prumerge")
 
 
+def test_paired_command_refuses_in_one_line(tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(paired.main)
+    done = CliRunner().invoke(app, [str(tmp_path), "a", "b"])
+    assert (done.exit_code, "no run of tokprune compare" in done.output) == (2, True)
+    assert "Traceback" not in done.output
+
+
 def test_paired_interval_is_the_published_one():
     """Bonett and Price 2012, by hand: (b - c) / (n + 2) with a half added to both."""
     low, high = paired.interval(12, 4, 100)

@@ -72,10 +72,16 @@ def attach(
     """
     from .integrations.transformers import adapter_for
 
+    if "keep" in options:
+        raise OptionError(
+            "keep is no option; type keep_ratio=0.25 (a fraction of the tokens) or keep_tokens=64 (a count)"
+        )
     built, label = build_method(method, options)
     if built.is_filter:
-        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, 'vtc_cls']")
-    budget = _checked_budget(built, (keep_ratio, keep_tokens, flops_ratio), flops_scope)
+        raise TokPruneError(
+            f"{label!r} only filters; put a method behind it: [{label!r}, 'vtc_cls'], or \"{label}+vtc_cls\" as a name"
+        )
+    budget = _checked_budget(built, label, (keep_ratio, keep_tokens, flops_ratio), flops_scope)
     adapter = adapter_for(model)
     if flops_ratio is not None and adapter.shape is None:
         raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
@@ -96,11 +102,12 @@ def attach(
     return Attachment(adapter, selector, positions, signals)
 
 
-def _checked_budget(method: Method, given: tuple[Any, Any, Any], flops_scope: Scope) -> Budget | None:
+def _checked_budget(method: Method, label: str, given: tuple[Any, Any, Any], flops_scope: Scope) -> Budget | None:
     if method.takes_budget:
         return Budget(*given, flops_scope)
     if given != (None, None, None):
-        raise BudgetError(f"{method} takes no budget; leave keep_ratio, keep_tokens and flops_ratio out")
+        instead = f", or type {label}:{method.if_budget}" if method.if_budget else ""
+        raise BudgetError(f"{label!r} takes no budget; leave keep_ratio, keep_tokens and flops_ratio out{instead}")
     return None
 
 

@@ -61,6 +61,10 @@ def flops(
     after = shape.picture(visual, crops, signals) + shape.read(n_keep + text)
     after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=products)
     _console().print(terminal.ledger_table(shape, (before, after), (visual + text, n_keep + text), layers))
+    n_crops = crops or -(-visual // shape.n_visual)
+    typer.echo(
+        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; --visual takes another number), keep {keep:g}."
+    )
     share = before.before_llm.flops / before.prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
 
@@ -74,6 +78,7 @@ def _kept(shape: Shape, method: str, keep: float, visual: int) -> tuple[int, fro
     if built.count is Count.CONTENT or built.is_filter:
         raise RunError(
             f"how many tokens {method!r} keeps depends on the picture; leave --method out for the budget alone"
+            f"{_with_budget(method)}"
         )
     projects_rows = shape.projector[0] == shape.vision.stack.width
     signals = built.needs(Tower(shape.vision.stack.n_layers, has_cls, projects_rows))
@@ -89,6 +94,11 @@ def _kept(shape: Shape, method: str, keep: float, visual: int) -> tuple[int, fro
     layout = Layout(tuple(tiles), tuple(range(visual)), (0,) * visual, (1, max(tiles)))
     cost = SelectionCost(shape, signals, built.cost, built.space == "tower" and projects_rows)
     return n_keep, signals, cost.selector(layout, n_keep, collected=False)
+
+
+def _with_budget(spec: str) -> str:
+    option = tokprune.get_method(spec).if_budget
+    return f", or type {spec}:{option}" if option else ""
 
 
 def _shape(model: str) -> Shape:
@@ -113,7 +123,7 @@ def explain(
     method: Annotated[
         list[str] | None, typer.Option(help="Name or specification; repeatable, or several with commas.")
     ] = None,
-    keep: Annotated[float, typer.Option(help="Ratio of the visual tokens kept.")] = 0.25,
+    keep: Annotated[float | None, typer.Option(help="Ratio of the visual tokens kept; 0.25 by default.")] = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
     model: Annotated[
         str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
@@ -123,8 +133,12 @@ def explain(
     """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
     explained = _eval("explained", needs=())
     specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
-    budgets = [{"keep_ratio": keep} if tokprune.get_method(s).takes_budget else {} for s in specs]
-    Budget(keep_ratio=keep)
+    ratio = 0.25 if keep is None else keep
+    Budget(keep_ratio=ratio)
+    decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
+    if keep is not None and decides:
+        raise RunError(f"{decides[0]!r} takes no budget; leave --keep out, or draw it apart{_with_budget(decides[0])}")
+    budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
     picture = explained.open_picture(image)
     runner = _runner(model)
     sheet, lines = explained.explained(runner, picture, question, list(zip(specs, budgets, strict=True)))

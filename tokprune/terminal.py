@@ -63,8 +63,12 @@ def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, 
 
 
 def _add(table: Table, name: str, before: Ops, after: Ops) -> None:
-    numbers = [f"{n / 1e9:,.2f}" for ops in (before, after) for n in (ops.macs, ops.flops)]
+    numbers = [_giga(n) for ops in (before, after) for n in (ops.macs, ops.flops)]
     table.add_row(name, *numbers, _percent(before.macs, after.macs))
+
+
+def _giga(n: int) -> str:
+    return "< 0.01" if 0 < n < 5e6 else f"{n / 1e9:,.2f}"
 
 
 def _percent(before: int, after: int) -> str:

@@ -392,8 +392,8 @@ def test_filter_drops_the_strongest_of_every_crop_before_selection():
     ("method", "message"),
     [
         ("damro_filter", "only filters"),
-        (["damro_filter"], "must come last"),
-        (["vtc_cls", "damro_filter"], "must come last"),
+        (["damro_filter"], "only filters"),
+        (["vtc_cls", "damro_filter"], r"type \['damro_filter', 'vtc_cls'\]"),
         (["vtc_cls", "fopru"], "exactly one method"),
         (["damro_filter", "divprune"], "does not rank single tokens"),
         (["damro_filter", "fopru:strategy=row"], "does not rank single tokens"),

@@ -153,6 +153,20 @@ def test_options_out_of_range_are_refused_before_anything_runs(spec):
 
 
 @pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("prumerge", {"keep_ratio": 0.3}, "type prumerge:adaptive=false"),
+        ("vtc_cls", {"keep": 0.3}, "type keep_ratio="),
+        (["damro_filter", "vtc_cls"], {"keep_ratio": 0.3, "start_layer": 2}, "'vtc_cls:start_layer=2'"),
+        ("damro_filter", {}, r"damro_filter\+vtc_cls"),
+    ],
+)
+def test_near_misses_say_what_to_type(method, options, message):
+    with pytest.raises(tokprune.TokPruneError, match=message):
+        tokprune.attach(tiny.model(), method, **options)
+
+
+@pytest.mark.parametrize(
     ("spec", "message"), [("hired:budget_layer=3:layer=1", "up to 1"), ("tokencorr:early=3:late=1", "up to 1")]
 )
 def test_layers_in_the_wrong_order_are_refused(spec, message):

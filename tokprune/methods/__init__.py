@@ -49,8 +49,9 @@ def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tupl
         method = method.split("+")
     if isinstance(method, Sequence) and not isinstance(method, str):
         if options:
+            last, (name, value) = method[-1] if len(method) else "vtc_cls", next(iter(options.items()))
             raise OptionError(
-                "keyword options with a list are ambiguous; write them in the list, as 'vtc_cls:start_layer=16'"
+                f"keyword options with a list are ambiguous; write them in the list, as '{last}:{name}={value}'"
             )
         return _build_list(method)
     return _build_one(method, options)
@@ -63,11 +64,16 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
     selecting = [label for built, label in pairs if not built.is_filter]
     filters: list[Any] = pairs[:-1]
     last, label = pairs[-1]
-    if len(selecting) != 1 or last.is_filter:
+    if not selecting:
+        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, 'vtc_cls']")
+    if len(selecting) > 1:
         raise TokPruneError(
-            "a list takes filters, then exactly one method that acts before the language model; "
-            f"this one has {len(selecting)} ({', '.join(selecting) or 'none'}), which must come last"
+            f"a list takes filters, then exactly one method that acts before the language model, not {len(selecting)} "
+            f"({', '.join(selecting)}); leave all but one out"
         )
+    if last.is_filter:
+        names = [name for built, name in pairs if built.is_filter] + selecting
+        raise TokPruneError(f"filters come before the method; type {names} (or {'+'.join(names)!r})")
     if not filters:
         return last, label
     from .chain import Chain  # here, so that importing tokprune imports no method

@@ -35,6 +35,7 @@ class Method:
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of numeric options
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
+    if_budget: ClassVar[str] = ""  # the option to type where a budget is asked of a method that decides by itself
 
     def __post_init__(self):
         for option in fields(self):

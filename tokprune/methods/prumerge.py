@@ -45,6 +45,7 @@ class PruMerge(Method):
     space: ClassVar = "tower"
     source: ClassVar[str] = "arXiv:2403.15388"
     if_missing: ClassVar[str] = "without_cls=received"
+    if_budget: ClassVar[str] = "adaptive=false"
 
     @property
     def takes_budget(self) -> bool:
