@@ -33,7 +33,7 @@ class LlavaNext(Llava):
     def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
         """Through `pack_image_features`."""
         crops = values.split(self.crops_of(name, arguments, len(values)))
-        return self._pack(list(crops), arguments["image_sizes"], self._aspect_ratio(arguments))  # patches alone
+        return self._pack(list(crops), arguments["image_sizes"], self._aspect_ratio(arguments))
 
     def crops_of(self, name: str, arguments: Mapping[str, Any], n_crops: int) -> list[int]:
         """As the model counts them from the image's size."""

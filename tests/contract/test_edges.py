@@ -140,6 +140,7 @@ BAD_OPTIONS = {
     "tokencorr:similar=2": "type -1 to 1",
     "tokencorr:repeats=-0.1": "type 0 to 1",
     "prumerge_plus:step=0": "type 1 to",
+    "prumerge_plus:adaptive=false:n_top=5": "leave adaptive=false out",
     "damro_filter:n_outliers=-3+vtc_cls": "type 0 to",
     "damro_filter+damro_filter+vtc_cls": "stands twice",
     "fopru:strategy=row:split=even": "strategy=rank",

@@ -55,8 +55,9 @@ class CDPruner(Method):
         """All cosines, the updates, and one product with the mean direction of the text."""
         sizes = layout.crop_sizes if self.split == "even" else (layout.n_visual,)
         shares = ops.shares(layout.crop_sizes, n_keep, even=True) if self.split == "even" else (n_keep,)
-        updates = sum(n * k * (k - 1) // 2 for n, k in zip(sizes, shares, strict=True))
-        return Ops(updates + sum(n * n for n in sizes) * widths.rows + layout.n_visual * widths.rows)
+        pairs = [(n, k) for n, k in zip(sizes, shares, strict=True) if k]
+        updates = sum(n * k * (k - 1) // 2 for n, k in pairs)
+        return Ops(updates + (sum(n * n for n, _ in pairs) + layout.n_visual) * widths.rows)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The chosen tokens, in raster order."""
@@ -92,7 +93,7 @@ class CDPruner(Method):
         basis = kernel.new_zeros(len(kernel), n_keep, kernel.shape[1])
         free, chosen = torch.ones_like(residual, dtype=torch.bool), []
         for i in range(n_keep):
-            # 1 + residual while there is any, then relevance below 1: one ranking, no read from the device
+            # 2 + residual while there is any, then relevance below 1: one ranking, no read from the device
             rank = torch.where(residual > LEAST, 2 + residual, relevance.clamp(max=1))
             newest = ops.first_highest(rank.masked_fill(~free, -torch.inf))[:, None]
             own, column = residual.gather(1, newest), newest[:, None].expand(-1, i, 1)  # (G, 1), (G, i, 1)

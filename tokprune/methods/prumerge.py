@@ -75,7 +75,7 @@ class PruMerge(Method):
             return crop_by_crop(tokens, ops.shares(tokens.layout.crop_sizes, n_keep, even=True), self._fixed)
         ratio = ops.outliers(cls_values(tokens, "single")[:, 0]).double().mean(1)
         if len(tokens.features) > 1:  # as many tokens as the picture says: no two need have the same number
-            parts = [replace(self, adaptive=True).select(_image(tokens, i), 0) for i in range(len(tokens.features))]
+            parts = [self.select(_image(tokens, i), 0) for i in range(len(tokens.features))]
             return replace(
                 tokens,
                 features=torch.cat([p.features for p in parts]),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import OptionError
 from .prumerge import PruMerge
 
 
@@ -39,6 +40,11 @@ class PruMergePlus(PruMerge):
     step: int | None = None
 
     limits: ClassVar = {"n_top": (1, 1e6), "step": (1, 1e6)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.adaptive and (self.n_top, self.step) != (None, None):
+            raise OptionError("PruMergePlus: n_top and step are counts of their own; leave adaptive=false out")
 
     def chosen(self, attention: Tensor, n_top: int, ratio: float) -> Tensor:
         """The most attended tokens, then those of the grid."""
