@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import tokprune
 from tokprune.methods import METHODS, build_method
 from tokprune.methods.base import Filter
-from tokprune.types import Kind, Layout, Signal, Tower, VisualTokens, grid_layout
+from tokprune.types import Decoder, Kind, Layout, Signal, Stage, Tower, VisualTokens, grid_layout
 
 VARIANTS = [
     "cdpruner:invert=false",
@@ -37,8 +39,33 @@ VARIANTS = [
     "vtc_cls:start_layer=22",
     "vtc_cls:start_layer=-8",
 ]
-FILTERS = [n for n in tokprune.list_methods() if isinstance(METHODS.build(n), Filter)]
-SPECS = [n for n in tokprune.list_methods() if n not in FILTERS] + VARIANTS
+DECODER_VARIANTS = [
+    "dart:pivots=2:text_pivots=1",
+    "dart:text=all",
+    "dart:faithful=true",
+    "fastv:layer=-2",
+    "fastv:schedule=cosine",
+    "fastv:schedule=pyramid/1/3",
+    "fastv:schedule=sigmoid/2/2",
+    "fastv:schedule=single/3",
+    "fastv:uniform=0.5",
+    "pyramiddrop:schedule=single/2",
+    "sink_filter:threshold=2+fastv",
+    "sparsevlm:faithful=true",
+    "sparsevlm:recycle=false",
+    "sparsevlm:recycle=false:uniform=0.25",
+]
+
+
+def _of(stage: Stage, filters: bool) -> list[str]:
+    built = {n: METHODS.build(n) for n in tokprune.list_methods() if n not in ("dyvte", "schedule")}  # those need files
+    return [n for n, m in built.items() if m.stage is stage and isinstance(m, Filter) == filters]
+
+
+FILTERS = _of(Stage.PRE_LLM, True)
+SPECS = _of(Stage.PRE_LLM, False) + VARIANTS
+CUTTING = _of(Stage.DECODER, False) + DECODER_VARIANTS  # between decoder layers
+DECODER = Decoder(n_layers=32, width=16)
 
 
 def build(spec: str):
@@ -104,8 +131,41 @@ def tokens_for(spec: str, n_images=3, layout: Layout | None = None, dtype=torch.
     signals = {s: signal(s) for s in sorted(needs, key=str)}
     if extra:
         have = {s.kind for s in needs}
-        signals |= {Signal(k, (0,)): signal(Signal(k, (0,))) for k in Kind if k not in have}
+        signals |= {Signal(k, (0,)): signal(Signal(k, (0,))) for k in Kind if k not in have and not k.is_decoder}
     return VisualTokens.of(features, layout, signals)
+
+
+LAYER = 8  # of `DECODER`, to cut before
+
+
+def cut_tokens_for(spec: str, n_images=3, n=36, seed=0, width=16, dtype=torch.float32, extra=False) -> VisualTokens:
+    """Random tokens at a cut of which 36 of a 7 x 7 picture are left, with what a method reads there."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> torch.Tensor:
+        return torch.randn(n_images, *shape, generator=generator)
+
+    def signal(s: Signal) -> torch.Tensor:
+        return {
+            Kind.LM_ROW: lambda: (3 * values(max(len(s.layers), 1), n + 9)).softmax(-1)[..., :n],
+            Kind.LM_MASS: lambda: values(max(len(s.layers), 1)).sigmoid(),
+            Kind.LM_TEXT_ROWS: lambda: (3 * values(N_TEXT, n + 9)).softmax(-1)[..., :n],
+            Kind.LM_KEYS: lambda: values(n, HEADS, HEAD_DIM),
+            Kind.LM_TEXT_KEYS: lambda: values(N_TEXT, HEADS, HEAD_DIM),
+            Kind.LM_TEXT_STATES: lambda: values(N_TEXT, width),
+            Kind.LM_FIRST_STATE: lambda: values(width),
+            Kind.LM_EMBEDS: lambda: values(49, width),
+            Kind.LM_TEXT_EMBEDS: lambda: values(N_TEXT, width),
+        }[s.kind]()
+
+    reads = build(spec).reads(LAYER)
+    features = values(n, width).to(dtype)
+    index = torch.rand(n_images, 49, generator=generator).argsort(1)[:, :n].sort(1).values
+    signals = {s: signal(s) for s in sorted(reads, key=str)}
+    if extra:
+        have = {s.kind for s in reads}
+        signals |= {Signal(k, (LAYER,)): signal(Signal(k, (LAYER,))) for k in Kind if k.is_decoder and k not in have}
+    return replace(VisualTokens.of(features, grid_layout(7, 7), signals), index=index)
 
 
 def n_keeps(spec: str, layout: Layout) -> list[int]:

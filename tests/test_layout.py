@@ -22,7 +22,8 @@ FOLDERS = {
     "tokprune.integrations": ROOT / "integrations",
     "tokprune.eval": ROOT / "eval",
 }
-GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes", "call"}
+GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
+GROUND |= {"call", "caches", "schedule", "gates"}
 CLI = ("tokprune.cli", "tokprune.doctor", "tokprune.terminal")
 
 
@@ -56,6 +57,10 @@ def room(name: str) -> str:
     parts = name.split(".")
     if name in CLI:
         return "tokprune.cli"
+    if name == "tokprune.between":
+        return "tokprune.compaction"
+    if name in ("tokprune.plan", "tokprune.seen"):
+        return "tokprune.cuts"
     if name in ("tokprune", "tokprune.attachment", "tokprune.compaction", "tokprune.compatibility"):
         return name
     if parts[1] in GROUND:
@@ -71,7 +76,7 @@ MAY_KNOW = {
     "tokprune.methods": {"ground", "tokprune.methods"},
     "tokprune.integrations": set(),
     "tokprune.integrations.transformers": {"ground", "tokprune.integrations.transformers"},
-    "tokprune.compaction": {"ground"},
+    "tokprune.compaction": {"ground", "tokprune.compaction"},
     "tokprune.compatibility": {
         "ground",
         "tokprune.methods",
@@ -79,7 +84,19 @@ MAY_KNOW = {
         "tokprune.integrations.transformers",
     },
     "tokprune.prompt": {"ground"},
-    "tokprune.selection": {"ground", "tokprune.methods", "tokprune.compaction"},
+    "tokprune.stages": {"ground", "tokprune.methods"},
+    "tokprune.selection": {"ground", "tokprune.methods", "tokprune.compaction", "tokprune.stages"},
+    "tokprune.cuts": {
+        "ground",
+        "tokprune.methods",
+        "tokprune.compaction",
+        "tokprune.prompt",
+        "tokprune.selection",
+        "tokprune.stages",
+        "tokprune.cuts",
+        "tokprune.integrations",
+        "tokprune.integrations.transformers",
+    },
     "tokprune.attachment": {
         "ground",
         "tokprune.methods",
@@ -87,6 +104,8 @@ MAY_KNOW = {
         "tokprune.compatibility",
         "tokprune.prompt",
         "tokprune.selection",
+        "tokprune.stages",
+        "tokprune.cuts",
         "tokprune.integrations",
         "tokprune.integrations.transformers",
     },
@@ -101,7 +120,7 @@ MAY_KNOW = {
     "tokprune.eval": {"tokprune", "ground", "tokprune.eval"},
     "tokprune.cli": {"tokprune", "ground", "tokprune.eval", "tokprune.cli"},
 }
-PUBLIC_MODULES = {"types", "errors", "budget", "flops", "shapes", "report", "explain"}
+PUBLIC_MODULES = {"types", "errors", "budget", "flops", "gates", "schedule", "shapes", "report", "explain"}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
@@ -168,7 +187,7 @@ import tokprune
 assert (dict(ALL_ATTENTION_FUNCTIONS), list(warnings.filters), logging.getLogger().level) == before
 loaded = {m for m in sys.modules if m.startswith("tokprune.")}
 assert not [m for m in loaded if m.startswith(("tokprune.eval", "tokprune.integrations", "tokprune.cli"))], loaded
-shared = {"tokprune.methods.base", "tokprune.methods.mosaic"}
+shared = {"tokprune.methods." + name for name in ("base", "chain", "decoder", "mosaic")}
 assert {m for m in loaded if m.startswith("tokprune.methods.")} == shared, loaded
 """
     done = run(code)

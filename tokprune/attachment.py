@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .budget import Budget, Scope
+from .between import Between
+from .budget import Scope
+from .caches import past_length
 from .call import Call, Local, repeated_salts
-from .compaction import Compaction, Ran, past_length, without_marks
+from .compaction import Compaction, Ran, without_marks
 from .compatibility import checked_signals
+from .cuts import DecoderSelector
 from .errors import (
     AlreadyAttachedError,
     BadFeaturesError,
@@ -27,9 +30,10 @@ from .errors import (
 )
 from .methods import Spec, build_method
 from .methods.base import Method
-from .prompt import places_of, same_places, text_of
+from .prompt import placeholders, places_of, same_places, text_of
 from .report import Prefill, Report, describe_signals, without_beam_copies
 from .selection import Encoded, Newlines, Selector, by_image
+from .stages import Stages, one_of, stages_of
 from .types import Kind
 
 
@@ -37,12 +41,13 @@ def attach(
     model: nn.Module,
     method: Spec,
     *,
-    keep_ratio: float | None = None,
-    keep_tokens: int | None = None,
+    keep_ratio: float | Sequence[float] | None = None,
+    keep_tokens: int | Sequence[int] | None = None,
     flops_ratio: float | None = None,
     flops_scope: Scope = "llm",
     positions: Literal["auto", "contiguous", "original"] = "auto",
     newlines: Newlines = "auto",
+    replay: Sequence[Any] | None = None,
     **options: Any,
 ) -> Attachment:
     """Let a model's language model see fewer visual tokens, until `detach` or the end of a `with` block.
@@ -52,7 +57,8 @@ def attach(
         method: a name ("vtc_cls"), a specification ("vtc_cls:start_layer=22"), a method object, or a list of
             them. See `tokprune.list_methods()`. Start with "vtc_cls" where the tower has a [CLS] token and
             with "fopru" elsewhere.
-        keep_ratio: fraction of each image's visual tokens to keep, in (0, 1]. Start with 0.25.
+        keep_ratio: fraction of each image's visual tokens to keep, in (0, 1]. Start with 0.25. Between decoder layers:
+            what is left after the last cut, of what the language model is given. A list has one for each method.
         keep_tokens: number of each image's visual tokens to keep, instead of a fraction.
         flops_ratio: fraction of the unpruned FLOPs to spend, instead of a number of tokens, in (0, 1]; solved for
             each image beside 64 text tokens.
@@ -62,6 +68,7 @@ def attach(
         newlines: of models that end every row of a picture with one: "keep_rows_with_tokens" keeps those of rows
             that keep a token, "keep" all, "drop" none; "auto" is the first, or what the method says. They are not
             counted in a budget.
+        replay: what another attachment `kept`, one entry an image, instead of selecting anew; it takes no budget.
         **options: options of the method, such as start_layer=22.
 
     Returns:
@@ -81,34 +88,24 @@ def attach(
         raise TokPruneError(
             f"{label!r} only filters; put a method behind it: [{label!r}, 'vtc_cls'], or \"{label}+vtc_cls\" as a name"
         )
-    budget = _checked_budget(built, label, (keep_ratio, keep_tokens, flops_ratio), flops_scope)
+    stages = stages_of(built, label, (keep_ratio, keep_tokens, flops_ratio), flops_scope, replay)
     adapter = adapter_for(model)
     if flops_ratio is not None and adapter.shape is None:
         raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
-    if positions not in ("auto", "contiguous", "original"):
-        raise OptionError(f"positions={positions!r} is not one of 'auto', 'contiguous', 'original'")
-    if newlines not in get_args(Newlines):
-        raise OptionError(f"newlines={newlines!r} is not one of {', '.join(map(repr, get_args(Newlines)))}")
+    one_of("positions", positions, ("auto", "contiguous", "original"))
+    one_of("newlines", newlines, get_args(Newlines))
     positions = adapter.default_positions if positions == "auto" else positions
     adapter.check_attention(positions)
-    signals = checked_signals(built, label, adapter)
+    signals = frozenset() if replay is not None else checked_signals(stages.first, label, adapter)
+    if stages.decoder is not None:
+        stages.decoder.check(adapter.decoder)
     current = [getattr(adapter.base, name) for name in adapter.encode_functions]
     owners = [a for a in (getattr(f, "_tokprune_attachment", None) for f in current) if a is not None]
     if owners:
         raise AlreadyAttachedError(
             f"this model already has an attachment ({owners[0].label}); call attachment.detach() first"
         )
-    selector = Selector(adapter, built, label, budget, newlines, signals)
-    return Attachment(adapter, selector, positions, signals)
-
-
-def _checked_budget(method: Method, label: str, given: tuple[Any, Any, Any], flops_scope: Scope) -> Budget | None:
-    if method.takes_budget:
-        return Budget(*given, flops_scope)
-    if given != (None, None, None):
-        instead = f", or type {label}:{method.if_budget}" if method.if_budget else ""
-        raise BudgetError(f"{label!r} takes no budget; leave keep_ratio, keep_tokens and flops_ratio out{instead}")
-    return None
+    return Attachment(adapter, built, stages, positions, newlines, signals)
 
 
 class Attachment(NotCopyable):
@@ -117,22 +114,24 @@ class Attachment(NotCopyable):
     Attributes:
         method: the method object.
         label: the method as it was asked for.
-        budget: the budget, or None for a method without one.
+        budget: the budget, or None for a method without one; a pair for two methods that take one each.
         positions: "contiguous" or "original".
         newlines: which newlines stay.
         salts: integers that seeded methods mix in, one an image or one for all; a harness sets one a sample.
     """
 
-    def __init__(self, adapter, selector: Selector, positions, signals):
+    def __init__(self, adapter, method: Method, stages: Stages, positions, newlines: Newlines, signals):
         from .integrations.transformers.base import SignalTap
 
-        self.adapter, self._selector, self.positions = adapter, selector, positions
-        self.method, self.label, self.budget = selector.method, selector.label, selector.budget
+        self.adapter, self.positions, self._stages = adapter, positions, stages
+        self._selector = selector = Selector(adapter, stages, newlines, signals)
+        self.method, self.label, self.budget = method, stages.label, stages.budget
         self.newlines = selector.newlines
         self.salts: Sequence[int] = (0,)
         self._signals = signals
         self._reads_prompt = adapter.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
         self._local = Local()
+        self._cutter = DecoderSelector(adapter, stages, self.newlines, self) if stages.decoder else None
         self._tap = SignalTap(adapter, signals, selector.reads_states) if signals or selector.reads_states else None
         with contextlib.ExitStack() as stack:
             for name in adapter.encode_functions:
@@ -140,11 +139,20 @@ class Attachment(NotCopyable):
             if self._tap:
                 self._tap.install(stack)
             base, language_model = adapter.base, adapter.language_model
+            if adapter.model is not base:
+                stack.callback(adapter.model.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
             stack.callback(base.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
             stack.callback(base.register_forward_hook(self._after_model, with_kwargs=True).remove)
             if self._reads_prompt:  # before compaction, which looks for marks
                 stack.callback(language_model.register_forward_pre_hook(self._mark_late, with_kwargs=True).remove)
-            Compaction(language_model, positions, self).install(stack)
+            compaction = Compaction(language_model, positions, self)
+            between = Between(language_model, compaction, self._cutter, self._cutter.first) if self._cutter else None
+            if between:
+                between.install_after(stack)
+            compaction.install(stack)
+            if self._cutter and between:
+                between.install_before(stack)
+                self._cutter.tap.install(stack, self._cutter.tapped)
             self._undo = stack.pop_all()
 
     def __enter__(self) -> Attachment:
@@ -154,7 +162,7 @@ class Attachment(NotCopyable):
         self.detach()
 
     def __repr__(self):
-        return f"Attachment({self.label!r}, {self.budget or 'no budget'}, positions={self.positions!r})"
+        return f"Attachment({self.label!r}, {self._stages.budget_text or 'no budget'}, positions={self.positions!r})"
 
     def detach(self) -> None:
         """Give the model back as it was; a second time does nothing."""
@@ -175,7 +183,7 @@ class Attachment(NotCopyable):
         call = self._local.call or Call()
         return Report(
             method=self.label,
-            budget=str(self.budget or ""),
+            budget=self._stages.budget_text,
             signals=describe_signals(self._signals),
             n_layers=len(self.adapter.language_model.layers),
             images=without_beam_copies(call.images, call.rows),
@@ -187,11 +195,13 @@ class Attachment(NotCopyable):
         )
 
     @property
-    def kept(self) -> list[Tensor]:
-        """Indices of the kept rows of each image of the last call, ascending, int64 on the CPU."""
-        return [image.kept for image in self.report.images]
+    def kept(self) -> list[Any]:
+        """Indices of the kept rows of each image of the last call, ascending, int64 on the CPU.
 
-    # ------------------------------------------------------------------------------ encoding pictures
+        Where decoder layers are cut, {layer: indices}: what is left from that layer on, 0 for before the first.
+        """
+        images = self.report.images
+        return [image.kept_by_layer if self._cutter else image.kept for image in images]
 
     def _wrap(self, name: str, stack: contextlib.ExitStack) -> None:
         base = self.adapter.base
@@ -225,7 +235,9 @@ class Attachment(NotCopyable):
                 call.pending.append(encoded)
                 return out
             images = by_image(self.adapter, encoded)
+            start = len(call.images)
             marked, _ = self._selector.prune(images, repeated_salts(tuple(self.salts), len(images.features)), call)
+            call.by_name[name] = range(start, len(call.images))
         except BaseException:
             self._local.call = None  # what was half encoded must not be taken for the next call's
             raise
@@ -236,7 +248,8 @@ class Attachment(NotCopyable):
 
     @property
     def _keeps_all(self) -> bool:
-        return self.budget is not None and 1 in (self.budget.keep_ratio, self.budget.flops_ratio)
+        budget = self._stages.first_budget
+        return budget is not None and 1 in (budget.keep_ratio, budget.flops_ratio)
 
     def _mark_late(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Select and mark where the prompt had to be known; a prompt that comes again gets the same marks."""
@@ -285,10 +298,15 @@ class Attachment(NotCopyable):
             for signal in self._signals:
                 if signal.kind is Kind.TEXT_EMBEDS:
                     rows = [p.rows[0] for p in places]
-                    text = text_of(embeds, list(masks.values()), attention_mask, rows)
+                    end = embeds.shape[1] - self._local.n_candidates
+                    inside = [mask[:, :end] for mask in masks.values()]
+                    text = text_of(
+                        embeds[:, :end], inside, None if attention_mask is None else attention_mask[:, :end], rows
+                    )
                     images.signals[signal] = list(text.to(images.features[0].device))
-            salts = repeated_salts(tuple(self.salts), len(places))
+            salts, start = repeated_salts(tuple(self.salts), len(places)), len(call.images)
             marked, _ = self._selector.prune(images, salts, call)
+            call.by_name[encoded.name] = range(start, len(call.images))
             call.marks += zip(places, marked, images.features, strict=True)
         call.pending, call.masks = [], masks
 
@@ -301,22 +319,24 @@ class Attachment(NotCopyable):
             call.rows = self._local.rows
         return call
 
-    # --------------------------------------------------------------------------- the language model
+    def _before_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Assisted decoding proposes tokens behind the prompt already in its first pass, and asks for their logits."""
+        cache, asked = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+        proposes = cache is not None and not past_length(cache) and isinstance(asked, int) and asked > 1
+        self._local.n_candidates = asked - 1 if proposes and asked else 0
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Count the prompt's placeholders, on the device."""
         self._local.masks, self._local.rows = {}, None
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
-        wanted = self.adapter.placeholder_ids
-        if ids is not None and ids.shape[1] > 1:
-            self._local.masks = {name: ids == i for name, i in wanted.items()}
-            if kwargs.get("past_key_values") is not None:
-                # generate() of older releases repeats the pictures of every beam and encodes them here.
-                self._local.rows = ids
-        elif embeds is not None and embeds.shape[1] > 1:
-            rows = self.adapter.base.get_input_embeddings()(ops.on_device(list(wanted.values()), embeds.device))
-            self._local.masks = {name: (embeds == row).all(-1) for name, row in zip(wanted, rows, strict=True)}
+        passed = ids if ids is not None else embeds
+        if passed is None or passed.shape[1] <= 1:
+            return
+        self._local.masks = placeholders(ids, embeds, self.adapter.placeholder_ids, self.adapter.base)
+        if ids is not None and kwargs.get("past_key_values") is not None:
+            # generate() of older releases repeats the pictures of every beam and encodes them here.
+            self._local.rows = ids
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> Any:
         """Take the marks out of the features that the model hands back."""

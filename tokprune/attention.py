@@ -25,6 +25,20 @@ def cls_row(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_specia
     return row.mean(1)[:, n_special:]
 
 
+def rows(q: Tensor, k: Tensor, scale: float, allowed: Tensor) -> Tensor:
+    """Attention of some queries over all keys, (G, H, R, K) float32; a decoder's, with fewer key heads than queries.
+
+    Args:
+        q: (G, H, R, d), rotated.
+        k: (G, H_kv, K, d), rotated.
+        scale: of the logits.
+        allowed: (G, R, K) bool, keys that a query sees.
+    """
+    grouped = q.float().unflatten(1, (k.shape[1], -1))  # (G, H_kv, H / H_kv, R, d)
+    logits = grouped @ k.float().transpose(-1, -2)[:, :, None] * scale
+    return logits.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1).flatten(1, 2)
+
+
 def as_one_head(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
     """The same queries and keys as a single head over the full width, and its scale."""
     q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, k))

@@ -26,6 +26,8 @@ class Call:
     pending: list = field(default_factory=list)  # `selection.Encoded`, to be selected when the prompt is known
     marks: list = field(default_factory=list)  # (`prompt.Place`, marked rows, rows before) of what was selected then
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # placeholders of the prompt that they were found in
+    by_name: dict[str, range] = field(default_factory=dict)  # places in `images` by encode function
+    prompt: Mapping[str, Tensor] = field(default_factory=dict)  # placeholders of the prompt in which layers were cut
     clamped: bool = False
     ran: bool = False
     rows: Tensor | None = None  # input_ids whose rows may be beam copies
@@ -39,6 +41,7 @@ class Local(threading.local):
     masks: Mapping[str, Tensor] = {}  # placeholders of this pass by encode function, (B, S) bool
     rows: Tensor | None = None
     facts: Mapping[str, int] = {}
+    n_candidates: int = 0  # columns behind the prompt that assisted decoding proposes in the same pass
 
 
 def repeated_salts(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:

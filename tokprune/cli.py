@@ -224,6 +224,33 @@ def compare(
     console.print(f"rows.jsonl, samples.jsonl and accuracy.png are in {out}")
 
 
+@app.command()
+def fit_exit(
+    task: Annotated[str, typer.Option(help="Whose training questions: findit, findit_hd or easyvqa.")],
+    out: Annotated[Path, typer.Option(help="The gate file to write, for dyvte:gate=FILE.")],
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    steps: Annotated[int, typer.Option(help="Steps, each at one layer.")] = 400,
+    hidden: Annotated[int, typer.Option(help="Width of a gate; the paper's is 2048 for 7B.")] = 256,
+    samples: Annotated[int, typer.Option(help="Questions to fit to; a quarter as many more to validate on.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of questions, first weights and steps.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions a step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate; the paper's is 6e-5 for 7B.")] = 1e-3,
+    kl: Annotated[float, typer.Option(help="Nats by which a fixed exit may change the answers.")] = 0.01,
+    suffix: Annotated[str, typer.Option(help="Added to every question, as in compare.")] = "",
+) -> None:
+    """Fit the gates of dyvte to a model, and find the layer that it can do without visual tokens from.
+
+    A fit that was cut off goes on where it stopped when the same command is typed again.
+    """
+    fitting, tasks = _eval("fit_exit"), _eval("tasks")
+    settings = fitting.Settings(steps, hidden, samples, seed, batch_size, lr, kl)
+    runner, console = _runner(model, suffix=suffix), _console()
+    fitting.Fit(runner, model, tasks.load_task(task), settings, out).run(console)
+    console.print(f"Use it as dyvte:gate={out}")
+
+
 def _runner(model: str = "tiny-llava", **options: Any):
     """A loaded model with its processor; an embedded one without a progress bar."""
     from transformers.utils import logging

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from .caches import past_length, refuse_unsupported
 from .errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
 
@@ -194,6 +195,11 @@ class Compaction(NotCopyable):
         stack.callback(module.register_forward_pre_hook(self.before, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(self.after, with_kwargs=True).remove)
 
+    @property
+    def new_columns(self) -> NewColumns | None:
+        """What stays of the pass under way in this thread; None where nothing of it is marked."""
+        return self._local.current.new if self._local.current else None
+
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
         cache = kwargs.get("past_key_values")
@@ -214,7 +220,7 @@ class Compaction(NotCopyable):
             if is_prefill:
                 self.observer.after_prefill(Ran(len(x), n_new, n_new, past_inner, past_inner))
             return None
-        _refuse_unsupported(cache, kwargs.get("attention_mask"))
+        refuse_unsupported(cache, kwargs.get("attention_mask"))
         columns = _known_columns(columns, x, past_inner)
         past, columns = _rewound(columns, cache, kwargs, n_new, past_inner)
         this.new = _new_columns(seen) if seen and seen.any_marked else None
@@ -347,11 +353,6 @@ def _new_columns(seen: _Seen) -> NewColumns:
     )
 
 
-def past_length(cache) -> int:
-    """Tokens in a cache; 0 without one."""
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
 def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: int) -> tuple[int, Columns]:
     """How many outer columns precede this pass, and the columns with whatever is passed again taken back.
 
@@ -380,20 +381,3 @@ def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: i
     if excess > 0:
         cache.crop(-excess)
     return past, columns.shortened(past)
-
-
-def _refuse_unsupported(cache, mask) -> None:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise UnsupportedCacheError(
-            "a ready-made attention mask (static cache, flex attention, or your own 4-D mask) cannot be "
-            "shortened; use the default cache with attn_implementation='sdpa' or 'eager', and a 2-D mask"
-        )
-    if cache is None:
-        return
-    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
-    kinds.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
-    if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", False) or kinds != {"DynamicLayer"}:
-        raise UnsupportedCacheError(
-            f"{type(cache).__name__} ({', '.join(sorted(kinds))}) is not supported with pruned tokens; leave "
-            "cache_implementation out (DynamicCache: no static, quantised, offloaded or sliding-window cache)"
-        )

@@ -120,6 +120,28 @@ class Vision:
         return Ops(inner * sum(p[-1] for p in products))
 
 
+def decoder_signals(stack: Stack, signals: Iterable[Signal], layer: int, n_columns: int, n_text: int) -> Ops:
+    """Computing signals for a cut before a decoder layer, of one row of a batch; see `tokprune.attention`.
+
+    Args:
+        stack: the decoder.
+        signals: what is asked for.
+        layer: the first that sees fewer columns; scores of its own need its keys ahead of it.
+        n_columns: of the row at the cut.
+        n_text: tokens of text, for signals about all of them.
+    """
+    inner = stack.n_heads * stack.head_dim
+    products: set[tuple] = set()
+    for s in signals:
+        queries = {Kind.LM_ROW: 1, Kind.LM_MASS: 1, Kind.LM_TEXT_ROWS: n_text}.get(s.kind, 0)
+        for at in s.layers:
+            products.add((at, s.kind is Kind.LM_TEXT_ROWS, queries * inner * n_columns))
+            if at == layer and s.kind is not Kind.LM_TEXT_STATES:  # those are there
+                ahead = queries * inner + n_columns * stack.n_kv_heads * stack.head_dim
+                products.add((at, "ahead", ahead * stack.width))
+    return Ops(sum(p[-1] for p in products))
+
+
 @dataclass(frozen=True)
 class Shape:
     """A multimodal model, as far as its cost depends on it.

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import TokPruneError
+from .ops import on_device
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,18 @@ class Place:
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
+
+
+def placeholders(
+    ids: Tensor | None, embeds: Tensor | None, wanted: Mapping[str, int], model: nn.Module
+) -> dict[str, Tensor]:
+    """Which columns are placeholders, (B, S) bool by encode function, from ids or else from embeddings."""
+    if ids is not None:
+        return {name: ids == i for name, i in wanted.items()}
+    if embeds is None:
+        return {}
+    rows = model.get_input_embeddings()(on_device(list(wanted.values()), embeds.device))  # type: ignore[operator]
+    return {name: (embeds == row).all(-1) for name, row in zip(wanted, rows, strict=True)}
 
 
 def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> list[Place]:

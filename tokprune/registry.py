@@ -112,7 +112,8 @@ def _alternatives(declared: Any) -> Iterable[Any]:
 def parse(cls: type, key: str, text: str) -> Any:
     """The value of an option from its text, by the option's declared type."""
     declared = _option_type(cls, key)
-    for kind in _alternatives(declared):
+    kinds = _alternatives(declared)
+    for kind in sorted(kinds, key=lambda k: k is not type(None)):  # "none" first
         value = _parse_as(kind, text)
         if value is not MISSING:
             return value
@@ -123,12 +124,14 @@ _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "
 
 
 def _parse_as(kind: Any, text: str) -> Any:
-    if kind is type(None):
+    if kind is type(None) or kind is dict:
         return None if text.lower() == "none" else MISSING
     if kind is bool:
         return _BOOLEANS.get(text.lower(), MISSING)
     if typing.get_origin(kind) is Literal:
         return text if text in typing.get_args(kind) else MISSING
+    if hasattr(kind, "parse"):  # it says itself what is wrong
+        return kind.parse(text)
     try:
         return kind(text)
     except (TypeError, ValueError):
@@ -159,5 +162,5 @@ def describe(declared: Any) -> str:
         if typing.get_origin(kind) is Literal:
             names.append("one of " + ", ".join(repr(v) for v in typing.get_args(kind)))
         else:
-            names.append("None" if kind is type(None) else kind.__name__)
+            names.append("None" if kind is type(None) else getattr(kind, "described", kind.__name__))
     return " or ".join(names)

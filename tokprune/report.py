@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,16 @@ class ImageReport:
         layout: where the rows lie.
         n_patches: patches of a crop, or None for the configuration's.
         spent: what collecting signals and selecting computed, given the number of tokens kept.
+        cuts: (N,) bool on the device by decoder layer: what is left from that layer on.
+        cut_ops: what cutting computed, given the tokens left at each of `cuts`.
     """
 
     keep: Tensor
     layout: Layout
     n_patches: int | None = None
     spent: Callable[[int], Ops] = lambda n_kept: Ops()
+    cuts: dict[int, Tensor] = field(default_factory=dict)
+    cut_ops: dict[int, Ops] = field(default_factory=dict)
 
     @property
     def n_visual(self) -> int:
@@ -48,34 +52,64 @@ class ImageReport:
         return self.keep.nonzero()[:, 0].cpu()
 
     @functools.cached_property
+    def kept_by_layer(self) -> dict[int, Tensor]:
+        """The same from a decoder layer on, by layer; 0 is what the language model is given, where that is not all."""
+        found = {layer: keep.nonzero()[:, 0].cpu() for layer, keep in sorted(self.cuts.items())}
+        return found if len(self.kept) == len(self.layout.crop) else {0: self.kept, **found}
+
+    @functools.cached_property
+    def n_given(self) -> int:
+        """Visual tokens that the language model is given."""
+        return self._n_visual(self.kept)
+
+    @functools.cached_property
     def n_kept(self) -> int:
-        """Visual tokens kept, rows that show no patch not counted."""
-        return sum(self.layout.crop[i] >= 0 for i in self.kept.tolist())
+        """Visual tokens left after the last cut, rows that show no patch not counted."""
+        return self._n_visual(self._last)
+
+    def n_by_layer(self, n_layers: int) -> list[int]:
+        """Visual tokens in every decoder layer."""
+        counts = {layer: self._n_visual(kept) for layer, kept in self.kept_by_layer.items() if layer}
+        return by_layer(counts, self.n_given, n_layers)
+
+    @property
+    def _last(self) -> Tensor:
+        return list(self.kept_by_layer.values())[-1] if self.cuts else self.kept
+
+    def _n_visual(self, rows: Tensor) -> int:
+        return sum(self.layout.crop[i] >= 0 for i in rows.tolist())
 
     @functools.cached_property
     def selector(self) -> Ops:
         """What collecting signals and selecting computed."""
-        return self.spent(self.n_kept)
+        return self.spent(self.n_given) + sum(self.cut_ops.values(), Ops())
 
     @property
     def n_special_kept(self) -> int:
         """Rows that show no patch and stay."""
-        return len(self.kept) - self.n_kept
+        return len(self._last) - self.n_kept
 
     def kept_by_crop(self) -> dict[int, int]:
         """How many tokens each crop keeps."""
         counts = dict.fromkeys(self.layout.crops, 0)
-        for i in self.kept.tolist():
+        for i in self._last.tolist():
             if self.layout.crop[i] >= 0:
                 counts[self.layout.crop[i]] += 1
         return counts
 
 
+def by_layer(cuts: Mapping[int, int], n_visual: int, n_layers: int) -> list[int]:
+    """Visual tokens in every layer, from what is left from a layer on."""
+    return list(itertools.accumulate(range(n_layers), lambda n, layer: cuts.get(layer, n), initial=n_visual))[1:]
+
+
 @dataclass(frozen=True)
 class Prefill:
-    """One pass over a prompt: rows, columns in and columns the decoder layers saw, cached ones before them.
+    """One pass over a prompt: rows, columns in and columns the language model was given, cached ones before them.
 
-    `lengths` holds the kept columns of each row, (B,) on the device; None where nothing was dropped.
+    `lengths` holds the kept columns of each row, (B,) on the device; None where nothing was dropped. Where decoder
+    layers were cut, `layers` and `past_layers` hold columns by layer, and `layer_rows` those of each row (empty before
+    the first cut).
     """
 
     n_rows: int
@@ -84,6 +118,13 @@ class Prefill:
     past_outer: int
     past_inner: int
     lengths: Tensor | None
+    layers: list[int] | None = None
+    past_layers: list[int] | None = None
+    layer_rows: list[list[int]] | None = None
+
+    def columns(self, n_layers: int) -> tuple[list[int], list[int]]:
+        """Columns that every layer ran on, and cached ones before them."""
+        return self.layers or [self.n_inner] * n_layers, self.past_layers or [self.past_inner] * n_layers
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -122,7 +163,12 @@ class Report:
     @property
     def layers(self) -> list[int]:
         """Prompt columns that each decoder layer ran on, padding included, summed over passes."""
-        return [sum(p.n_inner for p in self.prefills)] * self.n_layers
+        passes = [p.columns(self.n_layers)[0] for p in self.prefills] or [[0] * self.n_layers]
+        return [sum(by_pass) for by_pass in zip(*passes, strict=True)]
+
+    def n_mean(self, image: ImageReport) -> float:
+        """Visual tokens of an image in the mean over decoder layers."""
+        return sum(image.n_by_layer(self.n_layers)) / self.n_layers
 
     @property
     def n_prompt(self) -> int:
@@ -138,14 +184,15 @@ class Report:
     def ledger(self) -> Ledger | None:
         """The call as it ran, at its padded width; None where the cost of the model is not known."""
         selectors = [image.selector for image in self.encoded]
-        return self._ledger([(p.n_inner, p.past_inner) for p in self.prefills], selectors)
+        return self._ledger([p.columns(self.n_layers) for p in self.prefills], selectors)
 
     @functools.cached_property
     def ledger_unpruned(self) -> Ledger | None:
         """The same call of the bare model."""
-        return self._ledger([(p.n_outer, p.past_outer) for p in self.prefills], [Ops()] * len(self.encoded))
+        before = [([p.n_outer] * self.n_layers, [p.past_outer] * self.n_layers) for p in self.prefills]
+        return self._ledger(before, [Ops()] * len(self.encoded))
 
-    def _ledger(self, columns: list[tuple[int, int]], selectors: list[Ops]) -> Ledger | None:
+    def _ledger(self, columns: list[tuple[list[int], list[int]]], selectors: list[Ops]) -> Ledger | None:
         shape = self.shape
         if shape is None or not self.prefills:
             return None
@@ -164,6 +211,8 @@ class Report:
             "signals": self.signals,
             "n_visual": [i.n_visual for i in self.images],
             "n_kept": [i.n_kept for i in self.images],
+            "n_given": [i.n_given for i in self.images],
+            "n_mean": [self.n_mean(i) for i in self.images],
             "n_special": [i.n_special for i in self.images],
             "n_special_kept": [i.n_special_kept for i in self.images],
             "kept_by_crop": [i.kept_by_crop() for i in self.images],
@@ -190,15 +239,25 @@ class Report:
         if not self.prefills and not self.images:
             return f"{head}: no call yet"
         parts = [_tokens_line(self.images), f"language model {self.n_prompt} -> {self.n_prompt_kept} columns"]
+        if any(i.cuts for i in self.images):
+            parts.append(self._layers_line())
         if self.clamped:
             parts.append("more tokens asked for than an image has: all kept")
-        elif self.images and self.n_prompt == self.n_prompt_kept and self._dropped:
+        elif self.images and self.layers[-1] == self.n_prompt and self._dropped:
             parts.append("nothing is saved in this batch: its longest row is text")
         if self.ledger and self.ledger_unpruned:
             parts += _cost_lines(self.ledger_unpruned, self.ledger)
         if self.signals:
             parts.append(self.signals)
         return f"{head}: " + "; ".join(parts)
+
+    def _layers_line(self) -> str:
+        """Columns by decoder layer: "layers 0-1: 153, 2-7: 45 columns; visual tokens 63 in the mean over layers"."""
+        steps = [i for i, n in enumerate(self.layers) if i == 0 or n != self.layers[i - 1]] + [self.n_layers]
+        spans = [f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in itertools.pairwise(steps)]
+        shown = ", ".join(f"{span}: {self.layers[a]}" for span, a in zip(spans, steps, strict=False))
+        mean = sum(map(self.n_mean, self.images)) / len(self.images)
+        return f"decoder layers {shown} columns, {mean:.4g} visual tokens in the mean over layers"
 
     @property
     def _dropped(self) -> bool:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .budget import REFERENCE_TEXT, Budget
+from .budget import REFERENCE_TEXT
 from .call import Call
 from .compaction import mark_dropped
 from .errors import BudgetError, UnsupportedModelError
 from .flops import Ops, SelectionCost
-from .methods.base import Method
 from .report import ImageReport
+from .stages import Replay, Stages
 from .types import NEWLINE, Count, Kind, Layout, Signal, VisualTokens
 
 Newlines = Literal["auto", "keep_rows_with_tokens", "keep", "drop"]
@@ -97,8 +97,9 @@ def by_image(adapter, encoded: Encoded, runs: list[int] | None = None) -> Images
 class Selector:
     """A method with its budget on one model: what it keeps of the images of a call."""
 
-    def __init__(self, adapter, method: Method, label: str, budget: Budget | None, newlines: Newlines, signals):
-        self.adapter, self.method, self.label, self.budget = adapter, method, label, budget
+    def __init__(self, adapter, stages: Stages, newlines: Newlines, signals):
+        self.adapter, self.method, self.label, self.budget = adapter, stages.first, stages.label, stages.first_budget
+        self.replay, method = stages.replay, stages.first
         self.newlines = method.newlines if newlines == "auto" else newlines
         self.reads_states = method.space == "tower" and adapter.tower.projects_rows
         self.n_keep = functools.lru_cache(maxsize=64)(self._count)  # a FLOPs budget is searched for
@@ -107,6 +108,8 @@ class Selector:
     def prune(self, images: Images, salts: tuple[int, ...], call: Call) -> tuple[list[Tensor], list[Tensor]]:
         """Marked features and keep of every image; the method sees the images of one layout at once."""
         features, layouts = images.features, images.layouts
+        if self.replay is not None:
+            return self._replayed(self.replay, images, call), features
         marked, keeps = list(features), [f.new_ones(len(f), dtype=torch.bool) for f in features]
         for layout in dict.fromkeys(layouts):
             n_keep = self.n_keep(layout)
@@ -131,6 +134,18 @@ class Selector:
             call.clamped |= self._asked_more(layout)
             call.images.append(self._image_report(layout, keep, collected=bool(images.signals)))
         return marked, keeps
+
+    def _replayed(self, replay: Replay, images: Images, call: Call) -> list[Tensor]:
+        """Marked features of images of which it is known what to keep."""
+        marked = []
+        for features, layout in zip(images.features, images.layouts, strict=True):
+            keep = replay.keep(len(call.images), 0, len(layout.crop)).to(features.device)
+            call.touched, dropped = True, (~keep).any()
+            call.bad.append(features.isnan().any())
+            call.dropped.append(dropped)
+            call.images.append(ImageReport(keep, layout, self.adapter.crop_patches(layout)))
+            marked.append(mark_dropped(features, keep))
+        return marked
 
     def _select(
         self, rows: Tensor, states: Tensor | None, layout: Layout, signals: dict, salts: tuple[int, ...], n_keep: int

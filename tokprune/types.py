@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -43,6 +44,14 @@ class Kind(Enum):
     CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for the C crops that it encodes; only
     where the projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt,
     (G, T, D), rows of zeros elsewhere; known when the language model runs, not before. All are float32.
+
+    Of the language model, for a cut before one of its layers; n visual tokens are still there, T tokens of text:
+    LM_ROW: attention of the last prompt token to them, mean over heads, (G, l, n); the softmax runs over the whole
+    row, text among it. LM_MASS: the part of that row on all visual tokens of the prompt, (G, l). LM_TEXT_ROWS:
+    attention of every text token to them, mean over heads, (G, T, n). LM_KEYS, LM_TEXT_KEYS: keys after the rotary
+    embedding, of the heads that store them, (G, n, H, d) and (G, T, H, d). LM_TEXT_STATES: hidden states of the text
+    at the cut, (G, T, D); LM_FIRST_STATE: that of the prompt's first token, (G, D). LM_EMBEDS: visual tokens as the
+    language model received them, (G, N, D); LM_TEXT_EMBEDS: the text, (G, T, D).
     """
 
     CLS_ROW = "cls_row"
@@ -51,15 +60,30 @@ class Kind(Enum):
     KEYS = "keys"
     CLS_STATE = "cls_state"
     TEXT_EMBEDS = "text_embeds"
+    LM_ROW = "lm_row"
+    LM_MASS = "lm_mass"
+    LM_TEXT_ROWS = "lm_text_rows"
+    LM_KEYS = "lm_keys"
+    LM_TEXT_KEYS = "lm_text_keys"
+    LM_TEXT_STATES = "lm_text_states"
+    LM_FIRST_STATE = "lm_first_state"
+    LM_EMBEDS = "lm_embeds"
+    LM_TEXT_EMBEDS = "lm_text_embeds"
 
     @property
     def is_per_token(self) -> bool:
-        """Whether axis 2 goes over visual tokens."""
-        return self not in (Kind.CLS_STATE, Kind.TEXT_EMBEDS)
+        """Whether axis 2 goes over visual tokens of the vision tower."""
+        return self in (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN, Kind.KEYS)
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it is of the language model's layers."""
+        return self.value.startswith("lm_")
 
 
 Form = Literal["softmax", "logits"]
 Heads = Literal["mean", "single"]
+Text = Literal["after", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -68,15 +92,18 @@ class Signal:
 
     Args:
         kind: what it is.
-        layers: of the vision tower; empty for kinds that belong to none.
+        layers: of the vision tower, or of the language model for kinds of its own; empty for kinds that belong to none.
         form: after or before the softmax.
         heads: mean over the tower's heads, or one head over the full width.
+        text: for kinds about text: what comes after the image, after the last image of the prompt, or all of it.
+            Where nothing comes after, it is the prompt's last token.
     """
 
     kind: Kind
     layers: tuple[int, ...] = ()
     form: Form = "softmax"
     heads: Heads = "mean"
+    text: Text = "after"
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,41 @@ class Tower:
     def scaled(self, index: int, depth: int) -> int:
         """The layer as far into this tower as `index` is into a paper's tower of `depth` layers."""
         return min(round(index * self.n_layers / depth), self.n_layers - 1)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What methods may know of a language model.
+
+    Args:
+        n_layers: its depth.
+        width: of its hidden states.
+        fingerprint: a hash of its configuration; what was fitted to one fits no other.
+    """
+
+    n_layers: int
+    width: int = 0
+    fingerprint: str = ""
+
+    def layer(self, index: int) -> int:
+        """The absolute index of a layer to cut before; negative ones count from the end.
+
+        Raises:
+            OptionError: there is no such layer, or it is the first.
+        """
+        found = index + self.n_layers if index < 0 else index
+        if not 1 <= found < self.n_layers:
+            first = "nothing is cut before layer 0 (a method before the language model does that)"
+            raise OptionError(
+                f"cannot cut before layer {index}: "
+                + (first if found == 0 else f"this language model has {self.n_layers} layers")
+                + f"; type an index from 1 to {self.n_layers - 1}"
+            )
+        return found
+
+    def scaled(self, index: int, depth: int) -> int:
+        """The layer as far into this language model as `index` is into a paper's of `depth` layers; at least 1."""
+        return max(1, min(math.floor(index * self.n_layers / depth + 0.5), self.n_layers - 1))
 
 
 @dataclass(frozen=True)
@@ -231,6 +293,7 @@ class VisualTokens:
         signals: what the method asked for.
         scores: (G, N) float32, higher is kept; None where a method does not score.
         salts: one integer an image, for seeded randomness.
+        index: (G, N), between decoder layers: which of the layout's tokens the present ones are; else None.
     """
 
     features: Tensor
@@ -239,6 +302,7 @@ class VisualTokens:
     signals: dict[Signal, Tensor] = field(default_factory=dict)
     scores: Tensor | None = None
     salts: tuple[int, ...] = ()
+    index: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor, layout: Layout, signals=None, salts=None) -> VisualTokens:

@@ -9,6 +9,8 @@ itself? Then write one file with a subclass, and one line in the table of this p
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +22,18 @@ from tokprune import attention
 from tokprune.errors import NotCopyable, TokPruneError, UnsupportedModelError
 from tokprune.flops import Shape
 from tokprune.shapes import shape_from_config
-from tokprune.types import Kind, Layout, Signal, Tower
+from tokprune.types import Decoder, Kind, Layout, Signal, Tower
+
+# What tells one language model's configuration from another's.
+FINGERPRINT = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 
 
 class TowerKind(NamedTuple):
@@ -82,6 +95,16 @@ class ModelAdapter:
         return Tower(config.num_hidden_layers, has_cls, self.one_patch_a_row and one_layer)
 
     @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Depth, width and a hash of the language model's configuration."""
+        config = self.language_model.config
+        named = {name: getattr(config, name, None) for name in FINGERPRINT}
+        text = json.dumps({**named, "model_type": config.model_type}, sort_keys=True, default=str)
+        return Decoder(
+            len(self.language_model.layers), config.hidden_size, hashlib.sha256(text.encode()).hexdigest()[:16]
+        )
+
+    @functools.cached_property
     def shape(self) -> Shape | None:
         """What the ledger needs, or None for a family that it cannot count."""
         try:
@@ -97,7 +120,7 @@ class ModelAdapter:
     @classmethod
     def supplies_of(cls, tower: Tower) -> frozenset[Kind]:
         """Kinds of signals from such a tower."""
-        kinds = {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TEXT_EMBEDS}
+        kinds = {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TEXT_EMBEDS} | {k for k in Kind if k.is_decoder}
         if tower.has_cls:
             kinds |= {Kind.CLS_ROW, Kind.CLS_STATE} if tower.projects_rows else {Kind.CLS_ROW}
         return frozenset(kinds)

@@ -243,4 +243,6 @@ def test_chunks_get_smaller_with_more_crops(monkeypatch):
 
 
 def test_signal_kinds_say_where_tokens_are():
-    assert {k for k in Kind if not k.is_per_token} == {Kind.CLS_STATE, Kind.TEXT_EMBEDS}
+    of_tower = {k for k in Kind if not k.is_decoder}
+    assert {k for k in of_tower if not k.is_per_token} == {Kind.CLS_STATE, Kind.TEXT_EMBEDS}
+    assert not any(k.is_per_token for k in Kind if k.is_decoder)

@@ -8,7 +8,7 @@ import inspect
 import pytest
 import tiny
 import torch
-from specs import BUDGETED, FILTERS, LAYOUTS, PRUNING, SPECS, TOWER, build, n_keeps, tokens_for
+from specs import BUDGETED, CUTTING, FILTERS, LAYOUTS, PRUNING, SPECS, TOWER, build, n_keeps, tokens_for
 from tokprune.integrations.transformers import adapter_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -170,7 +170,7 @@ def test_layers_are_absolute_and_in_range(spec):
         assert all(0 <= layer < TOWER.n_layers for layer in signal.layers)
 
 
-@pytest.mark.parametrize("spec", SPECS + FILTERS)
+@pytest.mark.parametrize("spec", SPECS + FILTERS + CUTTING)
 def test_docstring_has_the_agreed_parts(spec):
     method = build(spec)
     doc = inspect.getdoc(type(getattr(method, "method", method)))

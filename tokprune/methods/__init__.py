@@ -7,7 +7,9 @@ from typing import Any, cast
 
 from ..errors import OptionError, TokPruneError
 from ..registry import Registry
+from ..types import Stage
 from .base import Method
+from .chain import Chain, DecoderChain, Pipeline
 
 METHODS = Registry(
     what="method",
@@ -15,18 +17,26 @@ METHODS = Registry(
         "blind": "tokprune.methods.blind:Blind",
         "cdpruner": "tokprune.methods.cdpruner:CDPruner",
         "damro_filter": "tokprune.methods.damro_filter:DAMROFilter",
+        "dart": "tokprune.methods.dart:DART",
         "divprune": "tokprune.methods.divprune:DivPrune",
+        "dyvte": "tokprune.methods.dyvte:DyVTE",
+        "fastv": "tokprune.methods.fastv:FastV",
         "fopru": "tokprune.methods.fopru:FoPru",
         "globalcom2": "tokprune.methods.globalcom2:GlobalCom2",
         "hired": "tokprune.methods.hired:HiRED",
         "pool": "tokprune.methods.pool:Pool",
         "prumerge": "tokprune.methods.prumerge:PruMerge",
         "prumerge_plus": "tokprune.methods.prumerge_plus:PruMergePlus",
+        "pyramiddrop": "tokprune.methods.pyramiddrop:PyramidDrop",
         "random": "tokprune.methods.random_:Random",
+        "schedule": "tokprune.methods.schedule_:FromFile",
+        "sink_filter": "tokprune.methods.sink_filter:SinkFilter",
+        "sparsevlm": "tokprune.methods.sparsevlm:SparseVLM",
         "tokencorr": "tokprune.methods.tokencorr:TokenCorr",
         "tome": "tokprune.methods.tome:ToMe",
         "uniform": "tokprune.methods.uniform:Uniform",
         "visionzip": "tokprune.methods.visionzip:VisionZip",
+        "visual_exit": "tokprune.methods.visual_exit:VisualExit",
         "vtc_cls": "tokprune.methods.vtc_cls:VTCCLS",
     },
     aliases={"fastervlm": "vtc_cls:start_layer=-2:split=even"},
@@ -38,7 +48,7 @@ Spec = str | Method | Sequence[str | Method]
 
 
 def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method, str]:
-    """The method object and its label; of a list, or names joined by "+", the filters and the method behind them.
+    """The method object and its label; of a list, or names joined by "+", filters and the methods behind them.
 
     Raises:
         UnknownNameError, OptionError: as `Registry.build`.
@@ -61,14 +71,29 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
     if not parts:
         raise TokPruneError("an empty list; name at least one method, as ['vtc_cls']")
     pairs = [_build_one(part, {}) for part in parts]
+    by_stage = [[p for p in pairs if p[0].stage is stage] for stage in (Stage.PRE_LLM, Stage.DECODER)]
+    if [p for own in by_stage for p in own] != pairs:
+        names = [name for own in by_stage for _, name in own]
+        raise TokPruneError(f"what acts before the language model comes first; type {names} (or {'+'.join(names)!r})")
+    built = [_build_stage(own) for own in by_stage if own]
+    if len(built) == 1:
+        return built[0]
+    return Pipeline(built[0][0], built[1][0]), "+".join(label for _, label in built)
+
+
+def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
+    """Filters and the method behind them, of one stage."""
     selecting = [label for built, label in pairs if not built.is_filter]
     filters: list[Any] = pairs[:-1]
     last, label = pairs[-1]
+    decoder = last.stage is Stage.DECODER
     if not selecting:
-        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, 'vtc_cls']")
+        instead = "fastv" if decoder else "vtc_cls"
+        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, {instead!r}]")
     if len(selecting) > 1:
+        where = "between decoder layers" if decoder else "before the language model"
         raise TokPruneError(
-            f"a list takes filters, then exactly one method that acts before the language model, not {len(selecting)} "
+            f"a list takes filters, then exactly one method that acts {where}, not {len(selecting)} "
             f"({', '.join(selecting)}); leave all but one out"
         )
     if last.is_filter:
@@ -76,9 +101,8 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
         raise TokPruneError(f"filters come before the method; type {names} (or {'+'.join(names)!r})")
     if not filters:
         return last, label
-    from .chain import Chain  # here, so that importing tokprune imports no method
-
-    chain = Chain(tuple(built for built, _ in filters), cast(Any, last))
+    kind = DecoderChain if decoder else Chain
+    chain = kind(tuple(built for built, _ in filters), cast(Any, last))
     return chain, "+".join(label for _, label in pairs)
 
 

@@ -51,6 +51,11 @@ class Method:
         return True
 
     @property
+    def n_budgets(self) -> int:
+        """How many budgets it takes; a list of two methods takes two."""
+        return int(self.takes_budget)
+
+    @property
     def newlines(self) -> Literal["keep_rows_with_tokens", "keep", "drop"]:
         """Which newlines stay where attach() is not told."""
         return "keep_rows_with_tokens"

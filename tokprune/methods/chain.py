@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from ..errors import OptionError
 from ..flops import Ops, Widths
-from ..types import Count, Layout, Signal, Tower, VisualTokens
+from ..types import Count, Decoder, Layout, Signal, Stage, Tower, VisualTokens
 from .base import Filter, Method, ScoreMethod
+from .decoder import DecoderMethod
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Chain(Method):
             raise OptionError("a filter stands twice in the list; name each once")
         if not isinstance(self.method, ScoreMethod) or not self.method.is_filterable:
             raise OptionError(f"{self.method} does not rank single tokens, so nothing can be filtered before it")
+
+    @property
+    def takes_budget(self) -> bool:
+        """The method's."""
+        return self.method.takes_budget
 
     @property
     def newlines(self) -> Literal["keep_rows_with_tokens", "keep", "drop"]:
@@ -65,3 +71,64 @@ class Chain(Method):
 
     def __str__(self):
         return " + ".join(map(str, (*self.filters, self.method)))
+
+
+@dataclass(frozen=True)
+class DecoderChain(Chain):
+    """The same between decoder layers; filters are asked at every cut."""
+
+    filters: tuple[Any, ...]
+    method: DecoderMethod
+
+    stage: ClassVar[Stage] = Stage.DECODER
+
+    def check(self, decoder: Decoder) -> None:
+        """The method's."""
+        self.method.check(decoder)
+
+    def layers(self, decoder: Decoder) -> tuple[int, ...]:
+        """The method's."""
+        return self.method.layers(decoder)
+
+    def cuts(self, decoder: Decoder, n_visual: int, n_keep: int) -> dict[int, int]:
+        """The method's."""
+        return self.method.cuts(decoder, n_visual, n_keep)
+
+    def reads(self, layer: int) -> frozenset[Signal]:
+        """What any of them needs."""
+        return frozenset().union(*(part.reads(layer) for part in (*self.filters, self.method)))
+
+
+@dataclass(frozen=True)
+class Pipeline(Method):
+    """A method before the language model and one between its layers, which gets what the first one leaves.
+
+    Args:
+        first: before.
+        decoder: between.
+    """
+
+    first: Method
+    decoder: Method
+
+    @property
+    def n_budgets(self) -> int:
+        """Of both."""
+        return self.first.n_budgets + self.decoder.n_budgets
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether either does."""
+        return self.n_budgets > 0
+
+    @property
+    def count(self) -> Count:
+        """The less certain of both."""
+        return Count.CONTENT if Count.CONTENT in (self.first.count, self.decoder.count) else self.decoder.count
+
+    def needs(self, tower: Tower) -> frozenset[Signal]:
+        """The first one's."""
+        return self.first.needs(tower)
+
+    def __str__(self):
+        return f"{self.first} + {self.decoder}"

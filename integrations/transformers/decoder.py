@@ -1,0 +1,134 @@
+"""Queries and keys of decoder layers, for scores that methods compute from them; no layer is called twice."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.errors import NotCopyable, UnsupportedModelError
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention in one pass, without its cache.
+
+    Args:
+        module: the attention module; has scaling and head_dim.
+        rotary: cosines and sines, (B or 1, K, d).
+        q, k: (B, K, H, d) before the rotation; q is None where it is computed on demand from `states`.
+        states: (B, K, D), what the projections take.
+    """
+
+    module: Any
+    rotary: Rotary
+    k: Tensor
+    q: Any = None
+    states: Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        """Of the logits."""
+        return self.module.scaling
+
+    def queries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Rotated, (G, H, R, d), of rows (G,) at columns (G, R)."""
+        at = rows[:, None], columns
+        if self.states is None:
+            return self._rotated(self.q[at], rows, columns)
+        return self._rotated(_projected(self.module, "q", self.states[at]), rows, columns)
+
+    def keys(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Rotated, (G, H_kv, K, d), of rows (G,), at all columns or at (G, R)."""
+        if columns is None:
+            columns = torch.arange(self.k.shape[1], device=self.k.device).expand(len(rows), -1)
+        return self._rotated(self.k[rows[:, None], columns], rows, columns)
+
+    def _rotated(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """(G, R, H, d) as attention sees it, (G, H, R, d)."""
+        rotate = sys.modules[type(self.module).__module__].apply_rotary_pos_emb
+        cos, sin = (t[rows[:, None] if len(t) > 1 else 0, columns] for t in self.rotary)
+        x = x.transpose(1, 2)
+        return rotate(x, x, cos, sin)[0]
+
+
+class DecoderTap(NotCopyable):
+    """Collects queries and keys of decoder layers while a pass asks for them.
+
+    Hooks on the projections see what attention sees, whichever implementation runs, and cost no extra product.
+    """
+
+    def __init__(self, language_model: nn.Module):
+        self.layers: Any = language_model.layers
+        self._local = _Open()
+
+    def check(self) -> None:
+        """Raise where the layers are built otherwise."""
+        attention = getattr(self.layers[0], "self_attn", None)
+        module = sys.modules[type(attention).__module__]
+        parts = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "scaling", "head_dim"))
+        if not parts or not hasattr(module, "apply_rotary_pos_emb") or not hasattr(self.layers[0], "input_layernorm"):
+            raise UnsupportedModelError(
+                f"attention scores of {type(self.layers[0]).__name__} cannot be computed: it has no q_proj and k_proj "
+                "with a rotary embedding. Use a method that acts before the language model, such as 'vtc_cls'"
+            )
+
+    def install(self, stack, layers: Iterable[int]) -> None:
+        """Hook these layers; the stack removes the hooks."""
+        for layer in layers:
+            module = self.layers[layer].self_attn
+            enter = functools.partial(self._enter, layer)
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            for side in ("q", "k"):
+                projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
+                stack.callback(projection.register_forward_hook(functools.partial(self._seen, layer, side)).remove)
+
+    def open(self, layers: frozenset[int]) -> None:
+        """Collect from these layers in this thread, until the next time."""
+        self._local.wanted, self._local.seen = layers, {}
+
+    def take(self, layer: int) -> Attention:
+        """What a layer computed; it is let go."""
+        seen, module = self._local.seen.pop(layer), self.layers[layer].self_attn
+        return Attention(module, seen["rotary"], _by_head(module, seen["k"]), _by_head(module, seen["q"]))
+
+    def ahead(self, layer: int, hidden: Tensor, rotary: Rotary) -> Attention:
+        """What a layer would compute from its input, with its own norm and projections."""
+        module = self.layers[layer].self_attn
+        states = self.layers[layer].input_layernorm(hidden)
+        return Attention(module, rotary, _projected(module, "k", states), states=states)
+
+    def _enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if layer in self._local.wanted:
+            pair = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+            self._local.seen[layer] = {"rotary": pair}
+
+    def _seen(self, layer: int, side: str, projection: nn.Module, args: tuple, out: Tensor) -> None:
+        if layer in self._local.seen:
+            self._local.seen[layer][side] = out
+
+
+class _Open(threading.local):
+    """What a thread collects."""
+
+    wanted: frozenset[int] = frozenset()
+    seen: dict[int, dict[str, Any]] = {}
+
+
+def _by_head(module: Any, x: Tensor) -> Tensor:
+    return x if x.ndim == 4 else x.unflatten(-1, (-1, module.head_dim))
+
+
+def _projected(module: Any, side: str, states: Tensor) -> Tensor:
+    """(..., H, d) as attention takes them."""
+    x = getattr(module, f"{side}_proj")(states).unflatten(-1, (-1, module.head_dim))
+    norm = getattr(module, f"{side}_norm", None)
+    return x if norm is None else norm(x)

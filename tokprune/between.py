@@ -1,0 +1,367 @@
+"""Drops columns between decoder layers; every layer keeps its own part of the sequence in the KV cache.
+
+Behind a cut, layers run on fewer columns. The cache of transformers has a length for every layer, so nothing is changed
+there: which columns a layer holds is written on the cache object, beside what `compaction` writes. Columns keep the
+positions that they came with. The hidden states get their length back behind the last layer. This room knows no
+method and no model family.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .caches import past_length, refuse_unsupported
+from .compaction import Columns, Compaction, NewColumns
+from .errors import NotCopyable, TokPruneError, UnsupportedCacheError
+from .ops import forward_fill, gather_columns, right_align
+
+_STATE = "_tokprune_layers"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What enters the language model in one pass, behind the compaction before it.
+
+    Args:
+        embeds: (B, S, D).
+        valid: (B, S) bool; False is padding.
+        source: (B, S) the user's columns, or None where they are the same.
+        past: columns before these in layer 0.
+    """
+
+    embeds: Tensor
+    valid: Tensor
+    source: Tensor | None
+    past: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays before a layer.
+
+    Args:
+        hidden: (B, K, D) hidden states, changed where a method merges.
+        keep: (B, K) bool; False also for padding.
+        lengths: columns that stay, by row, known on the host.
+        n_tail: how many of the last columns of this pass stay in every row, at least.
+    """
+
+    hidden: Tensor
+    keep: Tensor
+    lengths: list[int]
+    n_tail: int
+
+
+class Here(Protocol):
+    """What a chooser may ask about the layer that it is asked at."""
+
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the columns that are here, (B or 1, K, d)."""
+
+    def cached(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys of earlier passes in a layer, (B, H, P, d), and which of them are no padding, (B, P)."""
+
+
+class Chooser(Protocol):
+    """Who decides what stays."""
+
+    layers: frozenset[int]
+
+    def begin(self, entry: Entry) -> bool:
+        """Called with every pass over a prompt; whether something is to be cut in it."""
+
+    def cut(self, layer: int, hidden: Tensor, here: Here) -> Cut | None:
+        """Asked before each of `layers`; None leaves all columns."""
+
+    def end(self, lengths: list[int], past: list[int], rows: list[list[int]]) -> None:
+        """Called behind a pass with cuts: columns by layer, cached ones before, and behind a cut those of every row."""
+
+
+@dataclass
+class _Pass:
+    """One pass through the layers."""
+
+    cache: Any
+    past: int  # columns of earlier passes in layer 0
+    n: int  # columns of this pass before any cut
+    mask: Tensor | None  # (B, past + n), or None
+    cutting: bool
+    old: tuple[Columns | None, ...]
+    new: list[Columns | None]
+    kept: NewColumns | None = None  # of this pass, at the layer that is reached
+    lengths: list[int] = field(default_factory=list)
+    past_lengths: list[int] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+    row_lengths: list[int] = field(default_factory=list)  # at the layer that is reached
+    memo: dict = field(default_factory=dict)  # by what it is made of: layers of a stage share it
+
+    def once(self, key: tuple, make):
+        """Made for the first layer of a stage, used by the others; the sources are held so that ids stay theirs."""
+        found = self.memo.get(tuple(map(id, key)))
+        if found is None:
+            found = self.memo[tuple(map(id, key))] = (key, make())
+        return found[1]
+
+
+class Between(NotCopyable):
+    """Hooks on a language model and its layers from the first possible cut on.
+
+    Args:
+        language_model: has `layers`, called one after the other with hidden states and keywords.
+        compaction: of the same model, which runs before.
+        chooser: decides what stays.
+        first: the first layer to hook.
+    """
+
+    def __init__(self, language_model: nn.Module, compaction: Compaction, chooser: Chooser, first: int):
+        self.language_model, self.compaction, self.chooser, self.first = language_model, compaction, chooser, first
+        self.n_layers = len(language_model.layers)  # type: ignore[arg-type]
+        self._local = _Passes()
+
+    def install_before(self, stack) -> None:
+        """Hooks that run behind the compaction's before a pass, and those of the layers; the stack removes them."""
+        module = self.language_model
+        stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        for i in range(self.first, self.n_layers):
+            hook = functools.partial(self._layer, i)
+            stack.callback(module.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)  # type: ignore
+
+    def install_after(self, stack) -> None:
+        """The hook that has to run before the compaction's behind a pass."""
+        stack.callback(self.language_model.register_forward_hook(self._leave, with_kwargs=True).remove)
+
+    # ------------------------------------------------------------------------------- the language model
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._local.current = None
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        if x is None:
+            return
+        past, mask = past_length(cache), kwargs.get("attention_mask")
+        old = getattr(cache, _STATE, None) or (None,) * self.n_layers
+        cutting = False
+        if embeds is not None and (x.shape[1] > 1 or past == 0):
+            cutting = self.chooser.begin(self._entry(embeds, mask, past))
+        if not cutting and not any(old):
+            return
+        refuse_unsupported(cache, mask)
+        if cutting:
+            self._refuse(module, kwargs)
+        elif any(c is not None and len(c.source) != len(x) for c in old):
+            raise UnsupportedCacheError("the cache was pruned with another batch; start a new cache")
+        self._local.current = _Pass(cache, past, x.shape[1], mask, cutting, old, list(old))
+
+    def _entry(self, embeds: Tensor, mask: Any, past: int) -> Entry:
+        new = self.compaction.new_columns
+        valid = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        if new is not None:
+            valid = new.valid
+        elif isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask[:, -embeds.shape[1] :].to(embeds.device).bool()
+        return Entry(embeds, valid, None if new is None else new.source, past)
+
+    def _refuse(self, module: nn.Module, kwargs: Mapping) -> None:
+        if module.training:
+            raise TokPruneError("methods between decoder layers are for inference: call model.eval(), or attach later")
+        config = module.config
+        asked = kwargs.get("output_attentions")
+        if config.output_attentions if asked is None else asked:  # type: ignore[union-attr]
+            raise TokPruneError(
+                "output_attentions with cuts between decoder layers would give maps of several sizes; leave it out, or "
+                "use a method that acts before the language model"
+            )
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, out):
+        this, self._local.current = self._local.current, None
+        if this is None:
+            return None
+        cache = out.get("past_key_values") if isinstance(out, Mapping) else this.cache
+        if cache is not None:
+            setattr(cache, _STATE, tuple(this.new))
+        if this.cutting:
+            uncut: list[list[int]] = [[]] * self.first
+            lengths = [this.n] * self.first + this.lengths
+            self.chooser.end(lengths, [this.past] * self.first + this.past_lengths, uncut + this.rows)
+        if this.kept is None:
+            return None
+        fill = forward_fill(this.kept.source, this.kept.valid, this.n)
+        if isinstance(out, tuple):
+            return (gather_columns(out[0], fill, 1), *out[1:])
+        out["last_hidden_state"] = gather_columns(out["last_hidden_state"], fill, 1)
+        return out
+
+    # ------------------------------------------------------------------------------- one decoder layer
+
+    def _layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict):
+        this = self._local.current
+        if this is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if this.cutting and i in self.chooser.layers:
+            cut = self.chooser.cut(i, hidden, _Here(self, this, kwargs))
+            if cut is not None:
+                hidden = self._gather(this, cut)
+        old, n_past = self._history(this, i)
+        if this.cutting:
+            this.lengths.append(hidden.shape[1])
+            this.past_lengths.append(n_past)
+            this.rows.append(this.row_lengths)
+        if this.kept is None and old is None:
+            return None
+        columns = self._columns(this, i, old)
+        changed = self._keywords(this, columns, kwargs, hidden)
+        if not changed:
+            return None
+        if args:
+            return (hidden, *args[1:]), {**kwargs, **changed}
+        return args, {**kwargs, **changed, "hidden_states": hidden}
+
+    def _gather(self, this: _Pass, cut: Cut) -> Tensor:
+        """Hidden states of what stays, right-aligned."""
+        longest = max(cut.lengths)
+        source, valid = right_align(cut.keep, longest)
+        equal = min(cut.lengths) == longest
+        hidden = gather_columns(cut.hidden, source, 1)
+        hidden = hidden if equal else hidden.masked_fill(~valid[..., None], 0)
+        outer = source if this.kept is None else this.kept.source.gather(1, source)
+        none = source.new_zeros(len(source), 1)
+        this.kept = NewColumns(outer, valid, this.n, equal, cut.n_tail, none, none)
+        this.row_lengths = cut.lengths
+        return hidden
+
+    def _history(self, this: _Pass, i: int) -> tuple[Columns | None, int]:
+        """What a layer's cache holds of earlier passes, cut back where candidates were taken back, and how much."""
+        old = this.old[i]
+        if old is None:
+            return None, this.past
+        if this.past < old.n_outer - old.n_tail:
+            raise UnsupportedCacheError(
+                "the cache was cut back into the part of the prompt from which tokens were dropped; start a new cache"
+            )
+        old = this.once((old,), lambda: old.shortened(this.past))
+        n_past = old.source.shape[1] + this.past - old.n_outer
+        layer = this.cache.layers[i]
+        excess = layer.get_seq_length() - n_past
+        if excess > 0:  # transformers cuts all layers to one length, which is above a pruned layer's
+            layer.crop(-excess)
+        return old, n_past
+
+    def _columns(self, this: _Pass, i: int, old: Columns | None) -> Columns:
+        """What the layer's cache holds behind this pass."""
+        if this.kept is None:
+            this.new[i] = old
+            return old  # type: ignore[return-value]
+        kept = this.kept
+
+        def extended() -> Columns:
+            before = old or Columns.identity(len(kept.source), this.past, kept.source.device)
+            return before.extended(this.past, kept)
+
+        columns = this.new[i] = this.once((old, kept), extended)
+        return columns
+
+    def _keywords(self, this: _Pass, columns: Columns, kwargs: Mapping, hidden: Tensor) -> dict[str, Any]:
+        """What the layer has to be called with instead."""
+        changed: dict[str, Any] = {}
+        mask = kwargs.get("attention_mask")
+        inner = this.once((columns, mask), lambda: self._mask(this, columns, mask, hidden))
+        if inner is not mask:
+            changed["attention_mask"] = inner
+        flash = "flash" in self._attention
+        if flash and kwargs.get("position_ids") is not None:
+            # Flash attention takes gaps in positions for several packed sequences; the rotation is done already.
+            changed["position_ids"] = None
+        if this.kept is None:
+            return changed
+        changed["position_embeddings"] = self._rotary(this, kwargs["position_embeddings"])
+        if kwargs.get("position_ids") is not None and not flash:
+            ids, source = kwargs["position_ids"], this.kept.source
+            changed["position_ids"] = this.once((ids, source), lambda: gather_columns(ids, source, -1))
+        if kwargs.get("cache_position") is not None:  # transformers 4
+            changed["cache_position"] = kwargs["cache_position"][: hidden.shape[1]]
+        return changed
+
+    @property
+    def _attention(self) -> str:
+        return getattr(self.language_model.config, "_attn_implementation", "") or ""
+
+    def _rotary(self, this: _Pass, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        kept = this.kept
+        if kept is None:
+            return pair
+        return this.once((pair, kept), lambda: tuple(gather_columns(t, kept.source, -2) for t in pair))
+
+    def _mask(self, this: _Pass, columns: Columns, mask: Any, hidden: Tensor) -> Any:
+        """The mask of a layer, from the one that transformers made for all."""
+        total = this.past + this.n
+        if mask is None and columns.all_valid:
+            return None
+        if (mask is None and "flash" in self._attention) or (isinstance(mask, Tensor) and mask.ndim == 2):
+            return columns.inner_mask(mask, total)
+        batch, device = len(columns.source), columns.source.device
+        source, valid = columns.up_to(total)
+        kept = this.kept
+        rows = torch.arange(this.n, device=device).expand(batch, -1) if kept is None else kept.source
+        if mask is None:
+            seen = source[:, None, None] <= (rows + this.past)[:, None, :, None]
+            mask = seen if self._attention != "eager" else _additive(seen, hidden.dtype)
+        elif isinstance(mask, Tensor) and mask.ndim == 4:
+            mask = mask.expand(batch, -1, -1, -1)
+            index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+            mask = mask.gather(2, index.to(mask.device)) if kept is not None else mask
+            index = source[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+            mask = mask.gather(3, index.to(mask.device))
+        else:
+            raise TokPruneError(
+                f"attention masks of type {type(mask).__name__} cannot be shortened; use attn_implementation='sdpa'"
+            )
+        if columns.all_valid:
+            return mask
+        # Padding sees everything: a query that sees nothing is NaN in some kernels, and NaN spreads through products.
+        padding = torch.zeros_like(valid[:, :1]) if kept is None else ~kept.valid
+        hides, shows = ~valid[:, None, None].to(mask.device), padding[:, None, :, None].to(mask.device)
+        if mask.dtype == torch.bool:
+            return (mask & ~hides) | shows
+        return mask.masked_fill(hides, torch.finfo(mask.dtype).min).masked_fill(shows, 0)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+class _Here:
+    """The layer that a chooser is asked at."""
+
+    def __init__(self, between: Between, this: _Pass, kwargs: Mapping):
+        self.between, self.this, self.kwargs = between, this, kwargs
+
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the columns that are here."""
+        return self.between._rotary(self.this, self.kwargs["position_embeddings"])
+
+    def cached(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys of earlier passes in a layer and which of them are no padding."""
+        this = self.this
+        if not this.past:
+            return None
+        old, n_past = self.between._history(this, layer)
+        keys = this.cache.layers[layer].keys[:, :, :n_past]
+        mask = None if this.mask is None else this.mask[:, : this.past]
+        if old is not None:
+            mask = old.inner_mask(mask, this.past)
+        visible = torch.ones(len(keys), n_past, device=keys.device) if mask is None else mask
+        return keys, visible.to(keys.device).bool()
+
+
+class _Passes(threading.local):
+    """The pass under way in this thread."""
+
+    current: _Pass | None = None

@@ -1,0 +1,75 @@
+"""DyVTE: fitted gates say after which decoder layer the text has seen enough of the picture."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import OptionError
+from ..flops import Ops, Widths
+from ..gates import HOW, Gates, gate_features, read_gates
+from ..types import Decoder, Kind, Layout, Signal, VisualTokens
+from .decoder import ExitMethod
+
+
+@dataclass(frozen=True)
+class DyVTE(ExitMethod):
+    """All visual tokens leave behind the first layer l whose gate says so: logit_exit > logit_keep.
+
+    A gate is Linear(2D to H), GELU, Linear(H to 2) without biases, on [mean of the text's states behind the last image,
+    the last token left out; state of the last prompt token] at the output of layer l. Text keeps its positions; layers
+    up to l keep what they cached. `tokprune fit-exit` fits gates to a model; a prompt with no text behind its last
+    image keeps everything.
+
+    Source:   "Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit", DyVTE, NeurIPS 2025,
+              arXiv 2411.19628.
+    Faithful: gate, features and decision follow the paper; nobody published gates to compare with.
+    Differs:  every prompt of a batch by itself, any number of images; the mean over one token alone is that token.
+              Gates are only for layers that have a layer behind them.
+    Needs:    LM_TEXT_STATES at every gate. Text-guided. Cost: O(D H) a gate and image.
+
+    Args:
+        gate: a gate file.
+    """
+
+    gate: str = ""
+
+    source: ClassVar[str] = "DyVTE, NeurIPS 2025, arXiv 2411.19628"
+
+    @functools.cached_property
+    def gates(self) -> Gates:
+        """Read once, when first asked for; OptionError where there is nothing to read."""
+        if not self.gate:
+            raise OptionError(f"dyvte needs a gate file, as dyvte:gate=gate.safetensors; {HOW}")
+        return read_gates(self.gate)
+
+    def check(self, decoder: Decoder) -> None:
+        """Raise OptionError where the gates were fitted to another language model."""
+        fitted = self.gates.decoder
+        if fitted != decoder:
+            raise OptionError(
+                f"gate={self.gate!r} was fitted to a language model of {fitted.n_layers} layers of width "
+                f"{fitted.width} ({fitted.fingerprint}), this one has {decoder.n_layers} of width {decoder.width} "
+                f"({decoder.fingerprint}); {HOW}"
+            )
+
+    def layers(self, decoder: Decoder) -> tuple[int, ...]:
+        """Behind every layer that has a gate."""
+        return tuple(layer + 1 for layer in self.gates.layers)
+
+    def reads(self, layer: int) -> frozenset[Signal]:
+        """States of the text that enter the layer."""
+        return frozenset({Signal(Kind.LM_TEXT_STATES, (layer,), text="last")})
+
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
+        """One gate."""
+        return Ops((2 * widths.rows + 2) * self.gates.hidden)
+
+    def exits(self, tokens: VisualTokens) -> Tensor:
+        """(G,) what the gate says."""
+        (signal,) = (s for s in tokens.signals if s.kind is Kind.LM_TEXT_STATES)
+        keep, leave = self.gates.logits(signal.layers[0] - 1, gate_features(tokens.signals[signal])).unbind(1)
+        return leave > keep

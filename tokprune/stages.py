@@ -1,0 +1,146 @@
+"""What is asked of a model: a method before the language model, one between its layers, their budgets, or a replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .budget import Budget, Scope
+from .errors import BudgetError, OptionError, TokPruneError
+from .methods.base import Method
+from .methods.chain import Pipeline
+from .types import Stage
+
+Given = tuple[Any, Any, Any]  # keep_ratio, keep_tokens, flops_ratio
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What an earlier attachment kept: of every image indices by layer, 0 for before the language model."""
+
+    kept: Sequence[Mapping[int, Tensor]]
+
+    def of(self, image: int) -> Mapping[int, Tensor]:
+        """Of one image of the call.
+
+        Raises:
+            TokPruneError: the call has more images than were kept of.
+        """
+        if image >= len(self.kept):
+            raise TokPruneError(
+                f"replay holds the selections of {len(self.kept)} images and this call has more; pass what was kept of "
+                "the same call"
+            )
+        return self.kept[image]
+
+    def keep(self, image: int, layer: int, n_rows: int) -> Tensor:
+        """(N,) bool on the CPU; everything where nothing was dropped at this layer."""
+        kept = self.of(image).get(layer)
+        if kept is None:
+            return torch.ones(n_rows, dtype=torch.bool)
+        if len(kept) and int(kept.max()) >= n_rows:
+            raise TokPruneError(f"replay keeps row {int(kept.max())} of an image of {n_rows} rows; is it another one?")
+        return torch.zeros(n_rows, dtype=torch.bool).index_fill(0, kept, True)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Methods with their budgets.
+
+    Args:
+        first: before the language model; a plain `Method` with a budget of everything where there is none.
+        decoder: between its layers, or None.
+        first_budget, decoder_budget: None for what decides by itself.
+        replay: instead of selecting.
+        label: as it was asked for.
+    """
+
+    first: Method
+    decoder: Any
+    first_budget: Budget | None
+    decoder_budget: Budget | None
+    replay: Replay | None
+    label: str
+
+    @property
+    def budget(self) -> Budget | tuple[Budget | None, ...] | None:
+        """As it was asked for; a pair for a pair of methods that take two."""
+        if self.replay is not None or self.decoder is None:
+            return self.first_budget
+        both = self.first.takes_budget and type(self.first) is not Method and self.decoder.takes_budget
+        if both:
+            return self.first_budget, self.decoder_budget
+        return self.decoder_budget if self.decoder.takes_budget or type(self.first) is Method else self.first_budget
+
+    @property
+    def budget_text(self) -> str:
+        """For the report."""
+        if self.replay is not None:
+            return "replayed"
+        budget = self.budget
+        return ", then ".join(map(str, budget)) if isinstance(budget, tuple) else str(budget or "")
+
+
+def stages_of(built: Method, label: str, given: Given, scope: Scope, replay: Sequence[Any] | None) -> Stages:
+    """Methods and budgets, checked against each other.
+
+    Raises:
+        BudgetError: a budget too many, too few, or of a method that takes none.
+        OptionError: a replay beside a budget, or of a method that merges.
+    """
+    first, decoder = (built.first, built.decoder) if isinstance(built, Pipeline) else (built, None)
+    alone = first.stage is Stage.DECODER
+    if alone:
+        first, decoder = Method(), first
+    if replay is not None:
+        return Stages(first, decoder, None, None, _checked_replay(replay, (first, decoder), label, given), label)
+    takers = [m for m in (None if alone else first, decoder) if m is not None and m.takes_budget]
+    split = _split(given, len(takers), built, label)
+    budgets = {id(m): Budget(*values, scope) for m, values in zip(takers, split, strict=True)}
+    everything = Budget(keep_ratio=1.0) if alone else None
+    return Stages(first, decoder, budgets.get(id(first), everything), budgets.get(id(decoder)), None, label)
+
+
+def _split(given: Given, n: int, built: Method, label: str) -> list[Given]:
+    """One budget a method."""
+    if not n:
+        if given == (None, None, None):
+            return []
+        instead = f", or type {label}:{built.if_budget}" if built.if_budget else ""
+        raise BudgetError(f"{label!r} takes no budget; leave keep_ratio, keep_tokens and flops_ratio out{instead}")
+    lists = [list(v) if isinstance(v, (list, tuple)) else v for v in given]
+    if n == 1:
+        return [tuple(v[0] if isinstance(v, list) and len(v) == 1 else v for v in lists)]  # type: ignore[list-item]
+    if lists[2] is not None:
+        raise BudgetError(f"{label!r} takes {n} budgets; flops_ratio is for one, type keep_ratio=[0.5, 0.5]")
+    for i, name in enumerate(("keep_ratio", "keep_tokens")):
+        values, other = lists[i], lists[1 - i]
+        if isinstance(values, list) and len(values) == n and other is None:
+            return [tuple(v if k == i else None for k in range(3)) for v in values]  # type: ignore[misc]
+        if values is not None:
+            raise BudgetError(f"{label!r} takes {n} budgets, of what each method is given; type {name}=[.., ..]")
+    raise BudgetError(f"{label!r} takes {n} budgets; type keep_ratio=[0.5, 0.5], of what each method is given")
+
+
+def _checked_replay(replay: Sequence[Any], methods: tuple[Any, ...], label: str, given: Given) -> Replay:
+    if given != (None, None, None):
+        raise BudgetError("replay takes no budget: what is kept stands in it; leave the budget out")
+    for method in methods:
+        if method is not None and not method.keeps_features:
+            raise OptionError(f"{label!r} changes the tokens that it keeps, so that indices alone cannot replay it")
+    entries = [kept if isinstance(kept, Mapping) else {0: kept} for kept in replay]
+    if any(not isinstance(t, Tensor) for kept in entries for t in kept.values()):
+        raise OptionError(
+            "replay is attachment.kept of an earlier call: a list of index tensors, or of {layer: tensor}"
+        )
+    return Replay(entries)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise OptionError unless the value is allowed."""
+    if value not in allowed:
+        raise OptionError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
