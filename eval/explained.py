@@ -55,7 +55,7 @@ def explained(
             whole if len(order) > 1 else _covered(whole, image.layout, patch if isinstance(patch, int) else patch[0])
         )
         title = f"{spec}: {image.n_visual} -> {image.n_kept}"
-        panels.append((title, _both(shown, picture, image.layout, image.kept)))
+        panels.append((title, _both(shown, picture, image.layout, image.left)))
         lines.append(str(report))
     return side_by_side(panels), lines
 

@@ -17,7 +17,7 @@ from tokprune.budget import REFERENCE_TEXT, Budget
 from tokprune.shapes import known_shape
 
 from .rows import Row, pooled
-from .tables import COLUMNS, body, caption, of_kinds, order, times, unpruned
+from .tables import COLUMNS, body, caption, of_kinds, order, times, unpruned, visual
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -59,7 +59,7 @@ def grid(name: str) -> str:
         last = by_ratio.get(least) or by_ratio[None]
         own = [_accuracy(by_ratio[None]), *[""] * (len(ratios) - 1)] if None in by_ratio else []
         each = own or [_accuracy(by_ratio[ratio]) for ratio in ratios]
-        kept = f"{last.n_visual_before:.4g} -> {last.n_visual_after:.4g}"
+        kept = visual(last)
         c = last.costs
         flops = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
         lines.append([f"`{method}`", *each, kept, *flops, times(last.prefill_ratio, 1)])
@@ -176,8 +176,44 @@ def ledger(names: str) -> str:
     return markdown((*head, *(f"left at keep {r}: LLM / prefill" for r in (0.5, 0.25, 0.11))), lines)
 
 
+def exits(name: str) -> str:
+    """Where visual tokens leave at once, what that saves and what it costs in answers."""
+    rows = read_rows(name)
+    first, lines = rows[0], []
+    for r in rows:
+        where = ", ".join(f"{layer}: {n}" for layer, n in r["exit_layers"].items() if n)
+        bare = r["llm_flops_before"]
+        lines.append(
+            [
+                f"`{r['method']}`" + (f", keep {r['keep_ratio']:.3f}" if r["keep_ratio"] is not None else ""),
+                f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]",
+                times(r["llm_flops_after"], bare),
+                times(r["llm_flops_ratio_as_run"], 1),
+                f"{100 * r['selector_flops'] / bare:.2f} %",
+                where,
+            ]
+        )
+    head = (
+        f"**{first['task']}**: {first['n_samples']} questions of the {first['split'] or 'whole'} split, "
+        f"{first['model']}, {first['device']}, {first['dtype']}, {first['attn_implementation']}, transformers "
+        f"{first['transformers']}, torch {first['torch']}, {first['date']}. Unpruned, one question costs "
+        f"{first['llm_flops_before'] / 1e9:.3g} GFLOPs in the language model.\n\n"
+    )
+    batch = f"LLM FLOPs, batches of {first['batch_size']} as padded"
+    columns = (
+        "method",
+        "accuracy [95 %]",
+        "LLM FLOPs of a question",
+        batch,
+        "deciding, of the LLM",
+        "exit before layer",
+    )
+    return head + markdown(columns, lines)
+
+
 BLOCKS: dict[str, Callable[[str], str]] = {
     "comparison": comparison,
+    "exits": exits,
     "grid": grid,
     "kinds": kinds,
     "ledger": ledger,

@@ -56,12 +56,20 @@ class Costs:
     def of(
         cls,
         shape: Shape | None,
-        columns: tuple[int, int],
+        columns: tuple[int, int | Sequence[int]],
         selector: Ops,
         bytes_per_value: int,
         crops: tuple[int, int] = (1, 1),
     ) -> Costs:
-        """Of one picture, with columns of the prompt and crops of the tower before and after; unknown for no shape."""
+        """Of one picture, unknown for no shape.
+
+        Args:
+            shape: the model.
+            columns: of the prompt before, and after in every decoder layer or by layer.
+            selector: what selecting computed.
+            bytes_per_value: of keys and values.
+            crops: of the tower before and after.
+        """
         if shape is None:
             return cls()
         bare, pruned = (
@@ -95,6 +103,7 @@ class SampleRow:
     stopped: bool  # the stop token came
     n_visual_before: int
     n_visual_after: int
+    n_visual_mean: float  # over decoder layers
     llm_columns_before: int
     llm_columns_after: int
     costs: Costs
@@ -121,7 +130,8 @@ class BatchTime:
 class Row:
     """One configuration on one task, as it is written to rows.jsonl.
 
-    `value` is the share of whole answers right, with its 95 % Wilson interval and standard error; `params` are
+    `value` is the share of whole answers right, with its 95 % Wilson interval and standard error; `n_visual_after` and
+    `llm_columns_after` are of the last decoder layer, `n_visual_mean` over all of them; `params` are
     the method's options; `by_kind` holds value and number of questions by kind; counts, FLOPs and bytes are means
     over questions; times are of full batches; `peak_gib` and `gpu` are empty on a CPU.
     """
@@ -134,6 +144,7 @@ class Row:
     keep_ratio: float | None
     n_visual_before: float
     n_visual_after: float
+    n_visual_mean: float
     llm_columns_before: float
     llm_columns_after: float
     task: str
@@ -170,7 +181,8 @@ class Row:
     @classmethod
     def read(cls, fields: dict[str, Any]) -> Row:
         """From one line of rows.jsonl."""
-        return cls(**{**fields, "costs": Costs(**fields["costs"])})
+        mean_ = {"n_visual_mean": fields["n_visual_after"]}  # rows of before there were cuts between layers
+        return cls(**{**mean_, **fields, "costs": Costs(**fields["costs"])})
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
@@ -279,7 +291,7 @@ class Summariser:
         )
 
 
-COUNTS = ("n_visual_before", "n_visual_after", "llm_columns_before", "llm_columns_after")
+COUNTS = ("n_visual_before", "n_visual_after", "n_visual_mean", "llm_columns_before", "llm_columns_after")
 
 
 def asdict_of_method(spec: str) -> dict[str, Any]:

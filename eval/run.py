@@ -15,6 +15,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -159,6 +160,9 @@ class Runner:
         salts = [zlib.crc32(s.id.encode()) for s in samples]
         tokens, report, watch = self.answer(asked.inputs, config, salts)
         before, after = whole.columns, (report.prefills[0].rows if report else None) or asked.columns
+        by_layer = report.row_layers(0, after) if report else [[n] for n in after]
+        n_layers = len(self.model.model.language_model.layers)
+        n_mean = [mean(i.placeholders_by_layer(n_layers)) for i in report.encoded] if report else asked.n_visual
         n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
         selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
         stops = _stop_ids(self.model)
@@ -179,9 +183,10 @@ class Runner:
                 stopped=bool(set(row.tolist()) & stops),
                 n_visual_before=whole.n_visual[i],
                 n_visual_after=n_kept[i],
+                n_visual_mean=n_mean[i],
                 llm_columns_before=before[i],
-                llm_columns_after=after[i],
-                costs=self._costs((whole, asked), i, (before[i], after[i]), selectors[i]),
+                llm_columns_after=by_layer[i][-1],
+                costs=self._costs((whole, asked), i, (before[i], by_layer[i]), selectors[i]),
             )
             for i, (s, text, row) in enumerate(zip(samples, texts, tokens, strict=True))
         ]
@@ -189,8 +194,11 @@ class Runner:
         time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
         return rows, time
 
-    def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, int], selector: Ops) -> Costs:
-        bytes_per_value = self.model.model.language_model.dtype.itemsize
+    def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], selector: Ops) -> Costs:
+        language_model = self.model.model.language_model
+        bytes_per_value = language_model.dtype.itemsize
+        if len(columns[1]) == 1:  # the bare model: the same in every layer
+            columns = columns[0], columns[1] * len(language_model.layers)
         before, after = (a.crops[i] if a.crops else 0 for a in asked)
         return Costs.of(self.shape if before else None, columns, selector, bytes_per_value, (before, after))
 

@@ -38,12 +38,18 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]",
         f"{row.words_value:.3f}",
         f"{row.stop_rate:.3f}",
-        f"{row.n_visual_before:.4g} -> {row.n_visual_after:.4g}",
+        visual(row),
         times(c.llm_flops_after, c.llm_flops_before),
         times(c.prefill_flops_after, c.prefill_flops_before),
         times(c.kv_bytes_after, c.kv_bytes_before),
         times(row.prefill_ratio, 1),
     )
+
+
+def visual(row: Row) -> str:
+    """Visual tokens before and after the last cut, and in the mean over decoder layers where that differs."""
+    mean = "" if abs(row.n_visual_mean - row.n_visual_after) < 1e-6 else f" (mean {row.n_visual_mean:.4g})"
+    return f"{row.n_visual_before:.4g} -> {row.n_visual_after:.4g}{mean}"
 
 
 def unpruned(row: Row) -> str:
@@ -144,7 +150,7 @@ def _plot_task(axis, rows: Sequence[Row], floor: float | None, x_of) -> None:
             curves[r.method].append(r)
     for name, points in curves.items():
         points.sort(key=x_of)
-        spread = [[r.value - r.low for r in points], [r.high - r.value for r in points]]
+        spread = [[max(r.value - r.low, 0) for r in points], [max(r.high - r.value, 0) for r in points]]  # rounding
         axis.errorbar(
             [x_of(r) for r in points],
             [r.value for r in points],

@@ -58,7 +58,8 @@ def attach(
             them. See `tokprune.list_methods()`. Start with "vtc_cls" where the tower has a [CLS] token and
             with "fopru" elsewhere.
         keep_ratio: fraction of each image's visual tokens to keep, in (0, 1]. Start with 0.25. Between decoder layers:
-            what is left after the last cut, of what the language model is given. A list has one for each method.
+            what is left after the last cut, of what the language model is given. For two methods a list has one for
+            each; a single fraction is what both leave together, each the square root of it.
         keep_tokens: number of each image's visual tokens to keep, instead of a fraction.
         flops_ratio: fraction of the unpruned FLOPs to spend, instead of a number of tokens, in (0, 1]; solved for
             each image beside 64 text tokens.

@@ -21,6 +21,8 @@ from .flops import Ledger, Ops, SelectionCost, Shape
 from .shapes import KNOWN, known_shape, shape_from_config
 from .types import Count, Kind, Layout, Signal, Tower, grid_layout
 
+EVAL_NEEDS = ("accelerate", "easy_vqa", "filelock", "matplotlib")
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -231,9 +233,9 @@ def fit_exit(
     model: Annotated[
         str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
-    steps: Annotated[int, typer.Option(help="Steps, each at one layer.")] = 400,
+    steps: Annotated[int, typer.Option(help="Steps, each at one layer.")] = 2000,
     hidden: Annotated[int, typer.Option(help="Width of a gate; the paper's is 2048 for 7B.")] = 256,
-    samples: Annotated[int, typer.Option(help="Questions to fit to; a quarter as many more to validate on.")] = 512,
+    samples: Annotated[int, typer.Option(help="Questions to fit to; a quarter as many more to validate on.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of questions, first weights and steps.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions a step.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate; the paper's is 6e-5 for 7B.")] = 1e-3,
@@ -251,6 +253,48 @@ def fit_exit(
     console.print(f"Use it as dyvte:gate={out}")
 
 
+@app.command()
+def search(
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    task: Annotated[str, typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl.")] = "findit",
+    tolerance: Annotated[
+        float | None, typer.Option(help="G-Search: the fewest tokens that lose at most so much accuracy, 0.01 for 1 %.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="P-Sigmoid: the best sigmoid of this ratio, the mean over all decoder layers.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The schedule file; what was evaluated goes beside it.")] = Path(
+        "schedule.json"
+    ),
+    score: Annotated[str, typer.Option(help="A method between decoder layers that ranks the tokens.")] = "fastv",
+    samples: Annotated[int, typer.Option(help="Questions, none of them of the test split.")] = 200,
+    calibration: Annotated[
+        str | None, typer.Option(help="A folder with metadata.jsonl to take the questions from instead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of questions, and of P-Sigmoid.")] = 0,
+    trials: Annotated[
+        int | None, typer.Option(help="Evaluations of a layer (G-Search; 6), or in all (P-Sigmoid; 30).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
+    suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over where a search was begun.")] = False,
+) -> None:
+    """Find how many visual tokens every decoder layer of a model needs, for the method schedule:file=OUT.
+
+    A search that was cut off goes on where it stopped when the same command is typed again.
+    """
+    searched = _eval("search", needs=(*EVAL_NEEDS, "optuna"))
+    if max_new_tokens < 1:
+        raise RunError("--max-new-tokens takes a whole number of at least 1")
+    wanted = searched.Wanted(tolerance, budget, score, samples, seed, trials, batch_size)
+    questions = searched.calibration_task(task, calibration)
+    runner = _runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
+    searched.search(runner, model, questions, wanted, out, overwrite, _console())
+
+
 def _runner(model: str = "tiny-llava", **options: Any):
     """A loaded model with its processor; an embedded one without a progress bar."""
     from transformers.utils import logging
@@ -266,7 +310,7 @@ def _console() -> Console:
     return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
 
 
-def _eval(module: str, needs: tuple[str, ...] = ("accelerate", "easy_vqa", "filelock", "matplotlib")):
+def _eval(module: str, needs: tuple[str, ...] = EVAL_NEEDS):
     """A module of tokprune.eval, which needs the extra of that name."""
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,7 +1,8 @@
 """Gate files: small networks, one a decoder layer, that say when a prompt's visual tokens may leave.
 
-A file is in the safetensors format, which holds numbers and text and runs nothing: of every layer `gate.LAYER.in`, (H, 2 D),
-and `gate.LAYER.out`, (2, H), and as metadata which language model they were fitted to and what was seen while fitting.
+A file is in the safetensors format, which holds numbers and text and runs nothing: of every layer `gate.LAYER.in`,
+(H, 2 D), and `gate.LAYER.out`, (2, H), and as metadata which language model they were fitted to and what was seen while
+fitting.
 """
 
 from __future__ import annotations

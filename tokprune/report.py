@@ -65,15 +65,21 @@ class ImageReport:
     @functools.cached_property
     def n_kept(self) -> int:
         """Visual tokens left after the last cut, rows that show no patch not counted."""
-        return self._n_visual(self._last)
+        return self._n_visual(self.left)
 
     def n_by_layer(self, n_layers: int) -> list[int]:
         """Visual tokens in every decoder layer."""
         counts = {layer: self._n_visual(kept) for layer, kept in self.kept_by_layer.items() if layer}
         return by_layer(counts, self.n_given, n_layers)
 
+    def placeholders_by_layer(self, n_layers: int) -> list[int]:
+        """The same with rows that show no patch."""
+        counts = {layer: len(kept) for layer, kept in self.kept_by_layer.items() if layer}
+        return by_layer(counts, len(self.kept), n_layers)
+
     @property
-    def _last(self) -> Tensor:
+    def left(self) -> Tensor:
+        """Indices of the rows left after the last cut among the image's placeholders, on the CPU."""
         return list(self.kept_by_layer.values())[-1] if self.cuts else self.kept
 
     def _n_visual(self, rows: Tensor) -> int:
@@ -87,12 +93,12 @@ class ImageReport:
     @property
     def n_special_kept(self) -> int:
         """Rows that show no patch and stay."""
-        return len(self._last) - self.n_kept
+        return len(self.left) - self.n_kept
 
     def kept_by_crop(self) -> dict[int, int]:
         """How many tokens each crop keeps."""
         counts = dict.fromkeys(self.layout.crops, 0)
-        for i in self._last.tolist():
+        for i in self.left.tolist():
             if self.layout.crop[i] >= 0:
                 counts[self.layout.crop[i]] += 1
         return counts
@@ -169,6 +175,16 @@ class Report:
     def n_mean(self, image: ImageReport) -> float:
         """Visual tokens of an image in the mean over decoder layers."""
         return sum(image.n_by_layer(self.n_layers)) / self.n_layers
+
+    def row_layers(self, prefill: int, given: list[int]) -> list[list[int]]:
+        """Columns of every row in every decoder layer, without padding.
+
+        Args:
+            prefill: which pass.
+            given: columns of every row before any cut.
+        """
+        by_layer = self.prefills[prefill].layer_rows or [[]] * self.n_layers
+        return [[rows[i] if rows else n for rows in by_layer] for i, n in enumerate(given)]
 
     @property
     def n_prompt(self) -> int:

@@ -117,13 +117,19 @@ def _split(given: Given, n: int, built: Method, label: str) -> list[Given]:
         return [tuple(v[0] if isinstance(v, list) and len(v) == 1 else v for v in lists)]  # type: ignore[list-item]
     if lists[2] is not None:
         raise BudgetError(f"{label!r} takes {n} budgets; flops_ratio is for one, type keep_ratio=[0.5, 0.5]")
+    if lists[0] is not None and not isinstance(lists[0], list) and lists[1] is None:
+        each = float(Budget(lists[0]).keep_ratio or 0) ** (1 / n)
+        return [(each, None, None)] * n
     for i, name in enumerate(("keep_ratio", "keep_tokens")):
         values, other = lists[i], lists[1 - i]
         if isinstance(values, list) and len(values) == n and other is None:
             return [tuple(v if k == i else None for k in range(3)) for v in values]  # type: ignore[misc]
         if values is not None:
             raise BudgetError(f"{label!r} takes {n} budgets, of what each method is given; type {name}=[.., ..]")
-    raise BudgetError(f"{label!r} takes {n} budgets; type keep_ratio=[0.5, 0.5], of what each method is given")
+    raise BudgetError(
+        f"{label!r} takes {n} budgets; type keep_ratio=[0.5, 0.5], of what each method is given, or keep_ratio=0.25 "
+        "for what both leave together"
+    )
 
 
 def _checked_replay(replay: Sequence[Any], methods: tuple[Any, ...], label: str, given: Given) -> Replay:

@@ -19,9 +19,9 @@ class VisualExit(ExitMethod):
     """Exit before layer l when m = mean_h sum_{j visual} A[h, last prompt token, j] is low in the layers before l.
 
     The attention mass m of `patience` layers, l - patience to l - 1, has to be below `threshold`. With `layer` nothing
-    is measured and all prompts exit there: what YOPO calls layer drop, and the rule of VTW; rows really leave instead of
-    being masked. `tokprune fit-exit` also prints a layer that a model can spare. Text keeps its positions, and a prompt
-    with no text behind its last image keeps everything.
+    is measured and all prompts exit there: what YOPO calls layer drop, and VTW's rule; rows really leave instead of
+    being masked. `tokprune fit-exit` also prints the earliest layer from which a model can do without. Text keeps its
+    positions, and a prompt with no text behind its last image keeps everything.
 
     Source:   the training-free counterpart of DyVTE (arXiv 2411.19628), by attention mass; the fixed layer as in YOPO
               (arXiv 2410.06169) and VTW.
