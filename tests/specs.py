@@ -58,8 +58,9 @@ DECODER_VARIANTS = [
 
 
 def _of(stage: Stage, filters: bool) -> list[str]:
-    built = {n: METHODS.build(n) for n in tokprune.list_methods() if n not in ("dyvte", "schedule")}  # those need files
-    return [n for n, m in built.items() if m.stage is stage and isinstance(m, Filter) == filters]
+    built = {n: METHODS.build(n) for n in tokprune.list_methods()}
+    shown = {n: m for n, m in built.items() if not m.needs_file}  # those have tests of their own
+    return [n for n, m in shown.items() if m.stage is stage and isinstance(m, Filter) == filters]
 
 
 FILTERS = _of(Stage.PRE_LLM, True)

@@ -14,12 +14,10 @@ from rich.console import Console
 
 import tokprune
 
-from . import terminal
+from . import counting, terminal
 from .budget import Budget
 from .errors import RunError, TokPruneError
-from .flops import Ledger, Ops, SelectionCost, Shape
-from .shapes import KNOWN, known_shape, shape_from_config
-from .types import Count, Kind, Layout, Signal, Tower, grid_layout
+from .flops import Ledger, Ops
 
 EVAL_NEEDS = ("accelerate", "easy_vqa", "filelock", "matplotlib")
 
@@ -54,69 +52,22 @@ def flops(
     layers: Annotated[bool, typer.Option("--layers", help="Show every decoder layer.")] = False,
 ) -> None:
     """Show what a prefill costs, part by part, before and after pruning; nothing is run or downloaded for a shape."""
-    shape = _shape(model)
+    shape = counting.shape_of(model)
     visual = shape.n_visual if visual is None else visual
     if min(visual, text, 1 if crops is None else crops) < 1:
         raise RunError("--visual, --text and --crops take whole numbers of at least 1")
-    n_keep, signals, products = _kept(shape, method, keep, visual)
+    found = counting.kept(shape, method, keep, visual, text)
+    columns = [n + text for n in found.by_layer]
     before = shape.picture(visual, crops) + shape.read(visual + text)
-    after = shape.picture(visual, crops, signals) + shape.read(n_keep + text)
-    after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=products)
-    _console().print(terminal.ledger_table(shape, (before, after), (visual + text, n_keep + text), layers))
+    after = shape.picture(visual, crops, found.signals) + shape.read(columns)
+    after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=found.products)
+    _console().print(terminal.ledger_table(shape, (before, after), (visual + text, columns), layers))
     n_crops = crops or -(-visual // shape.n_visual)
     typer.echo(
         f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; --visual takes another number), keep {keep:g}."
     )
     share = before.before_llm.flops / before.prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
-
-
-def _kept(shape: Shape, method: str, keep: float, visual: int) -> tuple[int, frozenset[Signal], Ops]:
-    """Tokens kept, the signals of a method, and its own products; fewer tokens where it keeps whole rows or a grid."""
-    n_keep = Budget(keep_ratio=keep).n_keep(visual)
-    if not method:
-        return n_keep, frozenset(), Ops()
-    built, has_cls = tokprune.get_method(method), shape.vision.n_special > 0
-    if built.count is Count.CONTENT or built.is_filter:
-        raise RunError(
-            f"how many tokens {method!r} keeps depends on the picture; leave --method out for the budget alone"
-            f"{_with_budget(method)}"
-        )
-    projects_rows = shape.projector[0] == shape.vision.stack.width
-    signals = built.needs(Tower(shape.vision.stack.n_layers, has_cls, projects_rows))
-    if not has_cls and any(s.kind is Kind.CLS_ROW for s in signals):
-        raise RunError(f"{method!r} needs a [CLS] token, which the tower of {shape.name} lacks; see tokprune models")
-    n_keep = n_keep if built.takes_budget else 0
-    least = built.min_keep(grid_layout(1, visual))
-    if built.takes_budget and n_keep < min(least, visual) and built.count is Count.EXACT:
-        raise RunError(f"{method!r} cannot keep {n_keep} tokens; its least is {least}")
-    if n_keep == visual:
-        return n_keep, frozenset(), Ops()
-    tiles = [i // shape.n_visual for i in range(visual)]
-    layout = Layout(tuple(tiles), tuple(range(visual)), (0,) * visual, (1, max(tiles)))
-    cost = SelectionCost(shape, signals, built.cost, built.space == "tower" and projects_rows)
-    return n_keep, signals, cost.selector(layout, n_keep, collected=False)
-
-
-def _with_budget(spec: str) -> str:
-    option = tokprune.get_method(spec).if_budget
-    return f", or type {spec}:{option}" if option else ""
-
-
-def _shape(model: str) -> Shape:
-    if model in KNOWN or ("/" not in model and not Path(model).exists()):
-        return known_shape(model)
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except Exception as error:  # whatever a broken or foreign folder makes transformers raise
-        raise RunError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
-    return shape_from_config(config)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @app.command()
@@ -139,7 +90,9 @@ def explain(
     Budget(keep_ratio=ratio)
     decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
     if keep is not None and decides:
-        raise RunError(f"{decides[0]!r} takes no budget; leave --keep out, or draw it apart{_with_budget(decides[0])}")
+        raise RunError(
+            f"{decides[0]!r} takes no budget; leave --keep out, or draw it apart{counting.with_budget(decides[0])}"
+        )
     budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
     picture = explained.open_picture(image)
     runner = _runner(model)

@@ -110,12 +110,12 @@ class DecoderSelector:
         ledger = shape.encode(layout.n_crops, n_patches, spent) + shape.read([n_other + n for n in left])
         return getattr(ledger, self.budget.flops_scope if self.budget else "llm").flops
 
-    def spent(self, layer: int, layout: Layout, n_keep: int, n_columns: int) -> Ops:
-        """What one cut of one image computes, beside so many columns of its row."""
+    def spent(self, layer: int, layout: Layout, n_keep: int, n_columns: int, n_text: int = REFERENCE_TEXT) -> Ops:
+        """What one cut of one image computes, in a row of so many columns."""
         shape = self.adapter.shape
         if shape is None or not self.reads:
             return Ops()
-        signals = decoder_signals(shape.text, self.reads[layer], layer, n_columns, REFERENCE_TEXT)
+        signals = decoder_signals(shape.text, self.reads[layer], layer, n_columns, n_text)
         text = shape.text
         widths = Widths(text.width, text.n_kv_heads * text.head_dim, text.head_dim, False)
         return signals + self.method.cost(layout, n_keep, widths)
@@ -191,7 +191,8 @@ class DecoderSelector:
             return None
         widths = plan.widths()
         for image in asked:
-            image.report.cut_ops[layer] = self.spent(layer, image.layout, image.targets[layer], widths[image.row])
+            columns, text = widths[image.row], image.n_text["after"]
+            image.report.cut_ops[layer] = self.spent(layer, image.layout, image.targets[layer], columns, text)
         drop = torch.zeros(plan.owner.shape, dtype=torch.int32, device=hidden.device)
         unknown: list[tuple[Shown, Tensor]] = []
         with torch.autocast(hidden.device.type, enabled=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 import tokprune
 
-from .types import Count
+from .types import Count, Stage
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lmms-eval", "flash-attn")
 QUESTIONS = ("is there a red ring?", "what color is the shape that is not in the top left of the image?")
@@ -56,6 +56,8 @@ def findings(runner: Any) -> Iterator[Finding]:
         same, _ = _watched(model, lambda: model(**inputs).logits)
     yield Finding("keeping all tokens changes no bit", torch.equal(same, bare), f"{before[0]} columns")
     for method in tokprune.list_methods():
+        if tokprune.get_method(method).needs_file:
+            continue
         try:
             yield _prunes(model, inputs, method)
         except Exception as error:  # any failure is a finding here
@@ -67,26 +69,31 @@ def findings(runner: Any) -> Iterator[Finding]:
 def _prunes(model, inputs: dict, method: str) -> Finding:
     n_visual, built = model.config.image_seq_length, tokprune.get_method(method)
     if built.is_filter:
-        method, built = f"{method}+vtc_cls", tokprune.get_method("vtc_cls")
+        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
+        method, built = f"{method}+{behind}", tokprune.get_method(behind)
     budget: dict[str, Any] = {"keep_ratio": KEEP} if built.takes_budget else {}
     n_keep = round(n_visual * KEEP) if budget else n_visual
     with tokprune.attach(model, method, **budget) as attachment:
         logits, columns = _watched(model, lambda: model(**inputs).logits)
-        kept = attachment.kept
+        kept, report = attachment.kept, attachment.report
+        left = [image.left for image in report.images]
         _, in_generate = _watched(model, lambda: model.generate(**inputs, max_new_tokens=3, do_sample=False))
-    n_layers, counts, lengths = len(model.model.language_model.layers), [len(k) for k in kept], _lengths(inputs)
+    n_layers, counts, lengths = len(model.model.language_model.layers), [len(k) for k in left], _lengths(inputs)
+    by_layer = [image.n_by_layer(n_layers) for image in report.images]
+    widths = [max(_columns(lengths, n_visual, at)) for at in zip(*by_layer, strict=True)]
+    exits = isinstance(kept[0], dict) and not budget
     problems = {
         f"asked to keep {n_keep}": max(counts) > n_keep or (bool(budget) and min(counts) < _least(built, n_keep)),
-        "nothing kept": method != "blind" and not all(counts),
+        "nothing kept": method != "blind" and not exits and not all(counts),
         "something kept": method == "blind" and any(counts),
-        "the layers saw another length": set(columns)
-        != {max(length - n_visual + n for length, n in zip(lengths, counts, strict=True))},
+        "the layers saw another length": columns != widths,
         "generate ran on another length": in_generate[:n_layers] != columns,
         "logits are not those of the kept tokens": _differs(model, inputs, kept, logits, built),
     }
     found = [problem for problem, is_there in problems.items() if is_there]
     shown = " and ".join(map(str, sorted(set(counts))))
-    seen = f"visual tokens {n_visual} -> {shown}, decoder layers saw {max(lengths)} -> {columns[0]} columns"
+    width = f"{columns[0]}" if columns[0] == columns[-1] else f"{columns[0]} ... {columns[-1]}"
+    seen = f"visual tokens {n_visual} -> {shown}, decoder layers saw {max(lengths)} -> {width} columns"
     return Finding(f"{method} prunes", not found, "; ".join([seen, *found]))
 
 
@@ -94,14 +101,21 @@ def _least(built: tokprune.Method, n_keep: int) -> int:
     return n_keep if built.count is Count.EXACT else 1
 
 
+def _columns(lengths: list[int], n_visual: int, counts: Sequence[int]) -> list[int]:
+    return [length - n_visual + n for length, n in zip(lengths, counts, strict=True)]
+
+
 def _lengths(inputs: dict) -> list[int]:
     return inputs["attention_mask"].sum(1).tolist()
 
 
 @torch.no_grad()
-def _differs(model, inputs: dict, kept: list[torch.Tensor], logits: torch.Tensor, built: tokprune.Method) -> bool:
-    """Whether the last logits of any row differ from those of its kept tokens alone, without padding or cache."""
-    if not built.keeps_features:
+def _differs(model, inputs: dict, kept: list, logits: torch.Tensor, built: tokprune.Method) -> bool:
+    """Whether the last logits of any row differ from those of its kept tokens alone, without padding or cache.
+
+    Of methods that merge, or that cut between layers, only whether they are numbers.
+    """
+    if not built.keeps_features or isinstance(kept[0], dict):
         return not bool(logits.isfinite().all())
     for row, index in enumerate(kept):
         real = inputs["attention_mask"][row].bool()

@@ -57,6 +57,7 @@ class Gates:
         """H, the width inside a gate."""
         return len(next(iter(self.weights.values()))[0])
 
+    @torch.no_grad()  # also so that weights which came up in inference mode can be used outside of it
     def logits(self, layer: int, features: Tensor) -> Tensor:
         """(G, 2) for keep and exit, from (G, 2 D) float32 of a layer's output."""
         key = layer, features.device

@@ -7,19 +7,21 @@ from rich.table import Table
 import tokprune
 
 from .flops import COMPAT, PARTS, Ledger, Ops, Shape
+from .types import Stage
 
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
 
 
 def methods_table() -> Table:
     """What each method keeps and promises."""
-    table = Table("method", "keeps", "count", "source", title="Methods", title_justify="left")
+    table = Table("method", "keeps", "where", "count", "source", title="Methods", title_justify="left")
     for name in tokprune.list_methods():
         method = tokprune.get_method(name)
         first = (type(method).__doc__ or "").strip().partition("\n")[0]
         preset = "" if str(method).endswith("()") else f" As {method}."
         count = "filter" if method.is_filter else "none" if name == "blind" else method.count.value
-        table.add_row(name, first + preset, count, method.source or "control")
+        where = "between layers" if method.stage is Stage.DECODER else "before the LLM"
+        table.add_row(name, first + preset, where, count, method.source or "control")
     return table
 
 
@@ -36,9 +38,19 @@ def support_table() -> Table:
     return table
 
 
-def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, int], layers: bool) -> Table:
-    """Parts of two ledgers, unpruned and kept, beside each other; `layers` shows every decoder layer."""
-    title = f"{shape.name}: {columns[0]} -> {columns[1]} tokens; 1 MAC = 2 FLOPs, attention counted dense"
+def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, list[int]], layers: bool) -> Table:
+    """Parts of two ledgers beside each other; `layers` shows every decoder layer.
+
+    Args:
+        shape: the model.
+        pair: unpruned and kept.
+        columns: of the prompt, unpruned, and kept by decoder layer.
+        layers: whether to show every decoder layer.
+    """
+    left = columns[1]
+    mean = sum(left) / len(left)
+    by_layer = "" if left[0] == left[-1] else f" ({mean:.1f} in the mean over layers)"
+    title = f"{shape.name}: {columns[0]} -> {left[-1]} tokens{by_layer}; 1 MAC = 2 FLOPs, attention counted dense"
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(("part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all")):
         table.add_column(name, justify="left" if i == 0 else "right")
@@ -53,11 +65,12 @@ def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, 
     _add(table, "decode, per token", shape.decode(columns[0]), shape.decode(columns[1]))
     table.add_section()
     for name, formula in COMPAT.items():
-        a, b = (formula(shape.text, n).macs for n in columns)
+        # The papers have one number of tokens for all layers.
+        a, b = formula(shape.text, columns[0]).macs, formula(shape.text, round(mean)).macs
         table.add_row(f"{name}'s formula (LLM alone)", f"{a / 1e9:,.2f}", "", f"{b / 1e9:,.2f}", "", _percent(a, b))
     table.add_section()
     for dtype, size in (("half precision", 2), ("float32", 4)):
-        a, b = (n * shape.text.n_layers * shape.text.kv_bytes(size) for n in columns)
+        a, b = (n * shape.text.kv_bytes(size) for n in (columns[0] * len(left), sum(left)))
         table.add_row(f"KV cache, {dtype}", f"{a / 2**20:.1f} MiB", "", f"{b / 2**20:.1f} MiB", "", _percent(a, b))
     return table
 

@@ -32,6 +32,7 @@ class Method:
     keeps_features: ClassVar[bool] = True  # kept tokens stay as they are; False where a method merges or averages
     space: ClassVar[Literal["packed", "tower"]] = "packed"  # "tower": merges what the projector takes, if it can
     is_filter: ClassVar[bool] = False  # only goes before a method, in a list
+    needs_file: ClassVar[str] = ""  # the option that names a file without which it does nothing
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of numeric options
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs

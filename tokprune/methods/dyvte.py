@@ -37,6 +37,7 @@ class DyVTE(ExitMethod):
 
     gate: str = ""
 
+    needs_file: ClassVar[str] = "gate"
     source: ClassVar[str] = "DyVTE, NeurIPS 2025, arXiv 2411.19628"
 
     @functools.cached_property

@@ -37,6 +37,7 @@ class FromFile(DecoderMethod):
 
     file: str = ""
 
+    needs_file: ClassVar[str] = "file"
     source: ClassVar[str] = "G-Search and P-Sigmoid, CVPR 2025, arXiv 2412.00556"
 
     def __post_init__(self):
