@@ -72,6 +72,48 @@ def grid(name: str) -> str:
     return f"{caption(first)}. {unpruned(first)}\n\n" + markdown((*head, f"prefill time {at}"), floors + lines)
 
 
+def frontier(name: str) -> str:
+    """All configurations of a run in the order of the FLOPs that the language model really spent."""
+    rows = read_rows(name)
+    floors = [r for r in rows if r["method"] == "question only"]
+    shown = pooled([Row.read(r) for r in rows if r["method"] != "question only"])
+    lines = [["question only", "", f"{r['value']:.3f}", *[""] * 4] for r in floors]
+    for row in sorted(shown, key=lambda r: r.costs.llm_flops_after or 0):
+        c = row.costs
+        spent = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
+        keep = "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
+        memory = times(c.kv_bytes_after, c.kv_bytes_before)
+        lines.append([f"`{row.method}`", keep, _accuracy(row), visual(row), *spent, memory])
+    head = ("method", "keep", "accuracy [95 %]", "visual tokens", "LLM FLOPs", "prefill FLOPs", "KV bytes")
+    return f"{caption(shown[0])}. {unpruned(shown[0])}\n\n" + markdown(head, lines)
+
+
+def speed(name: str) -> str:
+    """Measured times beside the ledger's."""
+    rows = read_rows(name)
+    first = rows[0]
+    head = (
+        f"{first['shape']} shapes, {first['n_visual']} visual and {first['n_text']} text tokens, keep 0.25, batch "
+        f"{first['batch_size']}, {first['device']}, {first['dtype']}, {first['attn_implementation']}, median of "
+        f"{first['rounds']}; unpruned: {first['prefill_s']:.2f} s to the first token, "
+        f"{1000 * first['decode_s_per_token']:.0f} ms for each behind it\n\n"
+    )
+    lines = [
+        [
+            f"`{r['method']}`",
+            f"{sum(r['columns']) / len(r['columns']):.4g}",
+            f"x {r['prefill_ratio']:.2f}",
+            f"x {r['prefill_ledger']:.2f}",
+            f"{r['prefill_ledger'] / r['prefill_ratio']:.2f}",
+            f"x {r['decode_ratio']:.2f}",
+            f"x {r['decode_ledger']:.2f}",
+        ]
+        for r in rows
+    ]
+    columns = ("method", "columns, mean over layers", "prefill time", "prefill FLOPs", "speed-up / FLOPs saved")
+    return head + markdown((*columns, "decode time", "decode FLOPs"), lines)
+
+
 def _accuracy(row: Row) -> str:
     return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
@@ -213,6 +255,7 @@ def exits(name: str) -> str:
 
 BLOCKS: dict[str, Callable[[str], str]] = {
     "comparison": comparison,
+    "frontier": frontier,
     "exits": exits,
     "grid": grid,
     "kinds": kinds,
@@ -221,6 +264,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "pairs": pairs,
     "selectors": selectors,
     "signals": signals,
+    "speed": speed,
 }
 
 

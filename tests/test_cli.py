@@ -24,7 +24,7 @@ from tokprune.eval.tasks.findit import FindIt
 import tokprune
 from tokprune import cli, compaction, selection
 from tokprune.budget import Budget
-from tokprune.types import grid_layout
+from tokprune.types import Stage, grid_layout
 
 
 def tokprune_cli(*arguments: str) -> subprocess.CompletedProcess:
@@ -491,7 +491,11 @@ def test_doctor_finds_a_healthy_installation():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
     for name in tokprune.list_methods():
-        label = f"{name}+vtc_cls" if tokprune.get_method(name).is_filter else name
+        built = tokprune.get_method(name)
+        if built.needs_file:
+            continue
+        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
+        label = f"{name}+{behind}" if built.is_filter else name
         assert f"ok     {label} prunes" in done.stdout
     assert "transformers" in done.stdout
 

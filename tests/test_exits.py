@@ -24,7 +24,7 @@ from tokprune.eval.tasks.findit import FindIt
 import tokprune
 from tokprune.errors import BudgetError, OptionError
 from tokprune.gates import Gates, gate_features, read_gates, write_gates
-from tokprune.types import Decoder
+from tokprune.types import Decoder, Kind, Signal, VisualTokens, grid_layout
 
 DEPTH, WIDTH = 5, 64
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -289,6 +289,27 @@ def test_mass_below_nothing_never_exits_and_is_bit_identical(kind):
         assert exits_of_all(attachment) == [None] * 3
 
 
+def test_a_mass_at_the_threshold_stays():
+    """Also where attention underflows to nothing: a threshold of 0 never exits."""
+    for threshold, mass, want in ((0.0, [0.0, 0.0], False), (0.5, [0.5, 0.1], False), (0.5, [0.4, 0.1], True)):
+        signals = {Signal(Kind.LM_MASS, (0, 1)): torch.tensor([mass])}
+        tokens = VisualTokens.of(torch.zeros(1, 4, 3), grid_layout(2, 2), signals)
+        assert tokprune.get_method("visual_exit", threshold=threshold).select(tokens, 0).keep.any() == (not want)
+
+
+def test_gates_that_were_first_used_in_inference_mode_work_outside_of_it(tmp_path):
+    model, inputs = model_and_batch("clip")
+    spec = gate_file(tmp_path / "gate.safetensors", model)
+    with torch.inference_mode():
+        attachment = tokprune.attach(model, spec)
+        want = model(**inputs).logits
+    with attachment, torch.enable_grad():
+        logits = model(**inputs).logits
+        logits.sum().backward()
+    model.zero_grad()
+    assert torch.equal(logits, want)
+
+
 @kinds
 @pytest.mark.parametrize(
     ("options", "layer"),
@@ -455,6 +476,8 @@ def test_the_label_rule():
     assert not fit_exit.label(bare.double(), worse(1.031), answer)[0]
     p, q = (x.softmax(-1).double() for x in (bare, other))
     assert fit_exit.label(bare, other, answer)[1] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    swapped = torch.tensor([[2.0, 0.0, 1.9, 0.0], [1.9, 0.0, 2.0, 0.0]])  # the same cross-entropy, other words
+    assert not fit_exit.label(swapped, swapped.flip(0), torch.tensor([1, 3]))[0]
     wrong = torch.tensor([3, 3])  # agreement of a wrong answer is agreement
     assert fit_exit.label(bare, bare * 0.999, wrong)[0]
 

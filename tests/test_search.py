@@ -64,6 +64,20 @@ def by_layer(counts) -> list[int]:
     return found
 
 
+def test_best_single_cut_has_the_fewest_tokens_over_all_layers():
+    """Layer 1 needs 100 tokens, layer 2 needs 20, later ones 15."""
+    fake = Fake(lambda n: 0.9 if n[1] >= 100 and n[2] >= 20 and min(n) >= 15 else 0.5)
+    assert schedules.best_single(fake, LAYERS, N, 0.01, 9) == {2: 20}
+    assert all(len(counts) <= 1 for counts in fake.asked)
+    assert schedules.best_single(Fake(lambda n: 0.9 if min(n) == N else 0.5), LAYERS, N, 0.01, 9) == {}
+    assert sum(schedules.g_search(fake, LAYERS, N, 0.01, 9).values()) > 0
+
+
+def test_single_is_the_control_of_tolerance():
+    with pytest.raises(RunError, match="--tolerance 0.01 --single"):
+        Wanted(budget=0.25, single=True)
+
+
 @pytest.mark.parametrize("needed", [[144, 100, 41, 41, 7, 1, 0, 0], [144] * 8, [144, 0, 0, 0, 0, 0, 0, 0]], ids=str)
 def test_g_search_finds_the_fewest_that_hold(needed):
     def accuracy(left):
@@ -344,6 +358,7 @@ BAD_SEARCHES = {
     "a score before the model": (["--tolerance", "0.1", "--score", "vtc_cls"], "type --score fastv"),
     "a score with a schedule": (["--tolerance", "0.1", "--score", "fastv:schedule=cosine"], "type --score fastv"),
     "a list": (["--tolerance", "0.1", "--score", "vtc_cls+fastv"], "type --score fastv"),
+    "a filter before it": (["--tolerance", "0.1", "--score", "sink_filter+fastv"], "type --score fastv"),
     "a colon": (["--tolerance", "0.1", "--out", "a:b.json"], "without one"),
     "a place": (["--tolerance", "0.1", "--samples", "1", "--out", "/proc/no/a.json"], "another file with --out"),
     "too little": (["--budget", "0.1", "--samples", "1", "--out", "OUT"], "type --budget 0.25"),

@@ -34,7 +34,7 @@ from .prompt import placeholders, places_of, same_places, text_of
 from .report import Prefill, Report, describe_signals, without_beam_copies
 from .selection import Encoded, Newlines, Selector, by_image
 from .stages import Stages, one_of, stages_of
-from .types import Kind
+from .types import Kind, Stage
 
 
 def attach(
@@ -86,8 +86,9 @@ def attach(
         )
     built, label = build_method(method, options)
     if built.is_filter:
+        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
         raise TokPruneError(
-            f"{label!r} only filters; put a method behind it: [{label!r}, 'vtc_cls'], or \"{label}+vtc_cls\" as a name"
+            f'{label!r} only filters; put a method behind it: [{label!r}, {behind!r}], or "{label}+{behind}" as a name'
         )
     stages = stages_of(built, label, (keep_ratio, keep_tokens, flops_ratio), flops_scope, replay)
     adapter = adapter_for(model)
@@ -100,8 +101,8 @@ def attach(
     signals = frozenset() if replay is not None else checked_signals(stages.first, label, adapter)
     if stages.decoder is not None:
         stages.decoder.check(adapter.decoder)
-    current = [getattr(adapter.base, name) for name in adapter.encode_functions]
-    owners = [a for a in (getattr(f, "_tokprune_attachment", None) for f in current) if a is not None]
+    current = (getattr(getattr(adapter.base, n), "_tokprune_attachment", None) for n in adapter.encode_functions)
+    owners = [owner for owner in current if owner is not None]
     if owners:
         raise AlreadyAttachedError(
             f"this model already has an attachment ({owners[0].label}); call attachment.detach() first"
@@ -147,13 +148,11 @@ class Attachment(NotCopyable):
             if self._reads_prompt:  # before compaction, which looks for marks
                 stack.callback(language_model.register_forward_pre_hook(self._mark_late, with_kwargs=True).remove)
             compaction = Compaction(language_model, positions, self)
-            between = Between(language_model, compaction, self._cutter, self._cutter.first) if self._cutter else None
-            if between:
-                between.install_after(stack)
-            compaction.install(stack)
-            if self._cutter and between:
-                between.install_before(stack)
+            if self._cutter:
+                Between(language_model, compaction, self._cutter, self._cutter.first).install(stack)
                 self._cutter.tap.install(stack, self._cutter.tapped)
+            else:
+                compaction.install(stack)
             self._undo = stack.pop_all()
 
     def __enter__(self) -> Attachment:
@@ -343,7 +342,7 @@ class Attachment(NotCopyable):
         """Take the marks out of the features that the model hands back."""
         self._local.masks, self._local.rows = {}, None
         if isinstance(out, tuple):
-            return tuple(without_marks(part) for part in out)
+            return tuple(map(without_marks, out))
         for field in ("image_hidden_states", "video_hidden_states"):
             if getattr(out, field, None) is not None:
                 out[field] = without_marks(out[field])

@@ -125,17 +125,15 @@ class Between(NotCopyable):
         self.n_layers = len(language_model.layers)  # type: ignore[arg-type]
         self._local = _Passes()
 
-    def install_before(self, stack) -> None:
-        """Hooks that run behind the compaction's before a pass, and those of the layers; the stack removes them."""
+    def install(self, stack) -> None:
+        """Register the hooks, the compaction's among them, which runs first and ends last; the stack removes them."""
         module = self.language_model
+        stack.callback(module.register_forward_hook(self._leave, with_kwargs=True).remove)
+        self.compaction.install(stack)
         stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         for i in range(self.first, self.n_layers):
             hook = functools.partial(self._layer, i)
             stack.callback(module.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)  # type: ignore
-
-    def install_after(self, stack) -> None:
-        """The hook that has to run before the compaction's behind a pass."""
-        stack.callback(self.language_model.register_forward_hook(self._leave, with_kwargs=True).remove)
 
     # ------------------------------------------------------------------------------- the language model
 

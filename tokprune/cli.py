@@ -227,6 +227,10 @@ def search(
         str | None, typer.Option(help="A folder with metadata.jsonl to take the questions from instead.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw of questions, and of P-Sigmoid.")] = 0,
+    single: Annotated[
+        bool,
+        typer.Option("--single", help="The best single cut within --tolerance instead: what G-Search has to beat."),
+    ] = False,
     trials: Annotated[
         int | None, typer.Option(help="Evaluations of a layer (G-Search; 6), or in all (P-Sigmoid; 30).")
     ] = None,
@@ -242,7 +246,7 @@ def search(
     searched = _eval("search", needs=(*EVAL_NEEDS, "optuna"))
     if max_new_tokens < 1:
         raise RunError("--max-new-tokens takes a whole number of at least 1")
-    wanted = searched.Wanted(tolerance, budget, score, samples, seed, trials, batch_size)
+    wanted = searched.Wanted(tolerance, budget, score, samples, seed, trials, batch_size, single)
     questions = searched.calibration_task(task, calibration)
     runner = _runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
     searched.search(runner, model, questions, wanted, out, overwrite, _console())

@@ -20,6 +20,7 @@ class EasyVQA:
     """The task: 9,673 test questions on 1,000 pictures of one shape each, 64 x 64."""
 
     name = "easyvqa"
+    calibration_split = "train"  # what settings are found on; the package has no other
 
     def __init__(self, split: str = "test"):
         self.split = split

@@ -223,6 +223,7 @@ class FindIt:
     name = "findit"
     kinds: Sequence[str] = KINDS
     seed = 20_27  # of the questions
+    calibration_split = "validation"  # what settings are found on
     draw = staticmethod(draw)
 
     def __init__(self, split: str = "test", n_scenes: int = N_TEST_SCENES):

@@ -42,6 +42,11 @@ class Chain(Method):
         return self.method.takes_budget
 
     @property
+    def keeps_features(self) -> bool:  # type: ignore[override]
+        """The method's."""
+        return self.method.keeps_features
+
+    @property
     def newlines(self) -> Literal["keep_rows_with_tokens", "keep", "drop"]:
         """The method's."""
         return self.method.newlines

@@ -68,7 +68,7 @@ class SparseVLM(DecoderMethod):
     recycle: bool = True
     faithful: bool = False
 
-    keeps_features: ClassVar[bool] = False
+    keeps_features = property(lambda self: not self.recycle)
     source: ClassVar[str] = "SparseVLM, ICML 2025, arXiv 2410.04417"
 
     @property
