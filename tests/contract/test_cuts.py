@@ -22,6 +22,7 @@ from packaging.version import Version
 from specs import CUTTING, build
 
 import tokprune
+from tokprune.between import Between
 from tokprune.types import Count
 
 PLAIN = [s for s in CUTTING if build(s).keeps_features]  # those that leave kept tokens as they are
@@ -108,11 +109,12 @@ def test_cut_twins_differ(kind):
     assert min(twin({3: gone}), twin({1: gone}), twin({2: other}), twin({})) > 1e-2
 
 
-@pytest.mark.parametrize(("kind", "spec"), [(k, s) for k in KINDS for s in CUTTING if k == "clip" or ":" not in s])
+BUDGETED = [s for s in CUTTING if build(s).takes_budget]
+
+
+@pytest.mark.parametrize(("kind", "spec"), [(k, s) for k in KINDS for s in BUDGETED if k == "clip" or ":" not in s])
 @torch.no_grad()
 def test_keep_all_is_bit_identical_between_layers(kind, spec):
-    if not build(spec).takes_budget:
-        pytest.skip("decides by itself")
     model, inputs = tiny.model(kind), tiny.batch(kind=kind)
     logits, tokens = bare(kind)
     for everything in ({"keep_ratio": 1.0}, {"keep_tokens": 10_000}):
@@ -259,6 +261,70 @@ def test_beams_of_a_prompt_share_one_selection(spec):
     assert len(beams) == len(plain) == 2
     for a, b in zip(beams, plain, strict=True):
         assert all(torch.equal(a[layer], b[layer]) for layer in b)
+
+
+# ---- reads from the device
+
+READS = ("tolist", "item", "cpu", "__bool__", "__int__", "__float__", "nonzero", "numpy")
+
+
+def reads_inside(monkeypatch, owner, name, found, note):
+    """Notes every read of a tensor while `owner.name` runs."""
+    plain, inside = getattr(owner, name), []
+
+    def watched(*args, **kwargs):
+        inside.append(note(*args, **kwargs))
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(owner, name, watched)
+    for read in READS:
+        original = getattr(torch.Tensor, read)
+
+        def spy(self, *args, original=original, **kwargs):
+            if inside:
+                found.append(inside[-1])
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, read, spy)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "spec", ["fastv", "pyramiddrop", "sparsevlm", "dart", "sink_filter+fastv", "fastv:schedule=cosine"]
+)
+@torch.no_grad()
+def test_at_most_one_read_a_cut_and_none_while_decoding(kind, spec, monkeypatch):
+    """Counts are known on the host; only which newlines stay has to be read."""
+    model, inputs = model_and_batch(kind)
+    with attach(model, kind, spec) as attachment:
+        cutter, cuts, decoding = attachment._cutter, [], []
+        with monkeypatch.context() as patched:
+            reads_inside(patched, cutter, "cut", cuts, lambda layer, *_: layer)
+            model(**inputs)
+        with monkeypatch.context() as patched:
+            steps = lambda self, i, module, args, kwargs: args[0].shape[1] == 1  # noqa: E731
+            reads_inside(patched, Between, "_layer", decoding, steps)
+            tiny.generate(model, inputs)
+    made = sorted({layer for image in attachment.kept for layer in image})
+    assert made
+    assert cuts == (made if kind in tiny.TILED else [])
+    assert not any(decoding)
+
+
+def test_a_read_in_a_cut_is_seen(monkeypatch):
+    model, inputs = tiny.model(), tiny.row(tiny.batch(), 0)
+    with tokprune.attach(model, "fastv", keep_ratio=0.3) as attachment:
+        found = []
+        plain = attachment._cutter.cut
+        monkeypatch.setattr(
+            attachment._cutter, "cut", lambda layer, hidden, here: hidden.sum().item() and plain(layer, hidden, here)
+        )
+        reads_inside(monkeypatch, attachment._cutter, "cut", found, lambda layer, *_: layer)
+        model(**inputs)
+    assert found
 
 
 # ---- turns

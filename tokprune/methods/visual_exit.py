@@ -25,8 +25,8 @@ class VisualExit(ExitMethod):
 
     Source:   the training-free counterpart of DyVTE (arXiv 2411.19628), by attention mass; the fixed layer as in YOPO
               (arXiv 2410.06169) and VTW.
-    Differs:  the mass is this package's own rule, not a paper's. YOPO zeroes attention behind the softmax, here the
-              softmax runs over what is left.
+    Faithful: nothing to be faithful to: the mass is this package's own rule, and a fixed layer is a fixed layer.
+    Differs:  YOPO zeroes attention behind the softmax, here the softmax runs over what is left.
     Needs:    LM_MASS of `patience` layers; nothing with `layer`. Text-guided. Cost: O(H S d) a layer.
 
     Args:
