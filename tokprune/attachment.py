@@ -99,8 +99,7 @@ def attach(
     positions = adapter.default_positions if positions == "auto" else positions
     adapter.check_attention(positions)
     signals = frozenset() if replay is not None else checked_signals(stages.first, label, adapter)
-    if stages.decoder is not None:
-        stages.decoder.check(adapter.decoder)
+    stages.check(adapter.decoder)
     current = (getattr(getattr(adapter.base, n), "_tokprune_attachment", None) for n in adapter.encode_functions)
     owners = [owner for owner in current if owner is not None]
     if owners:

@@ -17,12 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .caches import past_length, refuse_unsupported
+from .caches import LAYERS_STATE, past_length, refuse_unsupported
 from .compaction import Columns, Compaction, NewColumns
 from .errors import NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
-
-_STATE = "_tokprune_layers"
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,7 @@ class Between(NotCopyable):
 
     def __init__(self, language_model: nn.Module, compaction: Compaction, chooser: Chooser, first: int):
         self.language_model, self.compaction, self.chooser, self.first = language_model, compaction, chooser, first
+        compaction.serves_cut_layers = True
         self.n_layers = len(language_model.layers)  # type: ignore[arg-type]
         self._local = _Passes()
 
@@ -144,7 +143,9 @@ class Between(NotCopyable):
         if x is None:
             return
         past, mask = past_length(cache), kwargs.get("attention_mask")
-        old = getattr(cache, _STATE, None) or (None,) * self.n_layers
+        old = getattr(cache, LAYERS_STATE, None) or (None,) * self.n_layers
+        if any(old[: self.first]):
+            raise UnsupportedCacheError("layers of this cache were cut by another attachment; start a new cache")
         cutting = False
         if embeds is not None and (x.shape[1] > 1 or past == 0):
             cutting = self.chooser.begin(self._entry(embeds, mask, past))
@@ -183,7 +184,7 @@ class Between(NotCopyable):
             return None
         cache = out.get("past_key_values") if isinstance(out, Mapping) else this.cache
         if cache is not None:
-            setattr(cache, _STATE, tuple(this.new))
+            setattr(cache, LAYERS_STATE, tuple(this.new))
         if this.cutting:
             uncut: list[list[int]] = [[]] * self.first
             lengths = [this.n] * self.first + this.lengths
@@ -208,6 +209,8 @@ class Between(NotCopyable):
             if cut is not None:
                 hidden = self._gather(this, cut)
         old, n_past = self._history(this, i)
+        if old is not None:
+            self._take_back(this, i, n_past)
         if this.cutting:
             this.lengths.append(hidden.shape[1])
             this.past_lengths.append(n_past)
@@ -245,12 +248,14 @@ class Between(NotCopyable):
                 "the cache was cut back into the part of the prompt from which tokens were dropped; start a new cache"
             )
         old = this.once((old,), lambda: old.shortened(this.past))
-        n_past = old.source.shape[1] + this.past - old.n_outer
+        return old, old.source.shape[1] + this.past - old.n_outer
+
+    def _take_back(self, this: _Pass, i: int, n_past: int) -> None:
+        """Cut a layer's cache that was left too long; only before the layer has run in this pass."""
         layer = this.cache.layers[i]
         excess = layer.get_seq_length() - n_past
         if excess > 0:  # transformers cuts all layers to one length, which is above a pruned layer's
             layer.crop(-excess)
-        return old, n_past
 
     def _columns(self, this: _Pass, i: int, old: Columns | None) -> Columns:
         """What the layer's cache holds behind this pass."""

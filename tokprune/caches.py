@@ -6,6 +6,8 @@ from torch import Tensor
 
 from .errors import UnsupportedCacheError
 
+LAYERS_STATE = "_tokprune_layers"  # on a cache whose layers were cut: what each of them holds
+
 
 def past_length(cache) -> int:
     """Tokens in a cache; 0 without one."""

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .caches import past_length, refuse_unsupported
+from .caches import LAYERS_STATE, past_length, refuse_unsupported
 from .errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
 
@@ -187,6 +187,7 @@ class Compaction(NotCopyable):
 
     def __init__(self, language_model: nn.Module, positions: Positions, observer: Observer):
         self.language_model, self.positions, self.observer = language_model, positions, observer
+        self.serves_cut_layers = False
         self._local = _Passes()
 
     def install(self, stack) -> None:
@@ -208,6 +209,8 @@ class Compaction(NotCopyable):
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if x is None:
             return None
+        if not self.serves_cut_layers and hasattr(cache, LAYERS_STATE):
+            raise UnsupportedCacheError("layers of this cache were cut by another attachment; start a new cache")
         columns = getattr(cache, _STATE, None)
         n_new, past_inner = x.shape[1], past_length(cache)
         is_prefill = n_new > 1 or past_inner == 0

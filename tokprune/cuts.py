@@ -131,13 +131,15 @@ class DecoderSelector:
             return False
         own = torch.stack([m.to(entry.embeds.device) for m in masks.values()]).long()  # (names, B, S)
         embeds, source = entry.embeds, entry.source
-        same = (embeds[1:] == embeds[:-1]).flatten(1).all(1).long()
+        same = (embeds[1:] == embeds[:-1]).flatten(1).all(1) & (entry.valid[1:] == entry.valid[:-1]).all(1)
+        same = same.long() * (not entry.past)  # what is cached may differ where the embeddings do not
         parts = [own, same, entry.valid.long(), *([] if source is None else [source])]
         flat = torch.cat([p.flatten() for p in parts]).cpu()  # the one read of a pass
         own, same, valid, *source_ = [
             x.view(p.shape) for x, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
         ]
         if not own.any():
+            self._refuse_unplaced(call, entry)
             return False
         if call is None or not call.images:
             raise NothingPrunedError(
@@ -151,11 +153,20 @@ class DecoderSelector:
         plan = make_plan(entry, found, host, end, self.owner.salts, self._reads_embeds)
         for image in plan.images:
             self._aim(image)
+            call.clamped |= bool(self.budget and self.budget.keep_tokens and self.budget.keep_tokens > image.n)
         if not any(image.targets for image in plan.images):
             return False
         self._local.current = plan
         self.tap.open(self.tapped)
         return True
+
+    def _refuse_unplaced(self, call: Call | None, entry: Entry) -> None:
+        """Raise where pictures were encoded for a prompt that shows no place for them."""
+        if call is not None and call.images and not call.prompt and not entry.past and len(call.prefills) <= 1:
+            raise NothingPrunedError(
+                f"pictures were encoded, but the prompt has no image placeholders for {self.label!r} to find "
+                "their tokens by; pass the whole prompt at once, as input_ids with pixel_values"
+            )
 
     def _prompt_end(self, call: Call, masks: Mapping[str, Tensor], past: int) -> int:
         """Width of the prompt; without a cache it is passed again with what was generated since."""
@@ -168,10 +179,14 @@ class DecoderSelector:
     def _aim(self, image: Shown) -> None:
         """What is to be left of an image."""
         if self.replay is not None:
-            image.targets = {layer: len(kept) for layer, kept in self.replay.of(image.number).items() if layer}
-        elif image.n and (image.n_text["last"] or not isinstance(self.method, ExitMethod)):
-            # An exit without text behind the last image would lose all of it, and could leave the row empty.
+            visual = set(image.layout.visual)
+            kept = {layer: rows for layer, rows in self.replay.of(image.number).items() if layer}
+            image.targets = {layer: len(visual.intersection(rows.tolist())) for layer, rows in kept.items()}
+        elif image.n:
             image.targets = dict(self.targets(image.layout, image.n))
+        if 0 in image.targets.values() and not image.n_text["last"]:
+            # Without text behind the last image an exit would lose what the answer is made of, or the whole row.
+            image.targets = {layer: n for layer, n in image.targets.items() if n}
 
     # ------------------------------------------------------------------------------- one cut
 
@@ -181,7 +196,10 @@ class DecoderSelector:
         if plan is None:
             return None
         seen = Seen(self.tap, plan, layer, hidden, here)
-        asked = [i for i in plan.images if i.n and i.targets.get(layer, i.n) < i.n]
+        replayed = self.replay is not None  # newlines may leave alone
+        asked = [
+            i for i in plan.images if i.n and (i.targets.get(layer, i.n) < i.n or (replayed and layer in i.targets))
+        ]
         if not any(i.targets and max(i.targets) >= layer and i.n for i in plan.images):
             self.tap.open(frozenset())  # nothing is left to be decided
             return None
@@ -238,8 +256,9 @@ class DecoderSelector:
         index = plan.index[rows].gather(1, columns)
         if self.replay is not None:
             keeps = [self.replay.keep(i.number, layer, len(layout.crop)) for i in group]
-            full = torch.stack(keeps).to(hidden.device)
-            return hidden, full
+            return hidden, torch.stack(keeps).to(hidden.device)
+        if not target and not isinstance(self.method, ExitMethod):
+            return hidden, torch.zeros(len(group), len(layout.crop), dtype=torch.bool, device=hidden.device)
         features = hidden[rows[:, None], columns]
         signals = {s: seen.signal(s, rows, columns, group) for s in self.reads[layer]}
         salts = tuple(i.salt for i in group)
@@ -247,6 +266,8 @@ class DecoderSelector:
         selected = self.method.select(tokens, target)
         if selected.features is not features:
             hidden = hidden.index_put((rows[:, None], columns), selected.features.to(hidden.dtype))
+        if isinstance(self.method, ExitMethod):
+            return hidden, seen.present(rows, group, len(layout.crop)) & selected.keep.all(1, keepdim=True)
         full = torch.zeros(len(group), len(layout.crop), dtype=torch.bool, device=hidden.device)
         full = full.scatter(1, index, selected.keep)
         if group[0].n_special:
@@ -284,8 +305,11 @@ class DecoderSelector:
 
     def end(self, lengths: list[int], past: list[int], rows: list[list[int]]) -> None:
         """Tell the report what ran."""
-        call = self.calls.call
+        call, plan = self.calls.call, self._local.current
         self._local.current = None
         self.tap.open(frozenset())
+        for copy, report in plan.copies if plan else ():
+            copy.cuts.update(report.cuts)
+            copy.cut_ops.update(report.cut_ops)
         if call is not None and call.prefills:
             call.prefills[-1] = replace(call.prefills[-1], layers=lengths, past_layers=past, layer_rows=rows)

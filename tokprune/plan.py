@@ -65,6 +65,7 @@ class Plan:
         place: column before any cut.
         end: (B,) the last column of the prompt; what comes behind it was generated.
         leader: by row, the first row that is the same.
+        copies: reports of images in rows that are copies, each with the report that it shares its cuts with.
         images: of leading rows.
         n_text: valid columns that belong to no image, by row.
         n_tail: columns behind the last image, in every row.
@@ -79,6 +80,7 @@ class Plan:
     place: Tensor
     end: Tensor
     leader: list[int]
+    copies: list[tuple[ImageReport, ImageReport]]
     images: list[Shown]
     n_text: list[int]
     n_tail: int
@@ -170,6 +172,7 @@ def make_plan(
         place=places.to(device, non_blocking=True),
         end=ends.to(device, non_blocking=True),
         leader=leader,
+        copies=_copies(found, leader),
         images=images,
         n_text=((owner == TEXT) & valid).sum(1).tolist(),
         n_tail=int(owner.shape[1] - 1 - tail.amax()),
@@ -177,6 +180,15 @@ def make_plan(
         owner_before=sent,
         shows_before=shows,
     )
+
+
+def _copies(found: list, leader: list[int]) -> list[tuple[ImageReport, ImageReport]]:
+    by_row: dict[int, list[ImageReport]] = {}
+    for report, place in found:
+        for row in place.rows:
+            by_row.setdefault(row, []).append(report)
+    pairs = [pair for row in by_row for pair in zip(by_row[row], by_row[leader[row]], strict=True)]
+    return [(copy, first) for copy, first in pairs if copy is not first]
 
 
 def _shown(number: int, row: int, report: ImageReport, salt: int, owner: Tensor, index: Tensor) -> Shown:

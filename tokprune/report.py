@@ -330,7 +330,8 @@ def without_beam_copies(images: list[ImageReport], rows: Tensor | None) -> list[
     if len(images) % copies:
         return list(images)
     for i, image in enumerate(images):
-        if not torch.equal(image.keep, images[i - i % copies].keep):
+        a, b = image.kept_by_layer, images[i - i % copies].kept_by_layer
+        if a.keys() != b.keys() or not all(torch.equal(a[layer], b[layer]) for layer in a):
             return list(images)
     return images[::copies]
 

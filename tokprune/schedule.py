@@ -116,6 +116,8 @@ class Pyramid(Schedule):
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
         """keep^(1/n), keep^(2/n) ... keep."""
         layers = [decoder.layer(i) for i in self.at] or [decoder.scaled(i, PAPER_DEPTH) for i in (8, 16, 24)]
+        if self.at and len(set(layers)) < len(layers):
+            raise OptionError(f"pyramid/{'/'.join(map(str, self.at))} names a layer twice; name each once")
         return {layer: keep ** ((i + 1) / len(layers)) for i, layer in enumerate(sorted(layers))}
 
 
@@ -132,6 +134,12 @@ class Cosine(Schedule):
 
     shift: float = 0.5
     ceiling: float = 0.85
+
+    def __post_init__(self):
+        if not (0 <= self.shift <= 1 and 0 < self.ceiling <= 1):
+            raise OptionError(
+                f"a cosine of shift {self.shift:g} and ceiling {self.ceiling:g} is none; type cosine/0.5/0.85"
+            )
 
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
         """max(keep, 0.5 cos(pi l / (L - 1)) + shift) where that is not above the ceiling."""
@@ -155,7 +163,7 @@ class Sigmoid(Schedule):
     middle: float | None = None
 
     def __post_init__(self):
-        if not self.steepness > 0:
+        if not 0 < self.steepness < math.inf or (self.middle is not None and not math.isfinite(self.middle)):
             raise OptionError(
                 f"a sigmoid of steepness {self.steepness:g} does not fall; type sigmoid/0.5/8, for instance"
             )
@@ -175,7 +183,9 @@ class Sigmoid(Schedule):
 
 @dataclass(frozen=True)
 class Explicit(Schedule):
-    """What is left from given layers on: counts (whole numbers from 1), or fractions up to 1.0. It takes no budget.
+    """What is left from given layers on: counts (whole numbers; 0 lets all leave), or fractions up to 1.0.
+
+    It takes no budget.
 
     Args:
         steps: (layer, count or fraction), by layer, falling.
@@ -193,7 +203,9 @@ class Explicit(Schedule):
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 0 for v in values)
         layers = all(isinstance(layer, int) for layer, _ in self.steps)
         kinds = {isinstance(v, int) for v in values}
-        falling = numbers and values == sorted(values, reverse=True)
+        signs = {layer < 0 for layer, _ in self.steps} if layers else set()
+        # Whether layers from the end fall is known with the depth.
+        falling = numbers and (len(signs) > 1 or values == sorted(values, reverse=True))
         if not (values and layers and falling and len(kinds) == 1 and (kinds == {True} or max(values) <= 1)):
             raise OptionError(
                 f"schedule {dict(self.steps)} is not layers with falling counts ({{2: 288, 8: 144}}) or falling "
@@ -205,17 +217,24 @@ class Explicit(Schedule):
         """It says itself how many."""
         return False
 
+    def _resolved(self, decoder: Decoder) -> list[tuple[int, float]]:
+        found = sorted((decoder.layer(layer), value) for layer, value in self.steps)
+        values = [value for _, value in found]
+        if len(dict(found)) < len(found) or values != sorted(values, reverse=True):
+            raise OptionError(f"schedule {dict(self.steps)} does not fall from layer to layer; name each layer once")
+        return found
+
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
         """As given."""
-        return tuple(sorted(decoder.layer(layer) for layer, _ in self.steps))
+        return tuple(layer for layer, _ in self._resolved(decoder))
 
     def counts(self, decoder: Decoder, n_visual: int, n_keep: int) -> dict[int, int]:
-        """As given, rounded half up; all of a small picture where it has no more."""
+        """As given, fractions rounded half up to at least 1; all of a small picture where it has no more."""
         found, left = {}, n_visual
-        for layer, value in self.steps:
-            n = value if isinstance(value, int) else half_up(value, n_visual)
+        for layer, value in self._resolved(decoder):
+            n = value if isinstance(value, int) or not value else max(1, half_up(value, n_visual))
             if n < left:
-                found[decoder.layer(layer)] = left = int(n)
+                found[layer] = left = int(n)
         return found
 
 

@@ -39,6 +39,12 @@ class Seen:
         numbers = ops.on_device([i.number for i in group], rows.device)
         return self.plan.owner[rows] == numbers[:, None]
 
+    def present(self, rows: Tensor, group: list[Shown], n_rows: int) -> Tensor:
+        """(G, N) bool: which rows of the images are still there."""
+        index = self.plan.index[rows].masked_fill(~self.own(rows, group), n_rows)
+        found = torch.zeros(len(rows), n_rows + 1, dtype=torch.bool, device=rows.device)
+        return found.scatter(1, index, True)[:, :n_rows]
+
     def visual(self, rows: Tensor, group: list[Shown]) -> Tensor:
         """(G, n) columns of the visual tokens that are still there."""
         return ops.keep_top((self.own(rows, group) & self.plan.shows[rows]).float(), group[0].n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from .budget import Budget, Scope
 from .errors import BudgetError, OptionError, TokPruneError
 from .methods.base import Method
 from .methods.chain import Pipeline
-from .types import Stage
+from .types import Decoder, Stage
 
 Given = tuple[Any, Any, Any]  # keep_ratio, keep_tokens, flops_ratio
 
@@ -66,6 +67,15 @@ class Stages:
     replay: Replay | None
     label: str
 
+    def check(self, decoder: Decoder) -> None:
+        """Raise OptionError where this does not fit a language model."""
+        if self.decoder is not None:
+            self.decoder.check(decoder)
+        for kept in self.replay.kept if self.replay else ():
+            most = decoder.n_layers if self.decoder is not None else 1
+            if any(not 0 <= layer < most for layer in kept):
+                raise OptionError(f"replay names layers {sorted(kept)}; {self.label!r} cuts from 0 to {most - 1} here")
+
     @property
     def budget(self) -> Budget | tuple[Budget | None, ...] | None:
         """As it was asked for; a pair for a pair of methods that take two."""
@@ -113,6 +123,8 @@ def _split(given: Given, n: int, built: Method, label: str) -> list[Given]:
         instead = f", or type {label}:{built.if_budget}" if built.if_budget else ""
         raise BudgetError(f"{label!r} takes no budget; leave keep_ratio, keep_tokens and flops_ratio out{instead}")
     lists = [list(v) if isinstance(v, (list, tuple)) else v for v in given]
+    if n == 1 and any(isinstance(v, list) and len(v) != 1 for v in lists):
+        raise BudgetError(f"{label!r} takes one budget; type keep_ratio=0.25")
     if n == 1:
         return [tuple(v[0] if isinstance(v, list) and len(v) == 1 else v for v in lists)]  # type: ignore[list-item]
     if lists[2] is not None:
@@ -120,12 +132,19 @@ def _split(given: Given, n: int, built: Method, label: str) -> list[Given]:
     if lists[0] is not None and not isinstance(lists[0], list) and lists[1] is None:
         each = float(Budget(lists[0]).keep_ratio or 0) ** (1 / n)
         return [(each, None, None)] * n
+    return _split_lists(lists, n, label)
+
+
+def _split_lists(lists: Sequence[Any], n: int, label: str) -> list[Given]:
+    """One entry of a list for each of several methods."""
     for i, name in enumerate(("keep_ratio", "keep_tokens")):
         values, other = lists[i], lists[1 - i]
         if isinstance(values, list) and len(values) == n and other is None:
             return [tuple(v if k == i else None for k in range(3)) for v in values]  # type: ignore[misc]
-        if values is not None:
+        if values is not None and other is None:
             raise BudgetError(f"{label!r} takes {n} budgets, of what each method is given; type {name}=[.., ..]")
+        if values is not None:
+            raise BudgetError("give exactly one budget: keep_ratio=[0.5, 0.5] or keep_tokens=[72, 36]")
     raise BudgetError(
         f"{label!r} takes {n} budgets; type keep_ratio=[0.5, 0.5], of what each method is given, or keep_ratio=0.25 "
         "for what both leave together"
@@ -139,11 +158,22 @@ def _checked_replay(replay: Sequence[Any], methods: tuple[Any, ...], label: str,
         if method is not None and not method.keeps_features:
             raise OptionError(f"{label!r} changes the tokens that it keeps, so that indices alone cannot replay it")
     entries = [kept if isinstance(kept, Mapping) else {0: kept} for kept in replay]
-    if any(not isinstance(t, Tensor) for kept in entries for t in kept.values()):
+    if isinstance(replay, Tensor) or not all(map(_is_kept, entries)):
         raise OptionError(
             "replay is attachment.kept of an earlier call: a list of index tensors, or of {layer: tensor}"
         )
     return Replay(entries)
+
+
+def _is_kept(kept: Mapping) -> bool:
+    """Whether this is {layer: indices}, ascending and each a part of the one before."""
+    if not all(isinstance(layer, int) and isinstance(t, Tensor) for layer, t in kept.items()):
+        return False
+    rows = [kept[layer] for layer in sorted(kept)]
+    if not all(t.ndim == 1 and t.dtype == torch.int64 and bool((t.diff() > 0).all()) for t in rows):
+        return False
+    sets = [set(t.tolist()) for t in rows]
+    return all(min(s, default=0) >= 0 for s in sets) and all(b <= a for a, b in itertools.pairwise(sets))
 
 
 def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

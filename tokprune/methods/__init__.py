@@ -73,7 +73,7 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
     pairs = [_build_one(part, {}) for part in parts]
     by_stage = [[p for p in pairs if p[0].stage is stage] for stage in (Stage.PRE_LLM, Stage.DECODER)]
     if [p for own in by_stage for p in own] != pairs:
-        names = [name for own in by_stage for _, name in own]
+        names = [name for own in by_stage for _, name in sorted(own, key=lambda pair: not pair[0].is_filter)]
         raise TokPruneError(f"what acts before the language model comes first; type {names} (or {'+'.join(names)!r})")
     built = [_build_stage(own) for own in by_stage if own]
     if len(built) == 1:
