@@ -82,7 +82,13 @@ def build(shape: str, dtype: torch.dtype, device: str) -> LlavaForConditionalGen
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=336, patch_size=14
     )
     text = LlamaConfig(**SHAPES[shape], num_attention_heads=32, vocab_size=32_000, max_position_embeddings=4096)
-    config = LlavaConfig(vision, text, image_token_index=IMAGE, image_seq_length=576, vision_feature_layer=-2)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+    )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -177,7 +183,13 @@ def overhead(n_layers: int = 32, steps: int = 40, rounds: int = 5) -> dict[str, 
             image_size=56,
             patch_size=14,
         )
-        config = LlavaConfig(vision, text, image_token_index=IMAGE, image_seq_length=16, vision_feature_layer=-2)
+        config = LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=IMAGE,
+            image_seq_length=16,
+            vision_feature_layer=-2,
+        )
         model = LlavaForConditionalGeneration(config).eval()
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         ids = torch.full((2, 9 + 16), 7)
