@@ -98,6 +98,7 @@ class _Pass:
     past_lengths: list[int] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
     row_lengths: list[int] = field(default_factory=list)  # at the layer that is reached
+    served: dict[int, tuple] = field(default_factory=dict)  # by stage, where nothing is cut
     memo: dict = field(default_factory=dict)  # by what it is made of: layers of a stage share it
 
     def once(self, key: tuple, make):
@@ -203,18 +204,19 @@ class Between(NotCopyable):
         this = self._local.current
         if this is None:
             return None
+        if not this.cutting:
+            return self._serve(this, i, args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        if this.cutting and i in self.chooser.layers:
+        if i in self.chooser.layers:
             cut = self.chooser.cut(i, hidden, _Here(self, this, kwargs))
             if cut is not None:
                 hidden = self._gather(this, cut)
         old, n_past = self._history(this, i)
         if old is not None:
             self._take_back(this, i, n_past)
-        if this.cutting:
-            this.lengths.append(hidden.shape[1])
-            this.past_lengths.append(n_past)
-            this.rows.append(this.row_lengths)
+        this.lengths.append(hidden.shape[1])
+        this.past_lengths.append(n_past)
+        this.rows.append(this.row_lengths)
         if this.kept is None and old is None:
             return None
         columns = self._columns(this, i, old)
@@ -224,6 +226,22 @@ class Between(NotCopyable):
         if args:
             return (hidden, *args[1:]), {**kwargs, **changed}
         return args, {**kwargs, **changed, "hidden_states": hidden}
+
+    def _serve(self, this: _Pass, i: int, args: tuple, kwargs: dict):
+        """A pass without cuts on a cache with some, every step of decoding: what a stage needs is made once."""
+        before, mask = this.old[i], kwargs.get("attention_mask")
+        if before is None:
+            return None
+        found = this.served.get(id(before))
+        if found is None or found[2] is not mask:
+            columns: Any
+            columns, n_past = self._history(this, i)
+            changed = self._keywords(this, columns, kwargs, args[0] if args else kwargs["hidden_states"])
+            found = this.served[id(before)] = columns, n_past, mask, changed
+        columns, n_past, _, changed = found
+        self._take_back(this, i, n_past)
+        this.new[i] = columns
+        return (args, {**kwargs, **changed}) if changed else None
 
     def _gather(self, this: _Pass, cut: Cut) -> Tensor:
         """Hidden states of what stays, right-aligned."""
