@@ -43,7 +43,8 @@ fix: setup
 
 # The laws on the oldest supported transformers, in an environment of its own.
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 tests/contract tests/golden tests/test_attention.py tests/test_flops.py
+	$(OLDEST)/bin/python -m pytest -n 2 tests/contract tests/golden tests/test_attention.py \
+	  tests/test_flops.py tests/test_flops_cuts.py tests/test_exits.py
 
 # The built wheel, imported from outside the repository.
 wheel: setup

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from contract.test_adapters import KINDS, by_row, model_and_batch
+from contract.test_cuts import ENCODES_ONCE
 from safetensors.torch import save_file
 from test_cli import tokprune_cli
 from tokprune.eval import fit_exit
@@ -120,7 +121,8 @@ def test_cached_generation_behind_ragged_exits_equals_recomputing(kind, tmp_path
     spec = gate_file(tmp_path / "gate.safetensors", model, kind, {1: ("two",), 3: ("one",)})
     with tokprune.attach(model, spec) as attachment:
         tokens, kept = tiny.generate(model, inputs), by_row(attachment.kept)
-        assert torch.equal(tokens, tiny.generate(model, inputs, use_cache=False))
+        if ENCODES_ONCE:
+            assert torch.equal(tokens, tiny.generate(model, inputs, use_cache=False))
         for r in range(3):
             assert torch.equal(tokens[r : r + 1], tiny.generate(model, tiny.row(inputs, r, kind=kind)))
     assert [{min(i, default=None) for i in row} for row in kept[:2]] == [{4}, {2}]

@@ -19,9 +19,10 @@ from tokprune.flops import Ops
 def test_ledger_equals_the_counter(kind, spec):
     model, inputs = tiny.model(kind), tiny.row(tiny.batch(kind=kind), 0, kind=kind)
     with tokprune.attach(model, spec, keep_ratio=0.3) as attachment:
-        seen = counted(lambda: model(**inputs, logits_to_keep=1))
+        seen = counted(lambda: model(**inputs, logits_to_keep=1), ("rotary_emb",))
         ledger = attachment.report.ledger
-    assert seen["all"] == ledger.prefill.flops
+    # transformers 4 makes the angles of the rotary embedding with a matrix product.
+    assert seen["all"] - seen["rotary_emb"] == ledger.prefill.flops
     assert len({n.flops for n in ledger.layers}) > 1
     assert ledger.selector.flops > 0
 
@@ -32,9 +33,9 @@ def test_ledger_of_methods_with_products_of_their_own(spec):
     """Their products are counted for 64 tokens of text and for all tokens of the picture: at most a little too much."""
     model, inputs = tiny.model(), tiny.row(tiny.batch(), 0)
     with tokprune.attach(model, spec, keep_ratio=0.3) as attachment:
-        seen = counted(lambda: model(**inputs, logits_to_keep=1))
+        seen = counted(lambda: model(**inputs, logits_to_keep=1), ("rotary_emb",))
         ledger = attachment.report.ledger
-    rest = seen["all"] - (ledger.prefill.flops - ledger.selector.flops)
+    rest = seen["all"] - seen["rotary_emb"] - (ledger.prefill.flops - ledger.selector.flops)
     assert 0 < rest <= ledger.selector.flops
     assert ledger.selector.flops < 0.05 * ledger.prefill.flops
 
