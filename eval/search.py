@@ -288,6 +288,15 @@ def _tell(console: Console, out: Path, scorer: Scorer, points: tuple[Point, Poin
     console.print(table)
     for name, point in (("unpruned", bare), ("found", found)):
         low, high = wilson(point.right, point.n)
-        console.print(f"{name:8} {point.accuracy:.3f} [{low:.3f}, {high:.3f}] of {point.n} questions kept apart")
+        console.print(
+            f"{name:8} {point.accuracy:.3f} [{low:.3f}, {high:.3f}] of {point.n} questions that are not test questions"
+        )
+    low, high = wilson(found.right, found.n)
+    tolerance = scorer.wanted.tolerance
+    if tolerance is not None and (high - low) / 2 > tolerance:
+        console.print(
+            f"{found.n} questions are known to +-{(high - low) / 2:.2f} alone, so a tolerance of {tolerance:g} may hold for "
+            "them alone; --samples takes more, and tokprune compare measures on test questions"
+        )
     console.print(f"{len(scorer.trials.points)} schedules were evaluated; they are in {scorer.trials.path}")
     console.print(f'Use it: tokprune.attach(model, "schedule:file={out}"), or --methods none,schedule:file={out}')

@@ -288,7 +288,7 @@ def test_search_end_to_end_and_after_a_kill(kind, tmp_path, monkeypatch, answere
     assert whole["found"]["search"] == kind
     assert len(whole["found"]["samples"]) == whole["found"]["n_samples"] == 6
     assert 'tokprune.attach(model, "schedule:file=whole.json")' in done.stdout
-    assert "questions kept apart" in done.stdout
+    assert "questions that are not test questions" in done.stdout
 
     # Killed: one point was finished, the next one is cut off in the middle of its line.
     text = (tmp_path / "whole.json.trials.jsonl").read_text().splitlines(keepends=True)

@@ -189,6 +189,7 @@ class Attachment(NotCopyable):
             encoded=call.images,
             prefills=list(call.prefills),
             clamped=call.clamped,
+            between=self._cutter is not None,
             shape=self.adapter.shape,
             bytes_per_value=self.adapter.language_model.dtype.itemsize,
         )

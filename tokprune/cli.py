@@ -64,7 +64,8 @@ def flops(
     _console().print(terminal.ledger_table(shape, (before, after), (visual + text, columns), layers))
     n_crops = crops or -(-visual // shape.n_visual)
     typer.echo(
-        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; --visual takes another number), keep {keep:g}."
+        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; --visual takes another number)"
+        + (f", keep {keep:g}." if found.budgeted else ", as many kept as the method says.")
     )
     share = before.before_llm.flops / before.prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")

@@ -23,6 +23,7 @@ class Kept:
     by_layer: list[int]
     signals: frozenset[Signal] = frozenset()
     products: Ops = field(default_factory=Ops)
+    budgeted: bool = True
 
 
 def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept:
@@ -40,6 +41,10 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
             f"how many tokens {method!r} keeps depends on the picture; leave --method out for the budget alone"
             f"{with_budget(method)}"
         )
+    if built.needs_file:
+        raise RunError(
+            f"{method!r} fits one model; attach it there, or type its counts, as fastv:schedule=layers/2x288"
+        )
     decoder = getattr(built, "decoder", built if built.stage is Stage.DECODER else None)
     first = getattr(built, "first", None if decoder is built else built)
     ratio = keep ** (1 / max(built.n_budgets, 1))
@@ -48,7 +53,7 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
     if first is not None:
         n_keep, signals, products = _before(shape, method, first, Budget(keep_ratio=ratio).n_keep(visual), visual)
     if decoder is None:
-        return Kept([n_keep] * n_layers, signals, products)
+        return Kept([n_keep] * n_layers, signals, products, built.takes_budget)
     left = Budget(keep_ratio=ratio).n_keep(n_keep) if decoder.takes_budget else 0
     cuts = decoder.cuts(Decoder(n_layers, shape.text.width), n_keep, left)
     widths = Widths(shape.text.width, shape.text.n_kv_heads * shape.text.head_dim, shape.text.head_dim, False)
@@ -57,7 +62,7 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
         columns = counts[layer - 1] + text
         products += decoder_signals(shape.text, decoder.reads(layer), layer, columns, text)
         products += decoder.cost(grid_layout(1, n_keep), n, widths)
-    return Kept(counts, signals, products)
+    return Kept(counts, signals, products, built.takes_budget)
 
 
 def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> tuple[int, frozenset[Signal], Ops]:

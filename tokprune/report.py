@@ -153,6 +153,7 @@ class Report:
         bytes_per_value: of keys and values.
         prefills: one entry a pass over prompt tokens.
         clamped: whether a count above an image's number of tokens was asked for.
+        between: whether tokens may be dropped between decoder layers.
     """
 
     method: str
@@ -162,6 +163,7 @@ class Report:
     images: list[ImageReport] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
     clamped: bool = False
+    between: bool = False
     encoded: list[ImageReport] = field(default_factory=list)
     shape: Shape | None = None
     bytes_per_value: int = 2
@@ -256,11 +258,14 @@ class Report:
             return f"{head}: no call yet"
         parts = [_tokens_line(self.images), f"language model {self.n_prompt} -> {self.n_prompt_kept} columns"]
         if any(i.cuts for i in self.images):
+            parts[-1] += f", {self.layers[-1]} after the last cut"
             parts.append(self._layers_line())
         if self.clamped:
             parts.append("more tokens asked for than an image has: all kept")
+        elif self.images and self.between and not self._dropped:
+            parts.append("nothing was dropped between layers")
         elif self.images and self.layers[-1] == self.n_prompt and self._dropped:
-            parts.append("nothing is saved in this batch: its longest row is text")
+            parts.append("nothing is saved in this batch: its longest row keeps all its columns")
         if self.ledger and self.ledger_unpruned:
             parts += _cost_lines(self.ledger_unpruned, self.ledger)
         if self.signals:

@@ -139,10 +139,16 @@ def _split_lists(lists: Sequence[Any], n: int, label: str) -> list[Given]:
     """One entry of a list for each of several methods."""
     for i, name in enumerate(("keep_ratio", "keep_tokens")):
         values, other = lists[i], lists[1 - i]
+        falls = name == "keep_ratio" or not isinstance(values, list) or list(values) == sorted(values, reverse=True)
+        if not falls:
+            raise BudgetError(f"{name}={values} rises, and a method cannot keep more than it is given; type [72, 36]")
         if isinstance(values, list) and len(values) == n and other is None:
             return [tuple(v if k == i else None for k in range(3)) for v in values]  # type: ignore[misc]
         if values is not None and other is None:
-            raise BudgetError(f"{label!r} takes {n} budgets, of what each method is given; type {name}=[.., ..]")
+            raise BudgetError(
+                f"{label!r} takes {n} budgets, of what each method is given; type "
+                f"{name}={[0.5, 0.5] if name == 'keep_ratio' else [72, 36]}"
+            )
         if values is not None:
             raise BudgetError("give exactly one budget: keep_ratio=[0.5, 0.5] or keep_tokens=[72, 36]")
     raise BudgetError(

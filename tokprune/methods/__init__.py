@@ -72,10 +72,10 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
         raise TokPruneError("an empty list; name at least one method, as ['vtc_cls']")
     pairs = [_build_one(part, {}) for part in parts]
     by_stage = [[p for p in pairs if p[0].stage is stage] for stage in (Stage.PRE_LLM, Stage.DECODER)]
+    built = [_build_stage(own) for own in by_stage if own]
     if [p for own in by_stage for p in own] != pairs:
         names = [name for own in by_stage for _, name in sorted(own, key=lambda pair: not pair[0].is_filter)]
         raise TokPruneError(f"what acts before the language model comes first; type {names} (or {'+'.join(names)!r})")
-    built = [_build_stage(own) for own in by_stage if own]
     if len(built) == 1:
         return built[0]
     return Pipeline(built[0][0], built[1][0]), "+".join(label for _, label in built)
