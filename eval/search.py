@@ -295,8 +295,8 @@ def _tell(console: Console, out: Path, scorer: Scorer, points: tuple[Point, Poin
     tolerance = scorer.wanted.tolerance
     if tolerance is not None and (high - low) / 2 > tolerance:
         console.print(
-            f"{found.n} questions are known to +-{(high - low) / 2:.2f} alone, so a tolerance of {tolerance:g} may hold for "
-            "them alone; --samples takes more, and tokprune compare measures on test questions"
+            f"{found.n} questions are known to +-{(high - low) / 2:.2f} alone, so a tolerance of {tolerance:g} may "
+            "hold for them alone; --samples takes more, and tokprune compare measures on test questions"
         )
     console.print(f"{len(scorer.trials.points)} schedules were evaluated; they are in {scorer.trials.path}")
     console.print(f'Use it: tokprune.attach(model, "schedule:file={out}"), or --methods none,schedule:file={out}')
