@@ -24,7 +24,7 @@ FOLDERS = {
 }
 GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
 GROUND |= {"call", "caches", "schedule", "gates"}
-CLI = ("tokprune.cli", "tokprune.counting", "tokprune.doctor", "tokprune.terminal")
+CLI = tuple(f"tokprune.{name}" for name in ("cli", "counting", "doctor", "experiments", "loading", "terminal"))
 
 
 def modules() -> dict[str, Path]:

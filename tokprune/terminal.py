@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+from rich.console import Console
 from rich.table import Table
 
 import tokprune
@@ -10,6 +13,11 @@ from .flops import COMPAT, PARTS, Ledger, Ops, Shape
 from .types import Stage
 
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
+
+
+def console() -> Console:
+    """The terminal; what users type is shown as it is, since brackets are no markup."""
+    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
 
 
 def methods_table() -> Table:

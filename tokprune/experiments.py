@@ -1,0 +1,150 @@
+"""Commands that run a model over questions: what they write goes to a folder and can be gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import terminal
+from .errors import RunError
+from .loading import EVAL_NEEDS, eval_room, load_runner
+
+app = typer.Typer()
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl; repeatable."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Names or specifications, with commas.")] = "",
+    keep: Annotated[
+        str, typer.Option(help="Ratios kept, with commas; 0.5,0.25,0.11 unless the model has its own.")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Folder for rows, samples and the plot.")] = Path("runs/compare"),
+    limit: Annotated[int | None, typer.Option(help="So many questions a task, for a quick look.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All questions instead of the fixed 800 a task.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
+    suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
+) -> None:
+    """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
+
+    A run that was cut off goes on where it stopped when the same command is typed again.
+    """
+    compared, tasks, embedded = eval_room("compare"), eval_room("tasks"), eval_room("models")
+    if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
+        raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
+    usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
+    names = methods.split(",") if methods else usual.methods
+    configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
+    loaded = [tasks.load_task(name) for name in task or usual.tasks]
+    if len({t.name for t in loaded}) < len(loaded):
+        raise RunError(
+            f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
+        )
+    chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
+    console = terminal.console()
+    runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
+    missing = runner.missing(configs)
+    if missing and methods:
+        raise RunError(next(iter(missing.values())))
+    if missing:
+        console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
+        configs = [c for c in configs if c.method not in missing]
+    settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size)
+    with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite)) as results:
+        compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
+    if model in embedded.EMBEDDED:
+        console.print(
+            "A model this small shows that things work and what they save, not which method is better on large models."
+        )
+    console.print(f"rows.jsonl, samples.jsonl and accuracy.png are in {out}")
+
+
+@app.command()
+def fit_exit(
+    task: Annotated[str, typer.Option(help="Whose training questions: findit, findit_hd or easyvqa.")],
+    out: Annotated[Path, typer.Option(help="The gate file to write, for dyvte:gate=FILE.")],
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    steps: Annotated[int, typer.Option(help="Steps, each at one layer.")] = 2000,
+    hidden: Annotated[int, typer.Option(help="Width of a gate; the paper's is 2048 for 7B.")] = 256,
+    samples: Annotated[int, typer.Option(help="Questions to fit to; a quarter as many more to validate on.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of questions, first weights and steps.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions a step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate; the paper's is 6e-5 for 7B.")] = 1e-3,
+    kl: Annotated[float, typer.Option(help="Nats by which a fixed exit may change the answers.")] = 0.01,
+    suffix: Annotated[str, typer.Option(help="Added to every question, as in compare.")] = "",
+) -> None:
+    """Fit the gates of dyvte to a model, and find the layer that it can do without visual tokens from.
+
+    A fit that was cut off goes on where it stopped when the same command is typed again.
+    """
+    fitting, tasks = eval_room("fit_exit"), eval_room("tasks")
+    settings = fitting.Settings(steps, hidden, samples, seed, batch_size, lr, kl)
+    runner, console = load_runner(model, suffix=suffix), terminal.console()
+    fitting.Fit(runner, model, tasks.load_task(task), settings, out).run(console)
+    console.print(f"Use it as dyvte:gate={out}")
+
+
+@app.command()
+def search(
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    task: Annotated[str, typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl.")] = "findit",
+    tolerance: Annotated[
+        float | None, typer.Option(help="G-Search: the fewest tokens that lose at most so much accuracy, 0.01 for 1 %.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="P-Sigmoid: the best sigmoid of this ratio, the mean over all decoder layers.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The schedule file; what was evaluated goes beside it.")] = Path(
+        "schedule.json"
+    ),
+    score: Annotated[str, typer.Option(help="A method between decoder layers that ranks the tokens.")] = "fastv",
+    samples: Annotated[int, typer.Option(help="Questions, none of them of the test split.")] = 200,
+    calibration: Annotated[
+        str | None, typer.Option(help="A folder with metadata.jsonl to take the questions from instead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of questions, and of P-Sigmoid.")] = 0,
+    single: Annotated[
+        bool,
+        typer.Option("--single", help="The best single cut within --tolerance instead: what G-Search has to beat."),
+    ] = False,
+    trials: Annotated[
+        int | None, typer.Option(help="Evaluations of a layer (G-Search; 6), or in all (P-Sigmoid; 30).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
+    suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over where a search was begun.")] = False,
+) -> None:
+    """Find how many visual tokens every decoder layer of a model needs, for the method schedule:file=OUT.
+
+    A search that was cut off goes on where it stopped when the same command is typed again.
+    """
+    searched = eval_room("search", needs=(*EVAL_NEEDS, "optuna"))
+    if max_new_tokens < 1:
+        raise RunError("--max-new-tokens takes a whole number of at least 1")
+    wanted = searched.Wanted(tolerance, budget, score, samples, seed, trials, batch_size, single)
+    questions = searched.calibration_task(task, calibration)
+    runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
+    searched.search(runner, model, questions, wanted, out, overwrite, terminal.console())
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RunError(f"--keep {text!r} is no list of ratios; type --keep 0.5,0.25") from error
