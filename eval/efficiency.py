@@ -20,7 +20,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import tokprune
 
-from .rows import device_name, percentile
+from .intervals import percentile
+from .rows import device_name
 
 SELECTORS = {
     "[CLS] row, 1 layer": "fastervlm",

@@ -27,7 +27,8 @@ from tokprune.report import ImageReport, Report
 
 from .compare import RANDOM_SEEDS, chosen_samples
 from .fit_exit import histogram
-from .rows import NONE, Config, conditions, wilson
+from .intervals import wilson
+from .rows import NONE, Config, conditions
 from .run import Runner
 from .tasks import Sample, Task, load_task, normalise
 

@@ -6,7 +6,6 @@ python -m tokprune.eval.paired runs/compare globalcom2@0.1 globalcom2:allocate=e
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +15,14 @@ import typer
 
 from tokprune.errors import RunError
 
-from .rows import Z95
+from .intervals import paired
 
 
 @dataclass
 class Difference:
     """How much more of the same questions `first` answers than `second`, as shares, with a 95 % interval.
 
-    The interval is Bonett and Price's (2012) for paired proportions.
+    The interval is Bonett and Price's (2012) for paired proportions, the p-value of McNemar's exact test.
     """
 
     task: str
@@ -35,14 +34,7 @@ class Difference:
     difference: float
     low: float
     high: float
-
-
-def interval(only_first: float, only_second: float, n: int) -> tuple[float, float]:
-    """Bonett and Price: half an answer is added to both kinds of disagreement."""
-    more, less = only_first + 0.5, only_second + 0.5
-    middle = (more - less) / (n + 2)
-    half = Z95 * math.sqrt((more + less) - (more - less) ** 2 / (n + 2)) / (n + 2)
-    return max(-1.0, middle - half), min(1.0, middle + half)
+    p_value: float
 
 
 def differences(folder: Path, first: str, second: str) -> list[Difference]:
@@ -67,10 +59,9 @@ def differences(folder: Path, first: str, second: str) -> list[Difference]:
             labels = ", ".join(sorted(label for name, label in right if name == task))
             raise RunError(f"no configuration {error.args[0][1]!r} in {folder}; there are: {labels}") from None
         both = sorted(a.keys() & b.keys())
-        only_a, only_b = sum(a[s] and not b[s] for s in both), sum(b[s] and not a[s] for s in both)
-        low, high = interval(only_a, only_b, len(both))
-        n = len(both)
-        found.append(Difference(task, first, second, n, only_a / n, only_b / n, (only_a - only_b) / n, low, high))
+        pair, n = paired([a[s] for s in both], [b[s] for s in both]), len(both)
+        shares = pair.only_first / n, pair.only_second / n, pair.difference
+        found.append(Difference(task, first, second, n, *shares, *pair.interval, pair.p_value))
     return found
 
 
@@ -90,7 +81,7 @@ def main(
     for d in found:
         typer.echo(
             f"{d.task}: {d.first} - {d.second}: {100 * d.difference:+.1f} points "
-            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], n = {d.n_samples}"
+            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], p = {d.p_value:.2g}, n = {d.n_samples}"
         )
     if out:
         out.write_text("".join(json.dumps(asdict(d)) + "\n" for d in found), encoding="utf-8")

@@ -17,7 +17,7 @@ from tokprune.budget import REFERENCE_TEXT, Budget
 from tokprune.shapes import known_shape
 
 from .rows import Row, pooled
-from .tables import COLUMNS, body, caption, of_kinds, order, times, unpruned, visual
+from .tables import accuracy, body, budget, caption, of_kinds, order, times, unpruned, visual
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -43,7 +43,7 @@ def comparison(name: str) -> str:
         floor = next((r["value"] for r in mine if r["method"] == "question only"), None)
         shown = [Row.read(r) for r in mine if r["method"] != "question only"]
         parts.append(f"**{task}**: {caption(shown[0])}. {unpruned(shown[0])}\n\n")
-        parts.append(markdown(COLUMNS, body(shown, floor)) + "\n")
+        parts.append(markdown(*body(shown, floor)) + "\n")
     return "".join(parts)
 
 
@@ -57,8 +57,8 @@ def grid(name: str) -> str:
     for method in dict.fromkeys(r.method for r in sorted(shown, key=lambda r: r.keep_ratio is not None)):
         by_ratio = {r.keep_ratio: r for r in shown if r.method == method}
         last = by_ratio.get(least) or by_ratio[None]
-        own = [_accuracy(by_ratio[None]), *[""] * (len(ratios) - 1)] if None in by_ratio else []
-        each = own or [_accuracy(by_ratio[ratio]) for ratio in ratios]
+        own = [accuracy(by_ratio[None]), *[""] * (len(ratios) - 1)] if None in by_ratio else []
+        each = own or [accuracy(by_ratio[ratio]) for ratio in ratios]
         kept = visual(last)
         c = last.costs
         flops = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
@@ -81,9 +81,8 @@ def frontier(name: str) -> str:
     for row in sorted(shown, key=lambda r: r.costs.llm_flops_after or 0):
         c = row.costs
         spent = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
-        keep = "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
         memory = times(c.kv_bytes_after, c.kv_bytes_before)
-        lines.append([f"`{row.method}`", keep, _accuracy(row), visual(row), *spent, memory])
+        lines.append([f"`{row.method}`", budget(row), accuracy(row), visual(row), *spent, memory])
     head = ("method", "keep", "accuracy [95 %]", "visual tokens", "LLM FLOPs", "prefill FLOPs", "KV bytes")
     return f"{caption(shown[0])}. {unpruned(shown[0])}\n\n" + markdown(head, lines)
 
@@ -112,10 +111,6 @@ def speed(name: str) -> str:
     ]
     columns = ("method", "columns, mean over layers", "prefill time", "prefill FLOPs", "speed-up / FLOPs saved")
     return head + markdown((*columns, "decode time", "decode FLOPs"), lines)
-
-
-def _accuracy(row: Row) -> str:
-    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
 
 def pairs(name: str) -> str:

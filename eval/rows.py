@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist, mean, median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ import transformers
 import tokprune
 from tokprune.flops import Ops, Shape
 
+from .intervals import paired, percentile, wilson
+
 NONE = "none"
 DOWNSAMPLE = "downsample"  # the bare model on pictures of half the height and width
 BARE = (NONE, DOWNSAMPLE)
 SHUFFLED = "shuffled pictures"
-Z95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,22 @@ class Config:
     method: str
     keep_ratio: float | None = None
     shuffled: bool = False
+    flops_ratio: float | None = None
+    flops_text: int = 0  # text tokens that a FLOPs budget is solved beside
 
     @property
     def label(self) -> str:
         """A name unique within a run."""
         keep = "" if self.keep_ratio is None else f"@{float(self.keep_ratio)!r}"
-        return (SHUFFLED if self.shuffled else self.method) + keep
+        flops = "" if self.flops_ratio is None else f"@flops{float(self.flops_ratio)!r}"
+        return (SHUFFLED if self.shuffled else self.method) + keep + flops
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What `tokprune.attach` is given."""
+        if self.flops_ratio is not None:
+            return {"flops_ratio": self.flops_ratio, "flops_text": self.flops_text}
+        return {} if self.keep_ratio is None else {"keep_ratio": self.keep_ratio}
 
 
 @dataclass
@@ -107,13 +118,14 @@ class SampleRow:
     llm_columns_before: int
     llm_columns_after: int
     costs: Costs
+    flops_ratio: float | None = None
 
 
 @dataclass
 class BatchTime:
     """One batch of one configuration: to the first token, and for each token after it (None where there is none).
 
-    `pictures` is a checksum of the picture files of a task that can change; 0 elsewhere.
+    `pictures` is a checksum of the picture files of a task that can change; 0 elsewhere. `device` is where it ran.
     """
 
     task: str
@@ -124,16 +136,19 @@ class BatchTime:
     decode_s_per_token: float | None
     peak_bytes: int | None  # of the GPU
     pictures: int = 0
+    device: str = ""
 
 
 @dataclass
 class Row:
     """One configuration on one task, as it is written to rows.jsonl.
 
-    `value` is the share of whole answers right, with its 95 % Wilson interval and standard error; `n_visual_after` and
-    `llm_columns_after` are of the last decoder layer, `n_visual_mean` over all of them; `params` are
-    the method's options; `by_kind` holds value and number of questions by kind; counts, FLOPs and bytes are means
-    over questions; times are of full batches; `peak_gib` and `gpu` are empty on a CPU.
+    `value` is the mean of `metric`, for exact_match the share of whole answers right, with its 95 % interval and
+    standard error; `difference` is what it has more than the unpruned run on the same questions, with its 95 % interval
+    and the p-value of McNemar's exact test; `n_visual_after` and `llm_columns_after` are of the last decoder layer,
+    `n_visual_mean` over all of them; `params` are the method's options; `by_kind` holds value and number of questions
+    by kind; counts, FLOPs and bytes are means over questions; times are of full batches; `peak_gib` and `gpu` are empty
+    on a CPU. What a harness does not know is None.
     """
 
     model: str
@@ -155,8 +170,8 @@ class Row:
     low: float
     high: float
     stderr: float
-    words_value: float
-    stop_rate: float
+    words_value: float | None
+    stop_rate: float | None
     by_kind: dict[str, dict[str, float]]
     costs: Costs
     prefill_ms_p20: float
@@ -177,26 +192,22 @@ class Row:
     commit: str | None
     seed: int | None
     date: str
+    flops_ratio: float | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p_value: float | None = None
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the 95 % interval of the difference from the unpruned run holds zero."""
+        return self.difference_low is not None and self.difference_low <= 0 <= (self.difference_high or 0)
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> Row:
         """From one line of rows.jsonl."""
         mean_ = {"n_visual_mean": fields["n_visual_after"]}  # rows of before there were cuts between layers
         return cls(**{**mean_, **fields, "costs": Costs(**fields["costs"])})
-
-
-def wilson(right: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a proportion (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = right / n, Z95 * Z95
-    middle, half = p + z2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
-
-
-def percentile(ordered: Sequence[float], q: float) -> float:
-    """The nearest-rank percentile of an ascending list."""
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan
 
 
 def device_name(device: torch.device) -> str:
@@ -250,9 +261,16 @@ class Summariser:
         """One row a configuration. A last batch smaller than the others is not timed."""
         full = max(t.size for batches in times.values() for t in batches)
         timed = {c: {t.batch: t for t in batches if t.size == full} for c, batches in times.items()}
-        bare = next((timed[c] for c in answers if c.method == NONE and not c.shuffled), None)
+        bare = next((c for c in answers if c.method == NONE and not c.shuffled), None)
         shared = {**conditions(self.model), "batch_size": full}
-        return [self._row(c, rows, timed[c], bare, shared) for c, rows in answers.items() if rows]
+        found = []
+        for config, rows in answers.items():
+            if rows:
+                devices = {t.device for t in times[config] if t.device}
+                shared["device"] = " and ".join(sorted(devices)) or shared["device"]
+                row = self._row(config, rows, timed[config], timed[bare] if bare else None, shared)
+                found.append(compared(row, rows, answers[bare]) if bare and config != bare else row)
+        return found
 
     def _row(self, config: Config, rows: list[SampleRow], timed: dict, bare: dict | None, shared: dict) -> Row:
         right, n = sum(r.right for r in rows), len(rows)
@@ -267,6 +285,7 @@ class Summariser:
             params=params,
             config=config.label,
             keep_ratio=config.keep_ratio,
+            flops_ratio=config.flops_ratio,
             **{name: mean(getattr(r, name) for r in rows) for name in COUNTS},
             task=self.task,
             split=self.split,
@@ -291,6 +310,18 @@ class Summariser:
         )
 
 
+def compared(row: Row, rows: Sequence[SampleRow], bare: Sequence[SampleRow]) -> Row:
+    """The row with its difference from the unpruned run on the questions that both answered."""
+    right = {r.sample: r.right for r in bare}
+    both = [(r.right, right[r.sample]) for r in rows if r.sample in right]
+    if not both:
+        return row
+    pair = paired(*zip(*both, strict=True))
+    low, high = pair.interval
+    found = dict(difference=pair.difference, difference_low=low, difference_high=high, p_value=pair.p_value)
+    return Row(**{**vars(row), **found})
+
+
 COUNTS = ("n_visual_before", "n_visual_after", "n_visual_mean", "llm_columns_before", "llm_columns_after")
 
 
@@ -309,7 +340,12 @@ def _by_kind(rows: Sequence[SampleRow]) -> dict[str, dict[str, float]]:
 def mean_costs(costs: Sequence[Costs]) -> Costs:
     """Means by field; unknown where any is."""
     fields = {name: [getattr(c, name) for c in costs] for name in Costs.__dataclass_fields__}
-    return Costs(**{name: None if None in values else mean(values) for name, values in fields.items()})
+    return Costs(**{name: _mean_or_none(values) for name, values in fields.items()})
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
@@ -321,15 +357,17 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         parts = row.method.split(":")
         name = ":".join(p for p in parts if not p.startswith("seed=")) if parts[0] == "random" else row.method
-        groups[row.model, row.task, name, row.keep_ratio].append(row)
-    return [group[0] if len(group) == 1 else _pool(name, group) for (_, _, name, _), group in groups.items()]
+        groups[row.model, row.task, name, row.keep_ratio, row.flops_ratio].append(row)
+    return [group[0] if len(group) == 1 else _pool(name, group) for (_, _, name, *_), group in groups.items()]
 
 
 def _pool(name: str, group: list[Row]) -> Row:
     first, value = group[0], mean(r.value for r in group)
     low, high = wilson(value * first.n_samples, first.n_samples)
     ratios = [r.prefill_ratio for r in group if r.prefill_ratio is not None]
-    means = {key: mean(getattr(r, key) for r in group) for key in (*COUNTS, "words_value", "stop_rate")}
+    means = {key: mean(getattr(r, key) for r in group) for key in COUNTS}
+    maybe = ("words_value", "stop_rate", "difference", "difference_low", "difference_high")
+    means |= {key: _mean_or_none([getattr(r, key) for r in group]) for key in maybe}
     kinds = {k: {**v, "value": mean(r.by_kind[k]["value"] for r in group)} for k, v in first.by_kind.items()}
     changed = {
         "method": f"{name}, {len(group)} seeds",
@@ -340,5 +378,6 @@ def _pool(name: str, group: list[Row]) -> Row:
         "by_kind": kinds,
         "costs": mean_costs([r.costs for r in group]),
         "seed": None,
+        "p_value": None,
     }
     return Row(**{**vars(first), **means, **changed})

@@ -26,7 +26,8 @@ from tokprune.schedule import ScheduleFile, write_schedule
 from tokprune.types import Decoder, Stage
 
 from .compare import settings
-from .rows import NONE, Config, conditions, wilson
+from .intervals import wilson
+from .rows import NONE, Config, conditions
 from .run import Runner
 from .schedules import EVALUATIONS, TRIALS, best_single, g_search, p_sigmoid
 from .tasks import Sample, Task, load_task, normalise, stratified

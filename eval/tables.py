@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from .rows import NONE, SHUFFLED, Row, pooled, wilson
-
-COLUMNS = (
-    "method",
-    "keep",
-    "accuracy [95 %]",
-    "words",
-    "stop",
-    "visual tokens",
-    "LLM FLOPs",
-    "prefill FLOPs",
-    "KV bytes",
-    "prefill time",
-)
+from .intervals import wilson
+from .rows import NONE, SHUFFLED, Row, pooled
 
 
 def times(after: float | None, before: float | None) -> str:
@@ -29,21 +17,54 @@ def times(after: float | None, before: float | None) -> str:
     return "" if after is None or not before else f"x {after / before:.2f}"
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row as shown in the terminal and in Markdown."""
-    c = row.costs
-    return (
-        row.method,
-        "" if row.keep_ratio is None else f"{row.keep_ratio:g}",
-        f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]",
-        f"{row.words_value:.3f}",
-        f"{row.stop_rate:.3f}",
-        visual(row),
-        times(c.llm_flops_after, c.llm_flops_before),
-        times(c.prefill_flops_after, c.prefill_flops_before),
-        times(c.kv_bytes_after, c.kv_bytes_before),
-        times(row.prefill_ratio, 1),
-    )
+def budget(row: Row) -> str:
+    """A ratio of the tokens, or of the FLOPs; empty for what decides by itself."""
+    if row.flops_ratio is not None:
+        return f"FLOPs {row.flops_ratio:g}"
+    return "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
+
+
+def accuracy(row: Row) -> str:
+    """The value with its interval."""
+    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+
+
+def difference(row: Row) -> str:
+    """Points more than the unpruned run on the same questions, and whether that is noise."""
+    if row.difference is None or row.difference_low is None or row.difference_high is None:
+        return ""
+    numbers = (row.difference, row.difference_low, row.difference_high)
+    points, low, high = (f"{100 * number:+.1f}" for number in numbers)
+    return f"{points} [{low}, {high}]{' noise' if row.is_noise else ''}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda r: r.method,
+    "keep": budget,
+    "accuracy [95 %]": accuracy,
+    "points from none [95 %]": difference,
+    "words": lambda r: _share(r.words_value),
+    "stop": lambda r: _share(r.stop_rate),
+    "visual tokens": lambda r: visual(r),
+    "LLM FLOPs": lambda r: times(r.costs.llm_flops_after, r.costs.llm_flops_before),
+    "prefill FLOPs": lambda r: times(r.costs.prefill_flops_after, r.costs.prefill_flops_before),
+    "KV bytes": lambda r: times(r.costs.kv_bytes_after, r.costs.kv_bytes_before),
+    "prefill time": lambda r: times(r.prefill_ratio, 1),
+}
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The columns that say something about these rows.
+
+    "words" and "stop" are left out where every answer was whole and ended, and whatever is empty everywhere.
+    """
+    whole = all(r.words_value in (None, r.value) and r.stop_rate in (None, 1) for r in rows)
+    filled = [name for name, cell in COLUMNS.items() if any(cell(r) for r in rows)]
+    return [name for name in filled if not (whole and name in ("words", "stop"))]
 
 
 def visual(row: Row) -> str:
@@ -74,27 +95,34 @@ def caption(row: Row) -> str:
     )
 
 
-def body(rows: Sequence[Row], floor: float | None) -> list[tuple[str, ...]]:
-    """The lines of one task's table, floors first."""
-    lines = [cells(row) for row in sorted(pooled(rows), key=order)]
+def body(rows: Sequence[Row], floor: float | None) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of one task's table, floors first."""
+    shown = sorted(pooled(rows), key=order)
+    header = columns(shown)
+    lines = [[COLUMNS[name](row) for name in header] for row in shown]
     if floor is not None:
-        lines.insert(0, ("question only", "", f"{floor:.3f}", *[""] * (len(COLUMNS) - 3)))
-    return lines
+        first = {"method": "question only", "accuracy [95 %]": f"{floor:.3f}"}
+        lines.insert(0, [first.get(name, "") for name in header])
+    return header, lines
 
 
 def order(row: Row) -> tuple:
     """Floors first, then by budget."""
     floors = [SHUFFLED, "blind", NONE]
-    return (floors.index(row.method) if row.method in floors else len(floors), -(row.keep_ratio or 0))
+    return (
+        floors.index(row.method) if row.method in floors else len(floors),
+        -(row.keep_ratio or row.flops_ratio or 0),
+    )
 
 
 def table(task: str, rows: Sequence[Row], floor: float | None) -> Table:
     """One task's table for the terminal."""
     out = Table(title=f"{task}: {caption(rows[0])}\n{unpruned(rows[0])}", title_justify="left")
-    for i, name in enumerate(COLUMNS):
-        header = name if "[" in name else name.replace(" ", "\n")
-        out.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
-    for line in body(rows, floor):
+    header, lines = body(rows, floor)
+    for name in header:
+        wrapped = name.replace(" [", "\n[") if "[" in name else name.replace(" ", "\n")
+        out.add_column(wrapped, justify="left" if name == "method" else "right", no_wrap=True)
+    for line in lines:
         out.add_row(*line)
     return out
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokprune.eval import compare, rows
+from tokprune.eval import compare, intervals, rows
 from tokprune.eval.models import EMBEDDED
 from tokprune.eval.rows import Config
 from tokprune.eval.run import EMBEDDED_MODEL, Runner, _begins_with, _other_pictures
@@ -161,14 +161,6 @@ def test_answers_are_compared_by_words(text, expected, right, words):
     assert _begins_with(normalise(text), normalise(expected)) is words
 
 
-def test_wilson_interval_by_hand():
-    low, high = rows.wilson(8, 10)  # from the formula, worked with z = 1.959964
-    assert low == pytest.approx(0.490162, abs=1e-6)
-    assert high == pytest.approx(0.943318, abs=1e-6)
-    assert rows.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
-    assert rows.wilson(0, 0) == (0.0, 1.0)
-
-
 def test_shuffled_pictures_are_other_pictures():
     samples = FindIt(n_scenes=6).samples()
     others = _other_pictures(samples)
@@ -216,7 +208,7 @@ def test_seeds_are_pooled_into_one_row():
     assert pooled.by_kind["k"] == {"value": pytest.approx(0.6), "n_samples": 100}
     assert pooled.costs.prefill_flops_after == pytest.approx(0.6)
     assert pooled.costs.llm_flops_after is None
-    assert (pooled.low, pooled.high) == pytest.approx(rows.wilson(60, 100))
+    assert (pooled.low, pooled.high) == pytest.approx(intervals.wilson(60, 100))
     assert compare.configurations(["random", "random:seed=0"], [0.5, 0.5]) == [
         Config(f"random:seed={i}", 0.5) for i in range(3)
     ]

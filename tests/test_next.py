@@ -263,14 +263,6 @@ def test_paired_command_refuses_in_one_line(tmp_path):
     assert "Traceback" not in done.output
 
 
-def test_paired_interval_is_the_published_one():
-    """Bonett and Price 2012, by hand: (b - c) / (n + 2) with a half added to both."""
-    low, high = paired.interval(12, 4, 100)
-    middle, half = 8 / 102, 1.959964 * ((17 - 64 / 102) ** 0.5) / 102
-    assert (low, high) == pytest.approx((middle - half, middle + half), abs=1e-6)
-    assert paired.interval(0, 0, 10)[0] < 0 < paired.interval(0, 0, 10)[1]
-
-
 def test_defaults_of_the_embedded_models_exist():
     for usual in EMBEDDED.values():
         assert all(load_task(task) for task in usual.tasks)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .between import Between
-from .budget import Scope
+from .budget import REFERENCE_TEXT, Scope
 from .caches import past_length
 from .call import Call, Local, repeated_salts
 from .compaction import Compaction, Ran, without_marks
@@ -34,7 +34,7 @@ from .prompt import placeholders, places_of, same_places, text_of
 from .report import Prefill, Report, describe_signals, without_beam_copies
 from .selection import Encoded, Newlines, Selector, by_image
 from .stages import Stages, one_of, stages_of
-from .types import Kind, Stage
+from .types import Kind
 
 
 def attach(
@@ -45,6 +45,7 @@ def attach(
     keep_tokens: int | Sequence[int] | None = None,
     flops_ratio: float | None = None,
     flops_scope: Scope = "llm",
+    flops_text: int = REFERENCE_TEXT,
     positions: Literal["auto", "contiguous", "original"] = "auto",
     newlines: Newlines = "auto",
     replay: Sequence[Any] | None = None,
@@ -62,8 +63,9 @@ def attach(
             each; a single fraction is what both leave together, each the square root of it.
         keep_tokens: number of each image's visual tokens to keep, instead of a fraction.
         flops_ratio: fraction of the unpruned FLOPs to spend, instead of a number of tokens, in (0, 1]; solved for
-            each image beside 64 text tokens.
+            each image beside `flops_text` text tokens.
         flops_scope: "llm" counts the language model, "prefill" everything up to the first token.
+        flops_text: see flops_ratio.
         positions: "contiguous" renumbers the kept tokens without gaps, "original" leaves them their numbers;
             "auto" is what papers measure for the model's family.
         newlines: of models that end every row of a picture with one: "keep_rows_with_tokens" keeps those of rows
@@ -85,12 +87,7 @@ def attach(
             "keep is no option; type keep_ratio=0.25 (a fraction of the tokens) or keep_tokens=64 (a count)"
         )
     built, label = build_method(method, options)
-    if built.is_filter:
-        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
-        raise TokPruneError(
-            f'{label!r} only filters; put a method behind it: [{label!r}, {behind!r}], or "{label}+{behind}" as a name'
-        )
-    stages = stages_of(built, label, (keep_ratio, keep_tokens, flops_ratio), flops_scope, replay)
+    stages = stages_of(built, label, (keep_ratio, keep_tokens, flops_ratio), (flops_scope, flops_text), replay)
     adapter = adapter_for(model)
     if flops_ratio is not None and adapter.shape is None:
         raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from .errors import BudgetError
 
-REFERENCE_TEXT = 64  # text tokens beside an image for which a FLOPs budget is solved
+REFERENCE_TEXT = 64  # text tokens beside an image for which a FLOPs budget is solved unless told otherwise
 
 Scope = Literal["llm", "prefill"]
 
@@ -24,14 +24,16 @@ class Budget:
     Args:
         keep_ratio: fraction kept, in (0, 1].
         keep_tokens: number kept, at least 1; above an image's number of tokens all are kept.
-        flops_ratio: fraction of the unpruned FLOPs, in (0, 1], beside 64 text tokens.
+        flops_ratio: fraction of the unpruned FLOPs, in (0, 1], beside `flops_text` text tokens.
         flops_scope: FLOPs of the language model ("llm"), or of everything up to the first token ("prefill").
+        flops_text: text tokens of the prompt that `flops_ratio` is solved for.
     """
 
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     flops_ratio: float | None = None
     flops_scope: Scope = "llm"
+    flops_text: int = REFERENCE_TEXT
 
     def __post_init__(self):
         given = [v for v in (self.keep_ratio, self.keep_tokens, self.flops_ratio) if v is not None]
@@ -48,6 +50,8 @@ class Budget:
             _check_ratio("flops_ratio", self.flops_ratio)
         if self.flops_scope not in get_args(Scope):
             raise BudgetError(f"flops_scope={self.flops_scope!r} is not one of 'llm', 'prefill'")
+        if isinstance(self.flops_text, bool) or not isinstance(self.flops_text, Integral) or self.flops_text < 0:
+            raise BudgetError(f"flops_text={self.flops_text!r} is no number of text tokens; type flops_text=64")
 
     def n_keep(self, n_visual: int, flops: Callable[[int], int] | None = None, least: int = 1) -> int:
         """Tokens kept of `n_visual`: rounded half up, within 1 and n_visual.
@@ -80,7 +84,7 @@ class Budget:
             reach = math.ceil(1000 * flops(least) / whole) / 1000
             raise BudgetError(
                 f"flops_ratio={ratio:g} of the {self.flops_scope} FLOPs is out of reach: {least} of {n_visual} visual "
-                f"tokens beside {REFERENCE_TEXT} text tokens still cost {reach:g}; type flops_ratio={reach:g} or more"
+                f"tokens beside {self.flops_text} text tokens still cost {reach:g}; type flops_ratio={reach:g} or more"
             )
         return n_keep
 

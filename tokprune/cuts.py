@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .between import Cut, Entry, Here
-from .budget import REFERENCE_TEXT
+from .budget import REFERENCE_TEXT, Budget
 from .call import Call, Local
 from .errors import BudgetError, NothingPrunedError
 from .flops import Ops, Widths, decoder_signals
@@ -102,13 +102,17 @@ class DecoderSelector:
     def _flops(self, layout: Layout, n_received: int, n_keep: int) -> int:
         """What the last cut's count costs, beside the reference text."""
         cuts = self.method.cuts(self.decoder, n_received, n_keep) if n_keep < n_received else {}
-        n_other = REFERENCE_TEXT + most_specials(layout, n_keep, self.newlines)
+        budget = self.budget or Budget(flops_ratio=1)
+        n_text = budget.flops_text
+        n_other = n_text + most_specials(layout, n_keep, self.newlines)
         left = by_layer(cuts, n_received, self.decoder.n_layers)
-        spent = sum((self.spent(layer, layout, n, left[layer - 1] + n_other) for layer, n in cuts.items()), Ops())
+        spent = sum(
+            (self.spent(layer, layout, n, left[layer - 1] + n_other, n_text) for layer, n in cuts.items()), Ops()
+        )
         shape = self.adapter.shape
         n_patches = self.adapter.crop_patches(layout)
         ledger = shape.encode(layout.n_crops, n_patches, spent) + shape.read([n_other + n for n in left])
-        return getattr(ledger, self.budget.flops_scope if self.budget else "llm").flops
+        return getattr(ledger, budget.flops_scope).flops
 
     def spent(self, layer: int, layout: Layout, n_keep: int, n_columns: int, n_text: int = REFERENCE_TEXT) -> Ops:
         """What one cut of one image computes, in a row of so many columns."""

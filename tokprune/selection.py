@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .budget import REFERENCE_TEXT
+from .budget import Budget
 from .call import Call
 from .compaction import mark_dropped
 from .errors import BudgetError, UnsupportedModelError
@@ -193,8 +193,9 @@ class Selector:
         """What keeping so many tokens of an image costs, beside the reference text."""
         n_special = most_specials(layout, n_keep, self.newlines)
         n_patches = self.adapter.crop_patches(layout)
-        ledger = self._cost(layout).prefill(layout, n_keep, REFERENCE_TEXT + n_special, n_patches)
-        return getattr(ledger, self.budget.flops_scope if self.budget else "llm").flops
+        budget = self.budget or Budget(flops_ratio=1)
+        ledger = self._cost(layout).prefill(layout, n_keep, budget.flops_text + n_special, n_patches)
+        return getattr(ledger, budget.flops_scope).flops
 
     def _image_report(self, layout: Layout, keep: Tensor, collected: bool) -> ImageReport:
         n_patches, n_keep = self.adapter.crop_patches(layout), self.n_keep(layout)

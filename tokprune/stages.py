@@ -17,6 +17,7 @@ from .methods.chain import Pipeline
 from .types import Decoder, Stage
 
 Given = tuple[Any, Any, Any]  # keep_ratio, keep_tokens, flops_ratio
+Flops = tuple[Scope, int]  # what flops_ratio is a fraction of, and beside how much text
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,19 @@ class Stages:
         return ", then ".join(map(str, budget)) if isinstance(budget, tuple) else str(budget or "")
 
 
-def stages_of(built: Method, label: str, given: Given, scope: Scope, replay: Sequence[Any] | None) -> Stages:
+def stages_of(built: Method, label: str, given: Given, flops: Flops, replay: Sequence[Any] | None) -> Stages:
     """Methods and budgets, checked against each other.
 
     Raises:
+        TokPruneError: a filter alone.
         BudgetError: a budget too many, too few, or of a method that takes none.
         OptionError: a replay beside a budget, or of a method that merges.
     """
+    if built.is_filter:
+        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
+        raise TokPruneError(
+            f'{label!r} only filters; put a method behind it: [{label!r}, {behind!r}], or "{label}+{behind}" as a name'
+        )
     first, decoder = (built.first, built.decoder) if isinstance(built, Pipeline) else (built, None)
     alone = first.stage is Stage.DECODER
     if alone:
@@ -110,7 +117,7 @@ def stages_of(built: Method, label: str, given: Given, scope: Scope, replay: Seq
         return Stages(first, decoder, None, None, _checked_replay(replay, (first, decoder), label, given), label)
     takers = [m for m in (None if alone else first, decoder) if m is not None and m.takes_budget]
     split = _split(given, len(takers), built, label)
-    budgets = {id(m): Budget(*values, scope) for m, values in zip(takers, split, strict=True)}
+    budgets = {id(m): Budget(*values, *flops) for m, values in zip(takers, split, strict=True)}
     everything = Budget(keep_ratio=1.0) if alone else None
     return Stages(first, decoder, budgets.get(id(first), everything), budgets.get(id(decoder)), None, label)
 
