@@ -31,11 +31,27 @@ def open_picture(path: Path) -> Image.Image:
         raise TaskError(f"cannot read the picture {path}: {error}; name a PNG or JPEG file") from error
 
 
-@torch.no_grad()
 def explained(
-    runner: Runner, picture: Image.Image, question: str, methods: Sequence[tuple[str, dict[str, Any]]]
+    runner: Runner, picture: Image.Image, question: str, methods: Sequence[tuple[str, dict[str, Any]]], salt: int = 0
 ) -> tuple[Image.Image, list[str]]:
     """The picture as the model sees it and, beside it, what each method with its budget keeps; and the reports."""
+    panels, lines = drawn(runner, picture, question, methods, salt)
+    return side_by_side(panels), lines
+
+
+@torch.no_grad()
+def drawn(
+    runner: Runner, picture: Image.Image, question: str, methods: Sequence[tuple[str, dict[str, Any]]], salt: int = 0
+) -> tuple[list[tuple[str, Image.Image]], list[str]]:
+    """Titled pictures: as the model sees it, then what each method with its budget keeps; and the reports.
+
+    Args:
+        runner: model and processor.
+        picture: RGB.
+        question: asked beside it.
+        methods: specifications with what `tokprune.attach` takes as their budget.
+        salt: what seeded methods mix in; a run has one a question, see `tokprune.Attachment.salts`.
+    """
     inputs = runner.processor(images=[picture], text=[runner.prompt(question)], return_tensors="pt")
     inputs = inputs.to(runner.model.device, runner.model.dtype)
     processor = runner.processor.image_processor
@@ -43,6 +59,7 @@ def explained(
     panels, lines = [], []
     for spec, budget in methods:
         with tokprune.attach(runner.model, spec, **budget) as attachment:
+            attachment.salts = [salt]
             runner.model(**inputs)
             report = attachment.report
         (image,) = report.images
@@ -57,7 +74,7 @@ def explained(
         title = f"{spec}: {image.n_visual} -> {image.n_kept}"
         panels.append((title, _both(shown, picture, image.layout, image.left)))
         lines.append(str(report))
-    return side_by_side(panels), lines
+    return panels, lines
 
 
 def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.Tensor | None = None) -> Image.Image:
