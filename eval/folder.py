@@ -23,6 +23,7 @@ from .rows import BatchTime, Costs, SampleRow
 
 Part = TypeVar("Part", BatchTime, SampleRow)
 Key = tuple[str, str, int]  # task, configuration, batch
+REPORT = ("report.html", "table.md", "table.csv", "pictures.jsonl")
 
 
 class RunFolder:
@@ -73,7 +74,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""
-        for name in ("run.json", "samples.jsonl", "times.jsonl", "rows.jsonl", "accuracy.png"):
+        for name in ("run.json", "samples.jsonl", "times.jsonl", "rows.jsonl", "accuracy.png", *REPORT):
             (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:

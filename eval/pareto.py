@@ -26,11 +26,14 @@ CONTROLS = (NONE, DOWNSAMPLE, "random", "uniform", "pool")
 QUESTION_ONLY = "question only"
 
 # Okabe and Ito's colours without yellow, which is too pale on white; a grey that is seen on white and on black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _GREY = "#7d7d7d"
 _FLOOR_LINES = {QUESTION_ONLY: ":", SHUFFLED: "--", "blind": "-."}
-_INK, _GRID = "#010203", "#d9dadb"  # stand for the colours of the page in inline SVG
+_INK, _GRID = "#010203", "#d9dadb"
+# What inline SVG says instead, so that a page has them fit its own colours.
+_PAGE = {_INK: "currentColor", _GRID: "var(--line)", _GREY: "var(--control)"}
+_PAGE |= {colour: f"var(--c{i})" for i, colour in enumerate(_COLOURS)}
 _RC = {
     "font.size": 8.5,
     "axes.edgecolor": _GRID,
@@ -349,7 +352,9 @@ def _inline(figure: Figure, prefix: str, notes: Mapping[str, str]) -> str:
 
 def _of_the_page(value: str, prefix: str) -> str:
     """An attribute with ids made unique, the page's colours and its font."""
-    if not re.fullmatch("#[0-9a-fA-F]{6}", value):
-        value = re.sub("^#", f"#{prefix}", value)
-    value = value.replace("url(#", f"url(#{prefix}").replace(_INK, "currentColor").replace(_GRID, "var(--line)")
+    if value.startswith("#"):
+        value = f"#{prefix}{value[1:]}"
+    value = value.replace("url(#", f"url(#{prefix}")
+    for colour, name in _PAGE.items():
+        value = value.replace(colour, name)
     return re.sub(r"font-family: [^;]*(; )?", "", re.sub(r"font: ([\d.]+)px [^;]*", r"font-size: \1px", value))
