@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tokprune.errors import RunError
 
@@ -101,7 +101,7 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = short
+    environment.filters.update(short=short, specification=specification)
     looks = styles(run.rows)
     lighter = _within(drawn)
     tasks = [
@@ -297,6 +297,11 @@ def short(text: str, n: int = _LONG) -> str:
     """A text that others wrote, cut to a length, without characters that a page may not hold."""
     text = _CONTROL.sub("\ufffd", text.strip())
     return text if len(text) <= n else f"{text[:n].rstrip()} … ({len(text):,} characters)"
+
+
+def specification(text: str) -> Markup:
+    """A method with its options, which may be broken between them."""
+    return Markup(re.sub("([:+])", r"\1<wbr>", str(escape(text))))
 
 
 # ---- files

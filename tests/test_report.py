@@ -30,7 +30,7 @@ from tokprune.eval.tasks import load_task
 import tokprune
 from tokprune.errors import RunError
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "wbr", "br", "link", "input", "hr"}
 RUN = [
     "--task",
     "findit",
