@@ -77,7 +77,7 @@ def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
         return None
     ranked = sorted(pruned, key=lambda r: -r.value)
     alike = [r for r in ranked if r.is_noise]
-    label = f"Keep {name}" if name[:1].isdigit() else (name or "Own budget")
+    label = in_words(name).replace("keep", "Keep") or "Own budget"
     if not alike:
         best = ranked[0]
         head = f"None of {len(pruned)} is within the noise of the unpruned run; nearest is " if len(pruned) > 1 else ""
@@ -91,6 +91,11 @@ def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
     if chance:
         text += " Chance is among them: at this budget the run cannot show that choosing tokens well matters."
     return Finding(label, text)
+
+
+def in_words(name: str) -> str:
+    """A budget as tables show it, "0.25" or "FLOPs 0.5", with what it is a budget of."""
+    return f"keep {name}" if name[:1].isdigit() else name
 
 
 def _described(row: Row) -> str:

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from tokprune.errors import RunError
 
 from .exports import csv_table, markdown_tables
-from .findings import findings, headline
+from .findings import findings, headline, in_words
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
 from .models import EMBEDDED
 from .pareto import FLOORS, QUESTION_ONLY, described, keys, plots, styles
@@ -233,7 +233,7 @@ def _cards(run: Run, task: str, found: dict, chosen: Sequence[tuple[Row, list[Sa
     bare = {s.sample: s.answer for s in run.samples if s.task == task and s.config == NONE}
     return [
         {
-            "name": (some[0].method if some else row.method) + (f", keep {budget(row)}" if budget(row) else ""),
+            "name": ", ".join(filter(None, (some[0].method if some else row.method, in_words(budget(row))))),
             "n_lost": len(found[task, row.config].lost),
             "n_won": found[task, row.config].n_won,
             "answers": [

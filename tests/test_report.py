@@ -610,3 +610,8 @@ def test_question_that_is_gone_and_method_that_fails_are_named_beside_the_rest(c
     assert "not in the task any more" in artist.draw(dataclasses.replace(answer, expected="?")).why
     assert "it could not be drawn: " in artist.draw(dataclasses.replace(answer, method="no_such")).why
     assert artist.draw(answer).seen
+
+
+def test_budgets_in_words():
+    half, flops = row("a", 10, 0.5, keep_ratio=0.5), row("a", 10, 0.5, flops_ratio=0.5)
+    assert [findings.in_words(budget(r)) for r in (half, flops, row("a", 10, 0.5))] == ["keep 0.5", "FLOPs 0.5", ""]
