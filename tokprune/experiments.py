@@ -34,17 +34,26 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
     suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
+    match: Annotated[
+        str, typer.Option(help="What --keep is a ratio of: tokens, or flops (of the language model's prefill).")
+    ] = "tokens",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk, as transformers does.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
 
-    A run that was cut off goes on where it stopped when the same command is typed again.
+    A run that was cut off goes on where it stopped when the same command is typed again. Several processes share one:
+    torchrun --nproc_per_node 2 -m tokprune.eval compare ...
     """
     compared, tasks, embedded = eval_room("compare"), eval_room("tasks"), eval_room("models")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
         raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
     usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
     names = methods.split(",") if methods else usual.methods
+    if match not in ("tokens", "flops"):
+        raise RunError(f"--match {match!r} is neither tokens nor flops")
     configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
     loaded = [tasks.load_task(name) for name in task or usual.tasks]
     if len({t.name for t in loaded}) < len(loaded):
@@ -52,17 +61,27 @@ def compare(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
         )
     chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
-    console = terminal.console()
-    runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
+    processes, launched_alone = eval_room("processes").Processes.started(), eval_room("processes").launched_alone()
+    console = terminal.console(quiet=not processes.is_main)
+    if launched_alone:
+        console.print(
+            "accelerate launched one process; for two type torchrun --nproc_per_node 2 -m tokprune.eval compare ..."
+        )
+    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix)
     missing = runner.missing(configs)
     if missing and methods:
         raise RunError(next(iter(missing.values())))
     if missing:
         console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
         configs = [c for c in configs if c.method not in missing]
+    if match == "flops":
+        configs, out_of_reach = compared.matched(runner, chosen, configs)
+        for label, reason in out_of_reach.items():
+            console.print(f"Left out: {label}: {reason}")
     settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size)
-    with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite)) as results:
+    with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite, processes)) as results:
         compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
+    processes.end()
     if model in embedded.EMBEDDED:
         console.print(
             "A model this small shows that things work and what they save, not which method is better on large models."
