@@ -1,6 +1,6 @@
-"""Renders the tables of the README from the committed rows in `eval/results/` and from the registries.
+"""Renders the tables of the README and of docs/ from the committed rows in `eval/results/` and from the registries.
 
-python -m tokprune.eval.render            # rewrite README.md
+python -m tokprune.eval.render            # rewrite README.md and docs/results.md
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -20,6 +21,7 @@ from .rows import Row, pooled
 from .tables import accuracy, body, budget, caption, of_kinds, order, times, unpruned, visual
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PAGES = (Path("README.md"), Path("docs/results.md"))
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
 
@@ -268,9 +270,10 @@ def rendered(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](match[3])}\n{match[4]}", text)
 
 
-def main(readme: Path = Path("README.md")) -> None:
-    """Rewrite the tables of a file in place."""
-    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")
+def main(pages: Annotated[list[Path] | None, typer.Argument(help="Markdown files.")] = None) -> None:
+    """Rewrite the tables of files in place."""
+    for page in pages or PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
