@@ -61,6 +61,8 @@ def room(name: str) -> str:
         return "tokprune.compaction"
     if name in ("tokprune.plan", "tokprune.seen"):
         return "tokprune.cuts"
+    if name == "tokprune.saving":
+        return "tokprune.saved"
     if name in ("tokprune", "tokprune.attachment", "tokprune.compaction", "tokprune.compatibility"):
         return name
     if parts[1] in GROUND:
@@ -85,6 +87,7 @@ MAY_KNOW = {
     },
     "tokprune.prompt": {"ground"},
     "tokprune.stages": {"ground", "tokprune.methods"},
+    "tokprune.saved": {"ground", "tokprune.methods", "tokprune.stages", "tokprune.saved"},
     "tokprune.selection": {"ground", "tokprune.methods", "tokprune.compaction", "tokprune.stages"},
     "tokprune.cuts": {
         "ground",
@@ -103,6 +106,7 @@ MAY_KNOW = {
         "tokprune.compaction",
         "tokprune.compatibility",
         "tokprune.prompt",
+        "tokprune.saved",
         "tokprune.selection",
         "tokprune.stages",
         "tokprune.cuts",
@@ -112,6 +116,7 @@ MAY_KNOW = {
     "tokprune": {
         "ground",
         "tokprune.attachment",
+        "tokprune.saved",
         "tokprune.compatibility",
         "tokprune.methods",
         "tokprune.integrations",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .budget import Budget, Scope
 from .errors import BudgetError, OptionError, TokPruneError
+from .flops import Shape
 from .methods.base import Method
 from .methods.chain import Pipeline
 from .types import Decoder, Stage
@@ -67,8 +68,10 @@ class Stages:
     replay: Replay | None
     label: str
 
-    def check(self, decoder: Decoder) -> None:
-        """Raise OptionError where this does not fit a language model."""
+    def check(self, decoder: Decoder, shape: Shape | None) -> None:
+        """Raise OptionError where this does not fit a language model, BudgetError where its cost is to be known."""
+        if shape is None and any(b is not None and b.flops_ratio for b in (self.first_budget, self.decoder_budget)):
+            raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
         if self.decoder is not None:
             self.decoder.check(decoder)
         for kept in self.replay.kept if self.replay else ():
@@ -99,9 +102,15 @@ def stages_of(built: Method, label: str, given: Given, scope: Scope, replay: Seq
     """Methods and budgets, checked against each other.
 
     Raises:
+        TokPruneError: a filter alone.
         BudgetError: a budget too many, too few, or of a method that takes none.
         OptionError: a replay beside a budget, or of a method that merges.
     """
+    if built.is_filter:
+        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
+        raise TokPruneError(
+            f'{label!r} only filters; put a method behind it: [{label!r}, {behind!r}], or "{label}+{behind}" as a name'
+        )
     first, decoder = (built.first, built.decoder) if isinstance(built, Pipeline) else (built, None)
     alone = first.stage is Stage.DECODER
     if alone:
