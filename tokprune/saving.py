@@ -95,9 +95,7 @@ def _write(folder: Path, parts: Sequence[Method], values: dict[str, Any], before
             if part.needs_file and getattr(part, part.needs_file):
                 reference = _write_file(part, entry["name"], staging)
                 entry["options"][part.needs_file] = reference
-                # The label would name a file of this machine.
-                typed = f"{part.needs_file}={getattr(part, part.needs_file)}"
-                values["label"] = values["label"].replace(typed, f"{part.needs_file}={reference['file']}")
+                values["label"] = _relabelled(values["label"], part, reference["file"])
         (staging / NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         try:
             saved_of(json_of(staging / NAME), staging)
@@ -109,6 +107,15 @@ def _write(folder: Path, parts: Sequence[Method], values: dict[str, Any], before
     for name in before - now:
         with contextlib.suppress(OSError):
             (folder / name).unlink()
+
+
+def _relabelled(label: str, method: Method, file: str) -> str:
+    """The label with the file's name in the folder, where it names a file of this machine, or of an earlier folder."""
+    option, given = method.needs_file, getattr(method, method.needs_file)
+    for name in (given, Path(given).name):
+        if f"{option}={name}" in label:
+            return label.replace(f"{option}={name}", f"{option}={file}")
+    return label
 
 
 def _parts(method: Method) -> list[Method]:
