@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import textwrap
@@ -581,8 +582,6 @@ CHANGED = {
 
 @pytest.mark.parametrize("what", CHANGED)
 def test_a_changed_file_is_one_clear_error(what, values, runner, with_file):
-    import re
-
     path, value, said = CHANGED[what]
     text = refused(runner.model, with_file, json.dumps(changed(values, path, value)))
     assert re.search(said, text), text
