@@ -8,7 +8,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,18 @@ def _write(folder: Path, parts: Sequence[Method], values: dict[str, Any], before
         except ValueError as error:
             raise SavedError(f"{values['label'][:200]!r} could not be loaded again: {line(error)}") from error
         now = {path.name for path in staging.iterdir()} - {NAME}
-        for name in (*sorted(now), NAME):
-            os.replace(staging / name, folder / name)
-    for name in before - now:
+        new = {name for name in now if not (folder / name).exists()}
+        try:
+            for name in (*sorted(now), NAME):
+                os.replace(staging / name, folder / name)
+        except BaseException:
+            _remove(folder, new)
+            raise
+    _remove(folder, before - now)
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
         with contextlib.suppress(OSError):
             (folder / name).unlink()
 
