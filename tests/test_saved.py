@@ -256,6 +256,7 @@ def test_files_of_methods_are_saved_as_they_were_read(name, before, runner, inpu
     assert saved.FILE.fullmatch(file)
     assert file.startswith(name)
     assert file.endswith(suffix)
+    assert len({p.stat().st_mode for p in (tmp_path / "b").iterdir()}) == 1  # readable by the same people
     assert str(tmp_path) not in (tmp_path / "b" / "tokprune.json").read_text()
     with tokprune.load(model, tmp_path / "b") as again:
         assert torch.equal(answer(model, inputs), tokens)

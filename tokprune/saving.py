@@ -186,8 +186,11 @@ def _budget_of(budget: Any) -> dict[str, Any] | None:
 def _write_file(method: Method, name: str, staging: Path) -> dict[str, str]:
     """The file of a method, under a name that no other content has."""
     partial = staging / "file"
+    partial.touch()
+    mode = partial.stat().st_mode
     try:
         method.write_file(partial)
+        partial.chmod(mode)  # safetensors makes files that only their owner may read
         digest, suffix = digest_of(partial), suffix_of(partial)
     except ValueError as error:
         typed = f"{method.needs_file}={getattr(method, method.needs_file)!r}"
