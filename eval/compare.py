@@ -17,10 +17,11 @@ from tokprune.budget import Budget
 from tokprune.errors import RunError
 
 from .folder import RunFolder
+from .processes import launched_alone
 from .rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run import Runner, batches
 from .tables import plot, table
-from .tasks import Sample, Task, stratified
+from .tasks import Sample, Task, load_task, stratified
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3
@@ -69,6 +70,42 @@ def matched(
     return [c for c in same if c.label not in reasons], reasons
 
 
+def runnable(
+    runner: Runner,
+    tasks: Sequence[tuple[Task, list[Sample]]],
+    configs: Sequence[Config],
+    match_flops: bool,
+    named: bool,
+    console: Console,
+) -> list[Config]:
+    """The configurations that this model can run; what is left out is said.
+
+    Args:
+        runner: the model.
+        tasks: with the samples to answer.
+        configs: asked for.
+        match_flops: read ratios as ratios of the language model's FLOPs.
+        named: a user named the methods, so that one that cannot run is an error.
+        console: where it is said.
+
+    Raises:
+        RunError: nothing is left, or not what was named.
+    """
+    missing = runner.missing(configs)
+    if missing and named:
+        raise RunError(next(iter(missing.values())))
+    if missing:
+        console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
+    left = [c for c in configs if c.method not in missing]
+    if match_flops:
+        left, reasons = matched(runner, tasks, left)
+        for label, reason in reasons.items():
+            console.print(f"Left out: {label}: {reason}")
+    if not left:
+        raise RunError("nothing is left to compare; name other methods with --methods, or larger ratios with --keep")
+    return left
+
+
 def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
     """Accuracy of the answer that training questions of the same words have most often; None without training."""
     train = task.train_samples()
@@ -106,6 +143,10 @@ class Comparison:
         processes = self.folder.processes
         if processes.n > 1:
             console.print(f"{processes.n} processes share the questions")
+        if launched_alone():
+            console.print(
+                "accelerate launched one process; for two type torchrun --nproc_per_node 2 -m tokprune.eval compare ..."
+            )
         if self.folder.answers:
             n_done = sum(len(rows) for rows in self.folder.answers.values())
             console.print(f"{n_done} answers are in {self.folder.path} already and are not asked for again")
@@ -203,6 +244,21 @@ def settings(
         "device": where["gpu"] or "cpu",  # how many threads it has changes no answer
         **{name: where[name] for name in CONDITIONS},
     }
+
+
+def chosen_tasks(names: Sequence[str], limit: int | None = None, full: bool = False) -> list[tuple[Task, list[Sample]]]:
+    """Tasks by name or folder, with the samples to answer.
+
+    Raises:
+        UnknownNameError, TaskError: there is no such task.
+        RunError: two have one name.
+    """
+    loaded = [load_task(name) for name in names]
+    if len({t.name for t in loaded}) < len(loaded):
+        raise RunError(
+            f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
+        )
+    return [(task, chosen_samples(task, limit, full)) for task in loaded]
 
 
 def chosen_samples(task: Task, limit: int | None = None, full: bool = False) -> list[Sample]:

@@ -47,7 +47,7 @@ def compare(
     A run that was cut off goes on where it stopped when the same command is typed again. Several processes share one:
     torchrun --nproc_per_node 2 -m tokprune.eval compare ...
     """
-    compared, tasks, embedded = eval_room("compare"), eval_room("tasks"), eval_room("models")
+    compared, embedded = eval_room("compare"), eval_room("models")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
         raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
     usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
@@ -55,29 +55,11 @@ def compare(
     if match not in ("tokens", "flops"):
         raise RunError(f"--match {match!r} is neither tokens nor flops")
     configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
-    loaded = [tasks.load_task(name) for name in task or usual.tasks]
-    if len({t.name for t in loaded}) < len(loaded):
-        raise RunError(
-            f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
-        )
-    chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
-    processes, launched_alone = eval_room("processes").Processes.started(), eval_room("processes").launched_alone()
+    chosen = compared.chosen_tasks(task or usual.tasks, limit, full)
+    processes = eval_room("processes").Processes.started()
     console = terminal.console(quiet=not processes.is_main)
-    if launched_alone:
-        console.print(
-            "accelerate launched one process; for two type torchrun --nproc_per_node 2 -m tokprune.eval compare ..."
-        )
     runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix)
-    missing = runner.missing(configs)
-    if missing and methods:
-        raise RunError(next(iter(missing.values())))
-    if missing:
-        console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
-        configs = [c for c in configs if c.method not in missing]
-    if match == "flops":
-        configs, out_of_reach = compared.matched(runner, chosen, configs)
-        for label, reason in out_of_reach.items():
-            console.print(f"Left out: {label}: {reason}")
+    configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
     settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size)
     with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite, processes)) as results:
         compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
