@@ -23,7 +23,7 @@ FOLDERS = {
     "tokprune.eval": ROOT / "eval",
 }
 GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
-GROUND |= {"call", "caches", "schedule", "gates"}
+GROUND |= {"call", "caches", "schedule", "gates", "spans"}
 CLI = tuple(f"tokprune.{name}" for name in ("cli", "counting", "doctor", "experiments", "loading", "terminal"))
 
 
@@ -120,7 +120,7 @@ MAY_KNOW = {
     "tokprune.eval": {"tokprune", "ground", "tokprune.eval"},
     "tokprune.cli": {"tokprune", "ground", "tokprune.eval", "tokprune.cli"},
 }
-PUBLIC_MODULES = {"types", "errors", "budget", "flops", "gates", "schedule", "shapes", "report", "explain"}
+PUBLIC_MODULES = {"types", "errors", "budget", "flops", "gates", "schedule", "shapes", "spans", "report", "explain"}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
