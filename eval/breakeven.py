@@ -83,10 +83,16 @@ class Verdict:
     high: float
     beyond: str
 
+    def in_words(self, longest: int) -> str:
+        """The verdict; lengths above the longest that was measured are marked."""
+        edges = [n for n in (self.low, self.high) if n is not None and n != FOREVER]
+        beyond = max(edges, default=0) > longest
+        return str(self) + (f" (extrapolated: the longest measured is {longest})" if beyond else "")
+
     def __str__(self) -> str:
         if self.low is None:
             why = "it costs time at every output length" if self.beyond == LOSS else "no difference measurable"
-            return f"Nothing is gained: {why}"
+            return f"nothing is gained: {why}"
         outside = "it costs time" if self.beyond == LOSS else "no difference is measurable"
         if self.low == 1 and self.high == FOREVER:
             return "gains at every output length"
@@ -143,9 +149,9 @@ def by_size(states: dict[int, str], what: str) -> str:
     if not gains:
         lost = all(s == LOSS for s in states.values())
         why = "it costs time" if lost else "no difference measurable"
-        return f"Nothing is gained at any {what} measured ({sizes}): {why}"
+        return f"nothing is gained at any {what} measured ({sizes}): {why}"
     if len(gains) == len(states):
-        return f"gains at every {what} measured ({sizes}), the smallest {min(gains)}"
+        return f"gains from {what} {min(gains)} on, the smallest measured ({sizes})"
     others = [f"at {n} {'it costs time' if s == LOSS else 'no difference measurable'}" for n, s in states.items()]
     kept = [text for text, s in zip(others, states.values(), strict=True) if s != GAIN]
     above = all(states[n] == GAIN for n in states if n >= min(gains))

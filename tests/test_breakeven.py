@@ -25,9 +25,9 @@ def times(first: float, token: float) -> Times:
         (0.505, 0.11, (1, 50), "gains up to 50 tokens; beyond, it costs time"),
         # Loses 0.505 s, saves 0.01 s a token: even at 51.5.
         (1.505, 0.09, (52, FOREVER), "gains from 52 tokens on; below, it costs time"),
-        (1.5, 0.11, None, "Nothing is gained: it costs time at every output length"),
-        (1.5, 0.10, None, "Nothing is gained: it costs time at every output length"),
-        (1.0, 0.10, None, "Nothing is gained: no difference measurable"),
+        (1.5, 0.11, None, "nothing is gained: it costs time at every output length"),
+        (1.5, 0.10, None, "nothing is gained: it costs time at every output length"),
+        (1.0, 0.10, None, "nothing is gained: no difference measurable"),
     ],
 )
 def test_output_length_at_which_pruning_breaks_even(first, token, expected, says):
@@ -39,7 +39,7 @@ def test_output_length_at_which_pruning_breaks_even(first, token, expected, says
 def test_differences_inside_the_noise_are_called_noise():
     bare = Times([1.0] * ROUNDS, [0.1] * ROUNDS)
     noisy = Times([0.9, 1.1, 0.95, 1.05, 0.9, 1.1], [0.09, 0.11, 0.1, 0.1, 0.11, 0.09])
-    assert str(by_output_length(noisy, bare)) == "Nothing is gained: no difference measurable"
+    assert str(by_output_length(noisy, bare)) == "nothing is gained: no difference measurable"
     # One round of six against it is enough: all six are needed for 95 %.
     one_slow = Times([0.9] * 5 + [1.1], [0.1] * ROUNDS)
     assert by_output_length(one_slow, bare).low is None
@@ -84,6 +84,14 @@ def test_interval_of_a_median_by_hand():
     assert (found.median, found.low, found.high) == (5, 2, 8)
 
 
+def test_lengths_above_the_longest_measured_are_marked():
+    verdict = by_output_length(times(1.505, 0.09), times(1.0, 0.1))
+    assert verdict.in_words(52) == str(verdict)
+    assert verdict.in_words(51) == f"{verdict} (extrapolated: the longest measured is 51)"
+    everywhere = by_output_length(times(0.5, 0.09), times(1.0, 0.1))
+    assert everywhere.in_words(2) == "gains at every output length"
+
+
 def test_one_round_says_nothing():
     assert interval([0.5]).coverage == 0
     assert ratio([0.5], [1.0]).state == NOISE
@@ -93,11 +101,11 @@ def test_one_round_says_nothing():
 @pytest.mark.parametrize(
     ("states", "says"),
     [
-        ({1: GAIN, 8: GAIN}, "gains at every batch size measured (1, 8), the smallest 1"),
+        ({1: GAIN, 8: GAIN}, "gains from batch size 1 on, the smallest measured (1, 8)"),
         ({1: NOISE, 8: GAIN}, "gains from batch size 8 on (measured: 1, 8); at 1 no difference measurable"),
         ({1: LOSS, 2: GAIN, 8: NOISE}, "gains at batch size 2 (measured: 1, 2, 8); at 1 it costs time, at 8 no diff"),
-        ({1: LOSS, 8: LOSS}, "Nothing is gained at any batch size measured (1, 8): it costs time"),
-        ({1: LOSS, 8: NOISE}, "Nothing is gained at any batch size measured (1, 8): no difference measurable"),
+        ({1: LOSS, 8: LOSS}, "nothing is gained at any batch size measured (1, 8): it costs time"),
+        ({1: LOSS, 8: NOISE}, "nothing is gained at any batch size measured (1, 8): no difference measurable"),
     ],
 )
 def test_sizes_at_which_pruning_gains(states, says):

@@ -55,7 +55,7 @@ class Parts:
         """The time since the last edge goes to the innermost part that is open."""
         at = self.now()
         if self._open:
-            self.seconds[self._open[-1]] += at - self._since  # type: ignore[assignment, operator]
+            self.seconds[self._open[-1]] += at - self._since  # type: ignore[assignment]
         self._since = at
 
 
