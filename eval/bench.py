@@ -111,11 +111,13 @@ class Bench:
         settings: of it.
         out: the file that rows are appended to as cells finish.
         console: where progress and remarks go.
+        overwrite: whether rows that are in the file may go.
     """
 
     settings: Settings
     out: Path
     console: Console
+    overwrite: bool = False
     rows: list[Row] = field(default_factory=list)
 
     def run(self) -> list[Row]:
@@ -127,12 +129,14 @@ class Bench:
         """
         s = self.settings
         s.check()
+        self._refuse_rows()
         configs = configurations(s.methods or METHODS, s.keep)
         if len(configs) == 1:
             raise RunError("there is nothing to compare the bare model with; type --methods vtc_cls,fastv")
         subjects = self._subjects(configs)
         if not s.methods:
             configs = self._runnable(subjects[0], configs)
+        self._begin()
         n_runs = len(subjects) * len(s.batch_sizes) * (s.rounds + s.warmup) * len(configs)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
@@ -149,6 +153,21 @@ class Bench:
                     finally:  # whole rounds of a cell that was interrupted count as well
                         self._write(cell.rows())
         return self.rows
+
+    def _refuse_rows(self) -> None:
+        """Raise where the file holds rows that are to stay."""
+        if self.out.exists() and self.out.stat().st_size and not self.overwrite:
+            raise RunError(
+                f"{self.out} holds rows of an earlier run; name another file with --out, or type --overwrite"
+            )
+
+    def _begin(self) -> None:
+        """An empty file, once it is known that the sweep can be run."""
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text("", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write {self.out}: {error.strerror or error}; name another with --out") from error
 
     def _write(self, rows: list[Row]) -> None:
         self.rows += rows
@@ -191,7 +210,7 @@ class Bench:
         try:
             model.set_attn_implementation(s.attn)
         except (ImportError, ValueError) as error:
-            raise RunError(f"--attn {s.attn}: {str(error).strip().splitlines()[0]}") from error
+            raise RunError(f"--attn {s.attn}: {shaped.first_line(error)} Type --attn sdpa") from error
         config, processor = shaped.endless(model).config, runner.processor.image_processor
         side = shaped.crop_side(config)
         if s.resolutions and not shaped.takes_any_size(config):
@@ -249,15 +268,7 @@ def run(settings: Settings, out: Path, overwrite: bool, console: Console) -> boo
     Raises:
         TokPruneError: something cannot be measured here, or the file cannot be written.
     """
-    settings.check()
-    if out.exists() and out.stat().st_size and not overwrite:
-        raise RunError(f"{out} holds rows of an earlier run; name another file with --out, or type --overwrite")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror or error}; name another file with --out") from error
-    bench, finished = Bench(settings, out, console), True
+    bench, finished = Bench(settings, out, console, overwrite), True
     try:
         bench.run()
     except KeyboardInterrupt:

@@ -12,8 +12,8 @@ from .cells import PHASES, Row
 from .rows import NONE
 
 NOTES = (
-    'Phases add up to the first token in every round; "rest" is what is none of them. "~": the interval holds 1, so this '
-    "is not to be told from the bare model.",
+    'Phases add up to the first token in every round; "rest" is what is none of them. "~": the interval holds 1, no '
+    "difference to the bare model is measurable.",
     "KV MiB are measured in the cache; the ratios under FLOPs and KV are the ledger's, and FLOPs say little about "
     "decoding, which reads all weights for every token. Memory is the peak above what was in use before a run.",
 )
@@ -86,11 +86,8 @@ def ratio_cells(of_lengths: Sequence[Row]) -> list[str]:
 def summary(cell: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headers and lines of one table for a cell: medians of phases, and ratios."""
     ratios = [c.replace("\n", " ") for c in ratio_columns(sorted({r.new_tokens for r in cell}))]
-    names = [
-        "method",
-        *(f"{p}, ms" for p in (*PHASES[:3], *PHASE_COLUMNS[4:])),
-        *(f"{c}, x" if c in _X else c for c in ratios),
-    ]
+    names = [f"{phase}, ms" for phase in (*PHASES[:3], *PHASE_COLUMNS[4:])]
+    names = ["method", *names, *(f"{c}, ratio" if c in ("first token", "each behind") else c for c in ratios)]
     lines = []
     for each in _by_config(cell):
         row = each[-1]
@@ -98,9 +95,6 @@ def summary(cell: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         shown = ["" if s is None else _ms(s["p50"]) for s in spreads]
         lines.append([f"`{name(row)}`", *shown, *ratio_cells(each)[1:]])
     return names, lines
-
-
-_X = ("first token", "each behind")
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:

@@ -210,7 +210,12 @@ def _built(config: transformers.PretrainedConfig, dtype: torch.dtype, attn: str,
         try:
             return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn).eval()
         except (ImportError, ValueError) as error:  # an attention implementation that is not installed
-            raise RunError(f"--attn {attn}: {str(error).strip().splitlines()[0]}") from error
+            raise RunError(f"--attn {attn}: {first_line(error)} Type --attn sdpa") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of what another library says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ def bench(
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
         raise RunError(f"{option} {text!r} is no list of whole numbers; type {option} 1,8") from error
 
