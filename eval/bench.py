@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,16 +143,19 @@ class Bench:
             bar = progress.add_task("runs", total=n_runs)
             for subject in self._built(subjects):
                 for size in s.batch_sizes:
-                    cell = Cell(s, subject, size, configs)
-                    try:
-                        cell.measure(lambda: progress.advance(bar))
-                    except RuntimeError as error:
-                        if "memory" not in str(error):
-                            raise
-                        raise RunError(f"out of memory at batch size {size}; {shaped.SCALED}") from error
-                    finally:  # whole rounds of a cell that was interrupted count as well
-                        self._write(cell.rows())
+                    self._measure(Cell(s, subject, size, configs), lambda: progress.advance(bar))
         return self.rows
+
+    def _measure(self, cell: Cell, advance: Callable[[], None]) -> None:
+        """One cell, interrupted or not, by its whole rounds. Its reports, which hold the model, are let go here."""
+        try:
+            cell.measure(advance)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise RunError(f"out of memory at batch size {cell.batch_size}; {shaped.SCALED}") from error
+        finally:
+            self._write(cell.rows())
 
     def _refuse_rows(self) -> None:
         """Raise where the file holds rows that are to stay."""

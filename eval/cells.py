@@ -153,11 +153,12 @@ class Cell:
     def rows(self) -> list[Row]:
         """One a configuration and output length; none before a round is whole."""
         lengths = sorted(set(self.settings.new_tokens)) if self.rounds else []
-        return [self._row(config, n) for config in self.configs for n in lengths]
+        seen = conditions(self.subject.model) if lengths else {}
+        return [self._row(config, n, seen) for config in self.configs for n in lengths]
 
-    def _row(self, config: Config, n_new: int) -> Row:
+    def _row(self, config: Config, n_new: int, seen: dict[str, Any]) -> Row:
         runs, bare = ([r[c] for r in self.rounds] for c in (config, self.configs[0]))
-        s, model_config, seen = self.settings, self.subject.config, conditions(self.subject.model)
+        s, model_config = self.settings, self.subject.config
         fixed = ("device", "dtype", "torch", "transformers", "tokprune", "commit", "date")
         last = runs[-1]
         return Row(

@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import threading
+import weakref
 from dataclasses import fields, replace
 
 import pytest
@@ -391,7 +392,7 @@ def test_bad_options_are_one_line(line, tmp_path):
     done = tokprune_cli("bench", *line.split(), *out)
     assert done.returncode == 2
     assert BAD[line] in done.stderr
-    (said,) = [x for x in done.stderr.splitlines() if x.startswith("tokprune:")]
+    assert len([x for x in done.stderr.splitlines() if x.startswith("tokprune:")]) == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "rows.jsonl").exists()
 
@@ -458,6 +459,28 @@ def test_a_full_disk_is_one_line():
     done = tokprune_cli("bench", "--model", "tiny-llava", "--methods", "uniform", "--rounds", "1", "--out", "/dev/full")
     assert done.returncode == 2
     assert "cannot write /dev/full: No space left on device" in done.stderr
+
+
+def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """A tower of another size is another model; the one before is gone when it is built."""
+    built, build = [], shaped.build
+
+    def watched(*arguments):
+        assert not any(model() for model in built)
+        model = build(*arguments)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(shaped, "build", watched)
+    rows = Bench(settings(resolutions=(84, 168)), tmp_path / "x.jsonl", quiet()).run()
+    assert len(built) == 2
+    assert [(r.resolution, r.n_visual) for r in rows if r.method == NONE] == [(84, 36), (168, 144)]
+    over_sizes = list(bench_tables.sentences(rows))
+    assert any("output length 3: " in line and "any resolution measured (84, 168)" in line for line in over_sizes)
+    built.clear()
+    rows = Bench(settings("llava-next-small", resolutions=(336, 672)), tmp_path / "y.jsonl", quiet()).run()
+    assert len(built) == 1  # more crops, the same model
+    assert [r.n_visual for r in rows if r.method == NONE] == [2 * 576, 5 * 576]
 
 
 def test_usual_methods_that_a_model_cannot_run_are_left_out(tmp_path, monkeypatch):
