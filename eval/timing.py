@@ -155,9 +155,9 @@ def _hear_vision(base: Any, stack: ExitStack) -> None:
 
 
 def _hear_prefill(model: Any, parts: Parts, stack: ExitStack) -> None:
-    """Time the decoder layers and the LM head, inside of what an attachment does around them."""
+    """Time the decoder layers and the LM head; what an attachment does inside is taken off."""
     for module in (model.model.language_model, model.get_output_embeddings()):
         begins = module.register_forward_pre_hook(lambda *ignored: parts.begin(PREFILL))
-        ends = module.register_forward_hook(lambda *ignored: parts.end(), prepend=True)
+        ends = module.register_forward_hook(lambda *ignored: parts.end())
         stack.callback(begins.remove)
         stack.callback(ends.remove)

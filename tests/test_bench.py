@@ -201,6 +201,21 @@ def test_phases_are_heard_and_add_up(kind, method, parts):
     assert long.cache == short.cache
 
 
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("fopru@0.25", {"signals": 2, "select": 2, "shorten": 2}),  # a layer and its end; packing and choosing
+        ("cdpruner@0.25", {"signals": 1, "select": 4, "shorten": 2}),  # places and text, too
+        ("fastv@0.25", {"select": 2 + 1, "shorten": 2, "cut": 2 + 4}),  # at both ends, and in layers from the first cut
+    ],
+)
+def test_no_part_of_the_selection_is_missed(method, expected):
+    name, _, keep = method.partition("@")
+    model, inputs = shaped.endless(tiny.fresh_model()), tiny.batch(((0,), (1,)))
+    run = timing.measured(model, inputs, Config(name, float(keep)), 1)
+    assert {p: n for p, n in run.phases.counts.items() if p in PARTS} == expected
+
+
 def test_a_run_without_phases_measures_the_same_cache():
     model, inputs = shaped.endless(tiny.fresh_model()), tiny.batch(((0,),))
     heard, unheard = (timing._once(model, inputs, Config("fastv", 0.5), 3, phases=p) for p in (True, False))
@@ -322,6 +337,8 @@ def test_resolution_makes_patches_or_crops(name, sides, expected):
 def test_rows_of_a_batch_differ_and_text_holds_no_placeholder(name):
     config = shaped.config_of(name)
     pixels = shaped.encoded(shaped.image_processor_of(config), 168, 3)
+    many = shaped.prompt(config, 20, 3000, pixels, 3)["input_ids"]
+    assert (many == config.image_token_id).sum(1).tolist() == [20] * 3
     made = shaped.prompt(config, 20, 9, pixels, 3)
     ids, images = made["input_ids"], made["pixel_values"]
     assert ids.shape == (3, 29)
@@ -514,7 +531,8 @@ def test_terminal_shows_tables_verdicts_and_conditions(tmp_path):
 def test_tables_fit_a_terminal_of_140_columns(sweep):
     rows, _ = sweep
     console = quiet()
-    for table in bench_tables.tables(rows):
+    longer = [replace(r, new_tokens=n) for r in rows if r.new_tokens == 4 for n in (1, 16, 128)]
+    for table in (*bench_tables.tables(rows), *bench_tables.tables(longer)):
         console.print(table)
     shown = console.file.getvalue()
     assert "…" not in shown
