@@ -17,6 +17,7 @@ import tokprune
 from tokprune.budget import REFERENCE_TEXT, Budget
 from tokprune.shapes import known_shape
 
+from . import bench_tables
 from .rows import Row, pooled
 from .tables import accuracy, body, budget, caption, of_kinds, order, times, unpruned, visual
 
@@ -89,30 +90,15 @@ def frontier(name: str) -> str:
     return f"{caption(shown[0])}. {unpruned(shown[0])}\n\n" + markdown(head, lines)
 
 
-def speed(name: str) -> str:
-    """Measured times beside the ledger's."""
-    rows = read_rows(name)
-    first = rows[0]
-    head = (
-        f"{first['shape']} shapes, {first['n_visual']} visual and {first['n_text']} text tokens, keep 0.25, batch "
-        f"{first['batch_size']}, {first['device']}, {first['dtype']}, {first['attn_implementation']}, median of "
-        f"{first['rounds']}; unpruned: {first['prefill_s']:.2f} s to the first token, "
-        f"{1000 * first['decode_s_per_token']:.0f} ms for each behind it\n\n"
-    )
-    lines = [
-        [
-            f"`{r['method']}`",
-            f"{sum(r['columns']) / len(r['columns']):.4g}",
-            f"x {r['prefill_ratio']:.2f}",
-            f"x {r['prefill_ledger']:.2f}",
-            f"{r['prefill_ledger'] / r['prefill_ratio']:.2f}",
-            f"x {r['decode_ratio']:.2f}",
-            f"x {r['decode_ledger']:.2f}",
-        ]
-        for r in rows
-    ]
-    columns = ("method", "columns, mean over layers", "prefill time", "prefill FLOPs", "speed-up / FLOPs saved")
-    return head + markdown((*columns, "decode time", "decode FLOPs"), lines)
+def bench(name: str) -> str:
+    """Measured times beside the ledger's, a table a cell, and when pruning pays."""
+    rows = [bench_tables.Row(**r) for r in read_rows(name)]
+    parts = [f"{bench_tables.conditions_line(rows[0])}\n"]
+    for cell in bench_tables.cells(rows):
+        columns, lines = bench_tables.summary(cell)
+        parts.append(f"**{bench_tables.title(cell[0])}**\n\n" + markdown(columns, lines))
+    parts.append("".join(f"- {line}\n" for line in bench_tables.sentences(rows)))
+    return "\n".join(parts)
 
 
 def pairs(name: str) -> str:
@@ -251,6 +237,7 @@ def exits(name: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
+    "bench": bench,
     "comparison": comparison,
     "frontier": frontier,
     "exits": exits,
@@ -261,7 +248,6 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "pairs": pairs,
     "selectors": selectors,
     "signals": signals,
-    "speed": speed,
 }
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import os
-import time
 import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -30,6 +28,7 @@ from tokprune.shapes import shape_from_config
 
 from .models import DEFAULT, EMBEDDED, path_of
 from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
+from .stopwatch import Stopwatch
 from .tasks import Sample, Task, normalise
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -293,39 +292,6 @@ class Asked:
     columns: list[int]
     n_visual: list[int]
     crops: list[int]
-
-
-class Stopwatch:
-    """Seconds until the first forward pass of a model ended, and after it, within a `with` block."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.prefill_s, self.decode_s = model, math.nan, math.nan
-        self.peak_bytes: int | None = None
-
-    def __enter__(self) -> Stopwatch:
-        self.hook = self.model.register_forward_hook(self._forward_ended)
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        _synchronise(self.model)
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.hook.remove()
-        _synchronise(self.model)
-        self.decode_s = time.perf_counter() - self.started - self.prefill_s
-        if self.model.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.model.device)
-
-    def _forward_ended(self, *ignored) -> None:
-        if math.isnan(self.prefill_s):
-            _synchronise(self.model)
-            self.prefill_s = time.perf_counter() - self.started
-
-
-def _synchronise(model: torch.nn.Module) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
 
 
 def _stop_ids(model: torch.nn.Module) -> set[int]:

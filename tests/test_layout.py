@@ -23,7 +23,7 @@ FOLDERS = {
     "tokprune.eval": ROOT / "eval",
 }
 GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
-GROUND |= {"call", "caches", "schedule", "gates"}
+GROUND |= {"call", "caches", "schedule", "gates", "spans"}
 CLI_NAMES = ("cli", "counting", "doctor", "eval.__main__", "experiments", "loading", "terminal")
 CLI = tuple(f"tokprune.{name}" for name in CLI_NAMES)
 
@@ -126,7 +126,7 @@ MAY_KNOW = {
     "tokprune.eval": {"tokprune", "ground", "tokprune.eval"},
     "tokprune.cli": {"tokprune", "ground", "tokprune.eval", "tokprune.cli"},
 }
-PUBLIC_MODULES = {"types", "errors", "budget", "flops", "gates", "schedule", "shapes", "report", "explain"}
+PUBLIC_MODULES = {"types", "errors", "budget", "flops", "gates", "schedule", "shapes", "spans", "report", "explain"}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

@@ -144,6 +144,68 @@ def search(
     searched.search(runner, model, questions, wanted, out, overwrite, terminal.console())
 
 
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="A known shape with random weights, such as llava-1.5-7b.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Or a model with weights: tiny-llava, tiny-llava-next, a local folder, or a hub id.")
+    ] = "",
+    layers: Annotated[int | None, typer.Option(help="Of a shape: so many decoder layers, of the same width.")] = None,
+    vision_layers: Annotated[int | None, typer.Option(help="Of a shape: so many layers of the vision tower.")] = None,
+    methods: Annotated[str, typer.Option(help="Names or specifications, with commas; none is always there.")] = "",
+    keep: Annotated[str, typer.Option(help="Ratios kept, with commas.")] = "0.25",
+    batch_size: Annotated[str, typer.Option(help="Prompts at a time, with commas.")] = "1",
+    new_tokens: Annotated[str, typer.Option(help="Output lengths, with commas.")] = "16",
+    resolution: Annotated[
+        str,
+        typer.Option(
+            help="Pixels a side of a square picture, with commas. A model of any resolution cuts it into its crops; "
+            "llava-1.5 is built with a tower that takes it, so its patches grow in number."
+        ),
+    ] = "",
+    text: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds counted; six are the fewest for 95 % intervals.")] = 6,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU.")] = "",
+    attn: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2, of all configurations.")] = "sdpa",
+    device: Annotated[str, typer.Option(help="cpu or cuda; the GPU where there is one.")] = "",
+    out: Annotated[Path, typer.Option(help="The JSONL file that rows are written to.")] = Path("runs/bench.jsonl"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start a file over that holds rows.")] = False,
+) -> None:
+    """Measure what pruning saves in time and memory, beside what the ledger predicts, and when it pays."""
+    bench_room = eval_room("bench", needs=("psutil",))
+    lists = {
+        "batch_sizes": _numbers("--batch-size", batch_size),
+        "new_tokens": _numbers("--new-tokens", new_tokens),
+        "resolutions": _numbers("--resolution", resolution) if resolution else (),
+    }
+    specs = [m.strip() for m in methods.split(",")] if methods else ()
+    settings = bench_room.Settings(
+        **lists,
+        shape=shape,
+        model=model,
+        methods=specs,
+        keep=_ratios(keep),
+        n_text=text,
+        rounds=rounds,
+        warmup=warmup,
+        dtype=dtype,
+        attn=attn,
+        device=device,
+        layers=layers,
+        vision_layers=vision_layers,
+    )
+    if not bench_room.run(settings, out, overwrite, terminal.console()):
+        raise typer.Exit(130)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise RunError(f"{option} {text!r} is no list of whole numbers; type {option} 1,8") from error
+
+
 def _ratios(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
