@@ -13,7 +13,7 @@ from PIL import Image
 
 from tokprune.errors import RunError, TokPruneError
 
-from .explained import drawn
+from .explained import asked
 from .pareto import FLOORS
 from .rows import BARE, NONE, Config, Row, SampleRow, pooled
 from .run import Runner
@@ -165,7 +165,7 @@ class Artist:
         salt = zlib.crc32(sample.id.encode())  # as when it was answered
         try:
             image = self.tasks[row.task].image(sample.image_id)
-            panels, _ = drawn(self.runner, image, sample.question, [(config.method, config.budget)], salt)
+            panels = asked(self.runner, image, sample.question, [(config.method, config.budget)], salt).panels()
         except TokPruneError as error:
             picture.why = f"it could not be drawn: {error}"
             return picture

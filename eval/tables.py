@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .intervals import wilson
@@ -115,11 +116,12 @@ def order(row: Row) -> tuple:
 
 def table(task: str, rows: Sequence[Row], floor: float | None) -> Table:
     """One task's table for the terminal."""
-    out = Table(title=f"{task}: {caption(rows[0])}\n{unpruned(rows[0])}", title_justify="left")
+    out = Table(title=f"{task}: {caption(rows[0])}\n{unpruned(rows[0])}", title_justify="left", box=SIMPLE_HEAD)
     header, lines = body(rows, floor)
     for name in header:
         wrapped = name.replace(" [", "\n[") if "[" in name else name.replace(" ", "\n")
-        out.add_column(wrapped, justify="left" if name == "method" else "right", no_wrap=True)
+        first = name == "method"
+        out.add_column(wrapped, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for line in lines:
         out.add_row(*line)
     return out
