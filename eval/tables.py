@@ -25,8 +25,9 @@ def budget(row: Row) -> str:
 
 
 def accuracy(row: Row) -> str:
-    """The value with its interval."""
-    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+    """The value with its interval, where there is one."""
+    known = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.value:.3f}{known}"
 
 
 def difference(row: Row) -> str:
@@ -178,7 +179,11 @@ def _plot_task(axis, rows: Sequence[Row], floor: float | None, x_of) -> None:
             curves[r.method].append(r)
     for name, points in curves.items():
         points.sort(key=x_of)
-        spread = [[max(r.value - r.low, 0) for r in points], [max(r.high - r.value, 0) for r in points]]  # rounding
+        ends = [(r.value if r.low is None else r.low, r.value if r.high is None else r.high) for r in points]
+        spread = [
+            [max(r.value - low, 0) for r, (low, _) in zip(points, ends, strict=True)],  # rounding
+            [max(high - r.value, 0) for r, (_, high) in zip(points, ends, strict=True)],
+        ]
         axis.errorbar(
             [x_of(r) for r in points],
             [r.value for r in points],
