@@ -1,7 +1,7 @@
 """Benchmark suites: lmms-eval run for every configuration, its scores brought into rows of tokprune's own.
 
-A run lies in one folder: `lmms-eval/CONFIGURATION/` holds what lmms-eval and its plug-in wrote, `tasks/` exported tasks,
-`rows.jsonl` and `samples.jsonl` what became of it. A configuration whose results are there is not run again.
+A run lies in one folder: `lmms-eval/CONFIGURATION/` holds what lmms-eval and its plug-in wrote, `tasks/` exported
+tasks, `rows.jsonl` and `samples.jsonl` what became of it. A configuration whose results are there is not run again.
 """
 
 from __future__ import annotations
@@ -113,6 +113,13 @@ class Suite:
             "commit": commit(),
         }
 
+    def exported(self, out: Path) -> Path | None:
+        """Where tasks in lmms-eval's format lie, beside its own; those of tokprune are written to the run's folder."""
+        for task, samples in self.own.values():
+            lmms_export.export(task, samples, out / "tasks")
+        tasks = out / "tasks" if self.own else self.include_path
+        return None if tasks is None else tasks.resolve()
+
     def command(self, config: Config, folder: Path, tasks: Path | None) -> list[str]:
         """The command line of lmms-eval for one configuration.
 
@@ -165,17 +172,14 @@ def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> N
         if overwrite:
             for name in ("lmms-eval", "tasks"):
                 shutil.rmtree(out / name, ignore_errors=True)
-        tasks = suite.include_path
-        for task, samples in suite.own.values():
-            tasks = out / "tasks"
-            lmms_export.export(task, samples, tasks)
         found: dict[Config, list[TaskResult]] = {}
         for number, config in enumerate(suite.configs, 1):
             own = out / "lmms-eval" / folder_name(config)
             there = _there(own)
             if there is None:
                 console.print(f"{number}/{len(suite.configs)} {config.label}: see {own / 'log.txt'}", highlight=False)
-                there = _ran(suite.command(config, own.resolve(), tasks and tasks.resolve()), own, config.label, folder)
+                command = suite.command(config, own.resolve(), suite.exported(out))
+                there = _ran(command, own, config.label, folder)
                 console.print(lmms_table(own), markup=False, highlight=False, soft_wrap=True)
             else:
                 console.print(f"{config.label} is in {own} already and is not run again", highlight=False)

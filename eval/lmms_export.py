@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokprune.errors import RunError
 
@@ -94,11 +96,12 @@ def export(task: Task, samples: Sequence[Sample], folder: Path, max_new_tokens: 
         "kind": [s.kind for s in samples],
         "image": [{"bytes": _png(task, s.image_id), "path": None} for s in samples],
     }
-    features = datasets.Features({**dict.fromkeys(list(columns)[:-1], datasets.Value("string")), "image": datasets.Image()})
+    features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
     own = (folder / name).resolve()
     try:
         own.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(own / "test.parquet")
+        with _quiet(datasets):
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(own / "test.parquet")
         about = {"name": name, "parquet": json.dumps(str(own / "test.parquet")), "max_new_tokens": max_new_tokens}
         (own / f"{name}.yaml").write_text(_YAML.format(metric=METRIC, **about), encoding="utf-8")
         utils = _UTILS.format(normalise=inspect.getsource(normalise), metric=METRIC)
@@ -112,6 +115,18 @@ def checksum(task: Task, samples: Sequence[Sample]) -> int:
     """Of questions, answers and pictures: tells one export from another."""
     pictures = {s.image_id: zlib.crc32(_png(task, s.image_id)) for s in samples}
     return zlib.crc32(repr([(s, pictures[s.image_id]) for s in samples]).encode())
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """Without the progress bars of the library, and with them afterwards where they were there."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _png(task: Task, image_id: str) -> bytes:

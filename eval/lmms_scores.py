@@ -92,7 +92,10 @@ def read(folder: Path) -> list[TaskResult]:
     if not results["configs"]:
         raise RunError(f"no tasks in {found[-1]}")
     records = _records(folder)
-    return [_task(name, results, found[-1].with_name(f"{stem}_samples_{name}.jsonl"), records) for name in results["configs"]]
+    return [
+        _task(name, results, found[-1].with_name(f"{stem}_samples_{name}.jsonl"), records)
+        for name in results["configs"]
+    ]
 
 
 def _task(name: str, results: dict, path: Path, records: dict[tuple[str, int], list]) -> TaskResult:
@@ -194,15 +197,11 @@ def rows(model: str, found: dict[Config, list[TaskResult]], sources: dict[str, S
     for config, results in found.items():
         for result in results:
             source = sources.get(result.name, Source(result.name))
-            made += [
-                _row(model, config, result, metric, source, bare.get(result.name)) for metric in result.scores
-            ]
+            made += [_row(model, config, result, metric, source, bare.get(result.name)) for metric in result.scores]
     return made
 
 
-def _row(
-    model: str, config: Config, result: TaskResult, metric: str, source: Source, bare: TaskResult | None
-) -> Row:
+def _row(model: str, config: Config, result: TaskResult, metric: str, source: Source, bare: TaskResult | None) -> Row:
     score, lines = result.scores[metric], [group[0] for group in result.records.values()]
     low, high, stderr = score.interval
     params = {} if config.method in BARE else asdict_of_method(config.method)
@@ -238,9 +237,10 @@ def _row(
 
 
 def _times(result: TaskResult, bare: TaskResult | None) -> dict[str, Any]:
-    """Of full batches; a last one smaller than the others is not timed."""
+    """Of full batches; a process's first one, which is slow, and a last one smaller than the others are not timed."""
     full = max(line["batch_size"] for line in result.batches.values())
-    timed = {key: line for key, line in result.batches.items() if line["batch_size"] == full and line["prefill_s"]}
+    every = {key: line for key, line in result.batches.items() if line["batch_size"] == full and line["prefill_s"]}
+    timed = {key: line for key, line in every.items() if key[1]} or every
     ordered = sorted(1000 * line["prefill_s"] for line in timed.values())
     steps = [1000 * s for line in timed.values() if (s := line["decode_s_per_token"]) is not None]
     peaks = [line["peak_bytes"] for line in timed.values() if line["peak_bytes"] is not None]

@@ -159,9 +159,7 @@ def eval_(
     out: Annotated[Path, typer.Option(help="Folder for what lmms-eval writes, rows and samples.")] = Path("runs/eval"),
     limit: Annotated[int | None, typer.Option(help="So many documents a task, for a quick look.")] = None,
     batch_size: Annotated[int, typer.Option(help="Documents at a time.")] = 8,
-    include_path: Annotated[
-        Path | None, typer.Option(help="A folder with more tasks in lmms-eval's format.")
-    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with more tasks in lmms-eval's format.")] = None,
     model_args: Annotated[
         str, typer.Option(help="More arguments of the plug-in, such as dtype=bfloat16,attn_implementation=eager.")
     ] = "",

@@ -219,8 +219,9 @@ class TokPrune(lmms):
         new = out[:, n_prompt:]
         watch.n_new = new.shape[1]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        ended = [bool(set(row.tolist()) & self._stop_ids) or cut(t, stops) != t for row, t in zip(new, texts)]
         answers = [cut(text, stops).strip() for text in texts]
+        ended = [bool(set(row) & self._stop_ids) for row in new.tolist()]
+        ended = [end or cut(text, stops) != text for end, text in zip(ended, texts, strict=True)]
         said = [{"request": "generate_until", "answer": a, "stopped": e} for a, e in zip(answers, ended, strict=True)]
         self._record(batch, said, inputs, attachment, watch)
         return answers
