@@ -51,13 +51,13 @@ test-oldest: $(OLDEST)/ready
 $(INTEGRATIONS)/ready: pyproject.toml constraints-integrations.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/python $(PIP) -c constraints-integrations.txt torch
-	$(INTEGRATIONS)/bin/python $(PIP) -c constraints-integrations.txt -e '.[eval]' pytest \
+	$(INTEGRATIONS)/bin/python $(PIP) -c constraints-integrations.txt -e '.[eval]' pytest pytest-xdist \
 	  loguru sacrebleu evaluate pytz tenacity pytablewriter
 	$(INTEGRATIONS)/bin/python $(PIP) -c constraints-integrations.txt --no-deps lmms-eval
 	touch $@
 
 test-integrations: $(INTEGRATIONS)/ready
-	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
+	$(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadfile tests/integrations
 
 # The built wheel, imported from outside the repository.
 wheel: setup

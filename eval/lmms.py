@@ -39,6 +39,7 @@ INSTALL = (
     "type pip install 'tokprune[lmms-eval]', or, where its torchvision does not fit this torch, "
     "pip install --no-deps lmms-eval==0.7.3 and then pip install loguru sacrebleu evaluate pytz tenacity pytablewriter"
 )
+UNREADABLE = (RunError, KeyError, TypeError, ValueError, OSError)  # results that are not there, or not all of them
 EXPLAINED = 500  # characters of an error that are shown
 
 
@@ -210,7 +211,7 @@ def _there(folder: Path) -> list[TaskResult] | None:
     """The results of a configuration that was run to its end, or None."""
     try:
         return lmms_scores.read(folder)
-    except (RunError, KeyError, ValueError, OSError):
+    except UNREADABLE:
         return None
 
 
@@ -222,14 +223,12 @@ def _ran(command: list[str], folder: Path, label: str, run_folder: RunFolder) ->
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     try:
-        if done.returncode:
-            raise RunError(f"it ended with {done.returncode}")
         return lmms_scores.read(folder)
-    except (RunError, KeyError, ValueError, OSError) as error:
-        said = reason((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
+    except UNREADABLE as error:
+        said = reason((folder / "log.txt").read_text(encoding="utf-8", errors="replace")) or str(error)
         raise RunError(
-            f"lmms-eval did not finish {label}: {said or error}. Its output is in {folder / 'log.txt'}; configurations "
-            "before this one are kept"
+            f"lmms-eval did not finish {label} (it ended with {done.returncode}): {said}. Its output is in "
+            f"{folder / 'log.txt'}; configurations before this one are kept"
         ) from error
 
 

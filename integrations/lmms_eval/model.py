@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -45,6 +45,13 @@ class Request:
     def salts(self) -> list[int]:
         """One a picture for seeded methods, the same in every batch and on every rank."""
         return [zlib.crc32("/".join(map(str, self.key)).encode()) + i for i in range(len(self.images))]
+
+
+class Loss(GenerationResult, tuple):
+    """A loss and whether greedy decoding gives it: a pair, in a form that lmms-eval 0.7 does not turn into a text."""
+
+    def __init__(self, pair: tuple[float, bool]):
+        super().__init__(text=tuple(pair))  # type: ignore[arg-type]
 
 
 class TokPrune(lmms):
@@ -163,7 +170,8 @@ class TokPrune(lmms):
             for instance in requests:
                 if len(instance.args) != 6:
                     raise RunError("acc_mutual_info asks about answers without a picture; take the metric acc instead")
-                found.append(self._judged(self._request(instance, instance.args[2]), instance.args[1], attachment))
+                own = self._request(instance, instance.args[2])
+                found.append(Loss(self._judged(own, instance.args[1], attachment)))
                 bar.update(1)
         return found
 
@@ -278,7 +286,10 @@ class TokPrune(lmms):
         rows = seen(inputs, n_images, self.model, attachment.report if attachment else None)
         names = [dict(zip(("task", "split", "doc_id"), r.key, strict=True)) for r in batch]
         lines = [{**name, **answer} for name, answer in zip(names, said, strict=True)]
-        shared = conditions(self.model, attachment.positions if attachment else "auto")
+        shared = {
+            **conditions(self.model, attachment.positions if attachment else "auto"),
+            "world_size": self.world_size,
+        }
         own = [i for i, r in enumerate(batch) if not r.is_padding]
         self.recorder.add([lines[i] for i in own], [rows[i] for i in own], watch, shared)
 

@@ -8,20 +8,20 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from lmms_requests import MODEL
+from lmms_requests import MODEL, N_SAMPLES
+from tokprune.eval.compare import chosen_samples
 from tokprune.eval.run import Runner
-from tokprune.eval.tasks import load_task, stratified
+from tokprune.eval.tasks import load_task
 from tokprune.integrations.lmms_eval.model import TokPrune
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of what is started here
-N_SAMPLES = 24
 
 
 @pytest.fixture(scope="session")
 def findit():
     task = load_task("findit")
-    return task, stratified(task.samples(), N_SAMPLES)
+    return task, chosen_samples(task, N_SAMPLES)
 
 
 @pytest.fixture(scope="session")
@@ -49,4 +49,3 @@ def load():
         return TokPrune(**{"pretrained": MODEL, "device": "cpu", **arguments})
 
     return loaded
-

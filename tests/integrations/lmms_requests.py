@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from lmms_eval.api.instance import Instance
 from tokprune.eval.models import path_of
 from tokprune.integrations.lmms_eval.model import TokPrune
 
 MODEL = path_of("tiny-llava")
+METHODS = "vtc_cls,fastv,random:seed=1,visionzip"
+N_SAMPLES = 24
 
 
 def lmms_eval(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -35,3 +38,7 @@ def instances(lm: TokPrune, docs: list[dict], kind: str = "generate_until", **ar
     return made
 
 
+def asked(out: Path, *more: str, methods: str = METHODS) -> list[str]:
+    """Arguments of `tokprune` for a run of findit."""
+    said = ["eval", "--suite", "lmms-eval", "--tasks", "findit", "--methods", methods, "--keep", "0.25"]
+    return [*said, "--limit", str(N_SAMPLES), "--batch-size", "8", "--out", str(out), *more]

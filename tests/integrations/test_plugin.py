@@ -16,10 +16,10 @@ from tokprune.eval.rows import Config
 from tokprune.eval.tasks import load_task
 from tokprune.integrations.lmms_eval import prompts
 from tokprune.integrations.lmms_eval.model import TokPrune
-from tokprune.integrations.lmms_eval.options import Options, cut, generation, merged, split_arguments
+from tokprune.integrations.lmms_eval.options import cut
 
 import tokprune
-from tokprune.errors import OptionError, RunError
+from tokprune.errors import RunError
 
 METHODS = {
     "none": {},
@@ -36,58 +36,6 @@ def test_lmms_eval_finds_the_plug_in_by_itself():
 
 
 # ---- arguments
-
-
-def test_specifications_survive_in_model_args():
-    text = "pretrained=a/b,method=fastv:schedule=pyramid/2/4/6,keep_ratio=0.5,0.25, suffix= Be brief, please.,dtype=float32"
-    assert split_arguments(text) == {
-        "pretrained": "a/b",
-        "method": "fastv:schedule=pyramid/2/4/6",
-        "keep_ratio": "0.5,0.25",
-        "suffix": " Be brief, please.",
-        "dtype": "float32",
-    }
-    options = Options.of(split_arguments(text))
-    assert options.attach == {"keep_ratio": (0.5, 0.25)}
-    assert Options.of({"pretrained": "a", "method": "vtc_cls", "keep_tokens": 64}).attach == {"keep_tokens": 64}
-    assert Options.of({"pretrained": "a", "method": "fastv", "keep_ratio": "0.5/0.25"}).keep_ratio == (0.5, 0.25)
-    assert split_arguments("") == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("pretrained", "'pretrained' in --model_args is no argument; type name=value"),
-        ("pretrained=a,pretrained=b", "twice"),
-    ],
-)
-def test_malformed_model_args(text, message):
-    with pytest.raises(OptionError, match=message):
-        split_arguments(text)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "type --model_args pretrained="),
-        ({"pretrained": "a", "keep": "0.25"}, r"type keep_ratio=0\.25 .* or keep_tokens=64"),
-        ({"pretrained": "a", "keep_ration": "0.25"}, "Did you mean keep_ratio?"),
-        ({"pretrained": "a", "trust_remote_code": "true"}, "runs no code from the hub"),
-        ({"pretrained": "a", "keep_ratio": "a lot", "method": "vtc_cls"}, r"keep_ratio=a lot is not a fraction .* type keep_"),
-        ({"pretrained": "a", "keep_tokens": "1.5", "method": "vtc_cls"}, "keep_tokens=1.5 is not a whole number"),
-        ({"pretrained": "a", "flops_ratio": "x", "method": "vtc_cls"}, "flops_ratio=x is not"),
-        ({"pretrained": "a", "batch_size": "auto"}, "batch_size=auto is not a whole number .* --batch_size 8"),
-        ({"pretrained": "a", "batch_size": 0}, "batch_size=0 is not"),
-        ({"pretrained": "a", "max_new_tokens": "2.0"}, "max_new_tokens=2.0 is not"),
-        ({"pretrained": "a", "dtype": "float23"}, "type dtype=bfloat16"),
-        ({"pretrained": "a", "keep_ratio": "0.25"}, "method=none is the bare model .* method=vtc_cls,keep_ratio=0.25"),
-        ({"pretrained": "a", "method": "vtc"}, "Did you mean 'vtc_cls'"),
-        ({"pretrained": "a", "method": "vtc_cls:x=1"}, "no option 'x'"),
-    ],
-)
-def test_wrong_arguments_say_what_to_type(given, message):
-    with pytest.raises(tokprune.TokPruneError, match=message):
-        Options.of(given)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +59,7 @@ def test_a_command_line_that_cannot_be_ends_with_one_line():
     assert ended.value.code  # a text: printed, and the process ends with 1
 
 
-def test_flags_and_arguments_may_not_differ():
-    assert merged({"batch_size": "8"}, {"batch_size": 1, "device": None}) == {"batch_size": "8"}
-    assert merged({"a": "b"}, {"batch_size": "4", "device": "cpu"}) == {"a": "b", "batch_size": "4", "device": "cpu"}
-    assert merged({"device": "cpu"}, {"device": "cpu"}) == {"device": "cpu"}
-    with pytest.raises(OptionError, match="--device cuda and device=cpu in --model_args differ; leave one out"):
-        merged({"device": "cpu"}, {"device": "cuda"})
-    with pytest.raises(OptionError, match="--max_batch_size"):
-        merged({}, {"max_batch_size": 64})
+def test_lmms_evals_flags_are_arguments_too():
     lm = TokPrune.create_from_arg_string(f"pretrained={MODEL}", {"batch_size": "4", "device": "cpu"})
     assert (lm.batch_size, lm.device.type, lm.model.dtype) == (4, "cpu", torch.float32)
 
@@ -182,7 +123,9 @@ def test_batches_answer_as_singles_do(load, docs, method, tmp_path):
         answers = lm.generate_until(instances(lm, docs, max_new_tokens=4))
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         counts = {
-            line["doc_id"]: {k: v for k, v in line.items() if k.startswith(("n_", "llm_", "costs", "answer", "stopped"))}
+            line["doc_id"]: {
+                k: v for k, v in line.items() if k.startswith(("n_", "llm_", "costs", "answer", "stopped"))
+            }
             for line in lines
         }
         assert [counts[i]["answer"] for i in range(len(docs))] == answers
@@ -256,16 +199,6 @@ def test_until_ends_the_generation_of_its_row_alone(load, docs, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()][len(docs) :]
     assert [(line["answer"], line["stopped"]) for line in lines] == [("", True), ("", True), (long[other], False)]
     assert [line["decode_s_per_token"] is None for line in lines] == [True, False, False]  # one token, and six
-
-
-def test_generation_settings_are_read_as_lmms_evals_own_models_read_them():
-    greedy = {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
-    assert generation({}, 16, "</s>") == (greedy, [])
-    assert generation({"temperature": 0, "top_p": None, "image_aspect_ratio": "pad"}, 16, "</s>") == (greedy, [])
-    assert generation({"temperature": 0.7, "do_sample": False}, 16, "</s>") == (greedy, [])
-    assert generation({"until": ["</s>", "", "\n\n"]}, 16, "</s>")[1] == ["\n\n"]
-    sampled = {"temperature": 0.7, "top_p": 0.9, "num_beams": 2, "max_new_tokens": 3, "repetition_penalty": 1.1}
-    assert generation(sampled, 16, "</s>")[0] == {**sampled, "do_sample": True}
 
 
 def test_beams_and_samples_run(load, docs, tmp_path):
