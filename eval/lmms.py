@@ -6,6 +6,7 @@ tasks, `rows.jsonl` and `samples.jsonl` what became of it. A configuration whose
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -169,6 +170,7 @@ def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> N
     """
     check_installed()
     folder = RunFolder(out, suite.settings(), overwrite)
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     try:
         if overwrite:
             for name in ("lmms-eval", "tasks"):
@@ -178,12 +180,12 @@ def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> N
             own = out / "lmms-eval" / folder_name(config)
             there = _there(own)
             if there is None:
-                console.print(f"{number}/{len(suite.configs)} {config.label}: see {own / 'log.txt'}", highlight=False)
+                say(f"{number}/{len(suite.configs)} {config.label}: see {own / 'log.txt'}")
                 command = suite.command(config, own.resolve(), suite.exported(out))
                 there = _ran(command, own, config.label, folder)
-                console.print(lmms_table(own), markup=False, highlight=False, soft_wrap=True)
+                say(lmms_table(own))
             else:
-                console.print(f"{config.label} is in {own} already and is not run again", highlight=False)
+                say(f"{config.label} is in {own} already and is not run again")
             found[config] = there
             _write(suite, folder, found)
     finally:

@@ -10,7 +10,7 @@ from commands import tokprune_cli
 from PIL import Image
 from tokprune.eval import lmms, lmms_scores, rows, tables
 from tokprune.eval.lmms import Suite, reason
-from tokprune.eval.lmms_export import export
+from tokprune.eval.lmms_export import export, exported_name
 from tokprune.eval.lmms_scores import Score
 from tokprune.eval.rows import Config
 from tokprune.eval.tasks import load_task
@@ -135,6 +135,7 @@ def test_the_command_starts_several_processes(tmp_path):
 
 def test_nothing_to_export_is_an_error(tmp_path, folder):
     task = load_task(str(folder))
+    assert exported_name(task).startswith("tokprune_")  # lmms-eval would take its own task of that name
     with pytest.raises(RunError, match="no questions"):
         export(task, [], tmp_path)
     (tmp_path / "file").write_text("")

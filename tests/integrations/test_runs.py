@@ -59,12 +59,12 @@ def test_two_processes_share_the_documents(findit, tmp_path, load):
     drawn = {"method": "random:seed=1", "keep_ratio": "0.25"}
     arguments = ",".join(f"{key}={value}" for key, value in {"pretrained": MODEL, **drawn}.items())
     done = lmms_eval(
-        *("--model_args", f"{arguments},record={tmp_path / 'r.jsonl'}", "--batch_size", "5", "--log_samples"),
+        *("--model_args", f"{arguments},record={tmp_path / 'record.jsonl'}", "--batch_size", "5", "--log_samples"),
         *("--tasks", name, "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out")),
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
     )
     assert done.returncode == 0, done.stderr
-    ranks = [lines(path) for path in sorted(tmp_path.glob("r.rank*.jsonl"))]
+    ranks = [lines(path) for path in sorted(tmp_path.glob("record.rank*.jsonl"))]
     n = len(findit[1])
     assert [len(rank) for rank in ranks] == [n // 2, n // 2]
     assert {line["world_size"] for rank in ranks for line in rank} == {2}
