@@ -17,14 +17,15 @@ from tokprune.budget import Budget
 from tokprune.errors import RunError
 
 from .folder import RunFolder
-from .rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions
-from .run import Runner
+from .processes import launched_alone
+from .rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
+from .run import Runner, batches
 from .tables import plot, table
-from .tasks import Sample, Task, stratified
+from .tasks import Sample, Task, load_task, stratified
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3
-CONDITIONS = ("device", "dtype", "attn_implementation", "torch", "transformers", "tokprune", "commit")
+CONDITIONS = ("dtype", "attn_implementation", "torch", "transformers", "tokprune", "commit")
 
 
 def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int = RANDOM_SEEDS) -> list[Config]:
@@ -49,6 +50,60 @@ def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int =
         grid += [Config(s, ratio) for s, b in zip(specs, budgeted, strict=True) if b for ratio in ratios]
         grid += [Config(s) for s, b in zip(specs, budgeted, strict=True) if not b]
     return list(dict.fromkeys(grid))
+
+
+def matched(
+    runner: Runner, tasks: Sequence[tuple[Task, list[Sample]]], configs: Sequence[Config]
+) -> tuple[list[Config], dict[str, str]]:
+    """The same ratios of the language model's FLOPs instead of the tokens; and those out of reach, with the reason.
+
+    Solved beside the median text of the questions, so that what methods really spend is as equal as tokens are whole.
+    """
+    n_text = runner.text_tokens([s for _, samples in tasks for s in samples])
+    same = [
+        c if c.keep_ratio is None else replace(c, keep_ratio=None, flops_ratio=c.keep_ratio, flops_text=n_text)
+        for c in configs
+    ]
+    reasons: dict[str, str] = {}
+    for task, samples in tasks:
+        reasons |= runner.out_of_reach(task, samples[0], same)
+    return [c for c in same if c.label not in reasons], reasons
+
+
+def runnable(
+    runner: Runner,
+    tasks: Sequence[tuple[Task, list[Sample]]],
+    configs: Sequence[Config],
+    match_flops: bool,
+    named: bool,
+    console: Console,
+) -> list[Config]:
+    """The configurations that this model can run; what is left out is said.
+
+    Args:
+        runner: the model.
+        tasks: with the samples to answer.
+        configs: asked for.
+        match_flops: read ratios as ratios of the language model's FLOPs.
+        named: a user named the methods, so that one that cannot run is an error.
+        console: where it is said.
+
+    Raises:
+        RunError: nothing is left, or not what was named.
+    """
+    missing = runner.missing(configs)
+    if missing and named:
+        raise RunError(next(iter(missing.values())))
+    if missing:
+        console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
+    left = [c for c in configs if c.method not in missing]
+    if match_flops:
+        left, reasons = matched(runner, tasks, left)
+        for label, reason in reasons.items():
+            console.print(f"Left out: {label}: {reason}")
+    if not left:
+        raise RunError("nothing is left to compare; name other methods with --methods, or larger ratios with --keep")
+    return left
 
 
 def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
@@ -85,6 +140,13 @@ class Comparison:
 
     def run(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
         """Answer every question under every configuration, write rows and plot, and show the tables."""
+        processes = self.folder.processes
+        if processes.n > 1:
+            console.print(f"{processes.n} processes share the questions")
+        if launched_alone():
+            console.print(
+                "accelerate launched one process; for two type torchrun --nproc_per_node 2 -m tokprune.eval compare ..."
+            )
         if self.folder.answers:
             n_done = sum(len(rows) for rows in self.folder.answers.values())
             console.print(f"{n_done} answers are in {self.folder.path} already and are not asked for again")
@@ -95,18 +157,18 @@ class Comparison:
             TimeElapsedColumn(),
         )
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-            bars = [
-                progress.add_task(
-                    f"{task.name}, {len(samples)} questions",
-                    total=len(samples) * len(self.configs),
-                    completed=sum(t.size for (name, *_), t in self.folder.times.items() if name == task.name),
-                )
-                for task, samples in tasks
-            ]
-            for bar, (task, samples) in zip(bars, tasks, strict=True):
-                self._answer(task, samples, lambda n, bar=bar: progress.advance(bar, n))
-                self.floors[task.name] = question_only(task, samples)
-                self.rows += self._summaries(task)
+            work = [(task, samples, self._todo(task, samples)) for task, samples in tasks]
+            bars = [progress.add_task(**self._bar(*part)) for part in work]
+            for bar, part in zip(bars, work, strict=True):
+                self._answer(*part, lambda n, bar=bar: progress.advance(bar, n))
+        self.folder.gather()
+        if processes.is_main:
+            self._write(tasks, console)
+
+    def _write(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
+        for task, samples in tasks:
+            self.floors[task.name] = question_only(task, samples)
+            self.rows += self._summaries(task)
         floors = [
             {"task": name, "method": "question only", "value": floor}
             for name, floor in self.floors.items()
@@ -118,23 +180,39 @@ class Comparison:
         for task, _ in tasks:
             console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
 
-    def _answer(self, task: Task, samples: list[Sample], advance) -> None:
-        seen = {key[1:]: time for key, time in self.folder.times.items() if key[0] == task.name}
-        for time in seen.values():
+    def _seen(self, task: Task) -> dict[tuple[str, int], BatchTime]:
+        return {key[1:]: time for key, time in self.folder.times.items() if key[0] == task.name}
+
+    def _todo(self, task: Task, samples: list[Sample]) -> list[tuple[int, list[Config]]]:
+        """This process' share of the batches that are not answered."""
+        return batches(samples, self.configs, self.batch_size, self._seen(task))[self.folder.processes.share]
+
+    def _bar(self, task: Task, samples: list[Sample], todo: list[tuple[int, list[Config]]]) -> dict[str, Any]:
+        n_done = sum(t.size for t in self._seen(task).values())
+        n_mine = sum(len(self._part(samples, batch)) * len(configs) for batch, configs in todo)
+        return dict(description=f"{task.name}, {len(samples)} questions", total=n_done + n_mine, completed=n_done)
+
+    def _part(self, samples: list[Sample], batch: int) -> list[Sample]:
+        return samples[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _answer(self, task: Task, samples: list[Sample], todo: list[tuple[int, list[Config]]], advance) -> None:
+        for time in self._seen(task).values():
             if time.pictures != self._pictures(task, samples, time.batch):
                 raise RunError(
                     f"pictures of {task.name} have changed since {self.folder.path} was begun; name another folder "
                     "with --out, or start over with --overwrite"
                 )
-        for config, rows, time in self.runner.run(task, samples, self.configs, self.batch_size, seen):
-            time = replace(time, pictures=self._pictures(task, samples, time.batch))
+        n = self.folder.processes.n
+        device = device_name(self.runner.model.device) + (f", one of {n} processes" if n > 1 else "")
+        for config, rows, time in self.runner.run(task, samples, self.configs, self.batch_size, todo):
+            time = replace(time, pictures=self._pictures(task, samples, time.batch), device=device)
             self.folder.add((task.name, config.label, time.batch), rows, time)
             advance(len(rows))
 
     def _pictures(self, task: Task, samples: list[Sample], batch: int) -> int:
         """A checksum of the picture files of a batch; 0 for a task whose pictures cannot change."""
         checksum = getattr(task, "checksum", None)
-        part = samples[batch * self.batch_size : (batch + 1) * self.batch_size]
+        part = self._part(samples, batch)
         return 0 if checksum is None else zlib.crc32(repr([checksum(s.image_id) for s in part]).encode())
 
     def _summaries(self, task: Task) -> list[Row]:
@@ -158,12 +236,29 @@ def settings(
         "weights": runner.fingerprint(),
         "tasks": {task.name: zlib.crc32(repr(samples).encode()) for task, samples in tasks},
         "configurations": [c.label for c in configs],
+        "flops_text": max((c.flops_text for c in configs), default=0),
         "max_new_tokens": runner.max_new_tokens,
         "suffix": runner.suffix,
         "prompt": runner.prompt_fingerprint(),
         **more,
+        "device": where["gpu"] or "cpu",  # how many threads it has changes no answer
         **{name: where[name] for name in CONDITIONS},
     }
+
+
+def chosen_tasks(names: Sequence[str], limit: int | None = None, full: bool = False) -> list[tuple[Task, list[Sample]]]:
+    """Tasks by name or folder, with the samples to answer.
+
+    Raises:
+        UnknownNameError, TaskError: there is no such task.
+        RunError: two have one name.
+    """
+    loaded = [load_task(name) for name in names]
+    if len({t.name for t in loaded}) < len(loaded):
+        raise RunError(
+            f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
+        )
+    return [(task, chosen_samples(task, limit, full)) for task in loaded]
 
 
 def chosen_samples(task: Task, limit: int | None = None, full: bool = False) -> list[Sample]:

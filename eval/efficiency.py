@@ -6,7 +6,6 @@ python -m tokprune.eval.efficiency            # CLIP ViT-L/14-336 shapes, random
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -19,9 +18,11 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokprune
+from tokprune.spans import listen
 
 from .intervals import percentile
 from .rows import device_name
+from .stopwatch import now
 
 SELECTORS = {
     "[CLS] row, 1 layer": "fastervlm",
@@ -71,45 +72,19 @@ def clip_large() -> LlavaForConditionalGeneration:
     ).eval()
 
 
-class Stopwatch:
-    """Time between two hooks of a module, summed; on a GPU both ends wait for the device."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.total = device, 0.0
-
-    def now(self) -> float:
-        """Seconds, with all work on the device done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def start(self, *ignored) -> None:
-        """First hook."""
-        self.started = self.now()
-
-    def stop(self, *ignored) -> None:
-        """Second hook."""
-        self.total += self.now() - self.started
-
-
 @torch.no_grad()
 def signals_time(model, spec: str, pixels: torch.Tensor) -> tuple[float, float]:
-    """(seconds of the tower without the signals, seconds of the signals) in one forward pass.
-
-    The signals are computed in hooks on the query and key projections, so they are timed from the first
-    hook before those of the attachment to the last one behind them.
-    """
+    """(seconds of the tower without the signals, seconds of the signals) in one forward pass."""
     tower = model.model.vision_tower
-    whole, inside = Stopwatch(pixels.device), Stopwatch(pixels.device)
-    attention = [m for m in tower.modules() if hasattr(m, "q_proj")]
-    hooks = [m.k_proj.register_forward_hook(inside.start) for m in attention]
-    with tokprune.attach(model, spec, keep_ratio=0.25):
-        hooks += [m.k_proj.register_forward_hook(inside.stop) for m in attention]
-        hooks += [tower.register_forward_pre_hook(whole.start), tower.register_forward_hook(whole.stop)]
+    with tokprune.attach(model, spec, keep_ratio=0.25), listen(lambda: now(pixels.device)) as parts:
+        hooks = [
+            tower.register_forward_pre_hook(lambda *ignored: parts.begin("tower")),
+            tower.register_forward_hook(lambda *ignored: parts.end()),
+        ]
         model.model.get_image_features(pixels)
         for hook in hooks:
             hook.remove()
-    return whole.total - inside.total, inside.total
+    return parts.seconds["tower"], parts.seconds["signals"]
 
 
 def measure(model, batch_size: int = 1, rounds: int = 5) -> list[Cost]:

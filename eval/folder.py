@@ -3,6 +3,9 @@
 `run.json` holds the settings. `samples.jsonl` gets the answers of a batch, then `times.jsonl` one line for that
 batch: a batch counts as done when both are there. Going on drops what belongs to no done batch, and a folder of
 other settings is refused.
+
+Of several processes every one but the first writes to files of its own, `samples.1.jsonl` and so on; they are put into
+`samples.jsonl` at the end, or when a run that was cut off goes on, with any number of processes.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from filelock import FileLock, Timeout
 
 from tokprune.errors import RunError
 
+from .processes import Processes
 from .rows import BatchTime, Costs, SampleRow
 
 Part = TypeVar("Part", BatchTime, SampleRow)
 Key = tuple[str, str, int]  # task, configuration, batch
+ALONE = Processes()
+_ANSWERS = ("samples.jsonl", "times.jsonl")
 
 
 class RunFolder:
@@ -30,41 +36,65 @@ class RunFolder:
 
     Args:
         path: created where it does not exist.
-        settings: everything that an answer depends on, as JSON values.
+        settings: everything that an answer depends on, as JSON values; `tasks` and `configurations` are in order.
         overwrite: start over, whatever is there.
+        processes: those that share the run; all open the folder at the same time.
 
     Raises:
         RunError: it cannot be written, another process is at it, or it holds a run with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False):
-        self.path = path
-        settings = json.loads(json.dumps(settings))  # as they read back
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False, processes: Processes = ALONE):
+        self.path, self.processes = path, processes
+        self.settings = json.loads(json.dumps(settings))  # as they read back
         self.answers: dict[Key, list[SampleRow]] = {}
         self.times: dict[Key, BatchTime] = {}
+        self._lock = FileLock(path / ".lock")
+        self._part = "" if processes.is_main else f".{processes.index}"
+        refused: RunError | None = None
+        if processes.is_main:
+            try:
+                self._open(overwrite)
+            except RunError as error:
+                refused = error
+        refused = processes.told(refused)
+        if refused:
+            raise refused if processes.is_main else SystemExit(2)  # said once
+        if not processes.is_main:
+            with self.writing():
+                self._read()
+                for name in _ANSWERS:
+                    (path / self._own(name)).touch()
+        processes.wait()  # nobody writes before all have read
+
+    def _open(self, overwrite: bool) -> None:
         with self.writing():
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(path / ".lock")
+            self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
             with contextlib.ExitStack() as stack:
                 stack.callback(self.close)
-                self._open(settings, overwrite)
+                if overwrite:
+                    self.clear()
+                self._check(self.settings)
+                self._read()
+                self._write("run.json", [json.dumps(self.settings, indent=1)])
+                self._rewrite()
                 stack.pop_all()
-
-    def _open(self, settings: dict[str, Any], overwrite: bool) -> None:
-        if overwrite:
-            self.clear()
-        self._check(settings)
-        self._read()
-        self._write("run.json", [json.dumps(settings, indent=1)])
-        self._rewrite()
 
     def add(self, key: Key, rows: Sequence[SampleRow], time: BatchTime) -> None:
         """Append a batch; the line of its time makes it count."""
         with self.writing():
-            self._append("samples.jsonl", [asdict(row) for row in rows])
-            self._append("times.jsonl", [asdict(time)])
+            self._append(self._own("samples.jsonl"), [asdict(row) for row in rows])
+            self._append(self._own("times.jsonl"), [asdict(time)])
         self.answers[key], self.times[key] = list(rows), time
+
+    def gather(self) -> None:
+        """Put the files of all processes together, in the order of the settings; all processes call it."""
+        self.processes.wait()
+        if self.processes.is_main:
+            with self.writing():
+                self._read()
+                self._rewrite()
 
     def write_jsonl(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """A whole file at once: it is there complete, or not at all."""
@@ -73,8 +103,9 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""
-        for name in ("run.json", "samples.jsonl", "times.jsonl", "rows.jsonl", "accuracy.png"):
-            (self.path / name).unlink(missing_ok=True)
+        names = ("run.json", "rows.jsonl", "accuracy.png", *_ANSWERS)
+        for path in (*(self.path / name for name in names), *self._parts()):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let another process at the folder."""
@@ -96,6 +127,14 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(f"another process writes to {self.path}; name another folder with --out") from error
+
+    def _own(self, name: str) -> str:
+        stem, _, suffix = name.partition(".")
+        return f"{stem}{self._part}.{suffix}"
+
+    def _parts(self) -> list[Path]:
+        """Files of processes other than the first."""
+        return sorted(path for name in _ANSWERS for path in self.path.glob(name.replace(".", ".*.")))
 
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.path / "run.json"
@@ -121,27 +160,37 @@ class RunFolder:
 
     def _read(self) -> None:
         times = {_key(t): t for t in self._lines("times.jsonl", lambda line: BatchTime(**line))}
-        found: dict[Key, list[SampleRow]] = {}
+        found: dict[Key, dict[str, SampleRow]] = {}  # a kill may leave a batch both in a part and in the whole
         for row in self._lines("samples.jsonl", lambda line: SampleRow(**{**line, "costs": Costs(**line["costs"])})):
-            found.setdefault(_key(row), []).append(row)
-        for key, time in times.items():
-            if len(found.get(key, [])) == time.size:
-                self.answers[key], self.times[key] = found[key], time
+            found.setdefault(_key(row), {})[row.sample] = row
+        done = [key for key, time in times.items() if len(found.get(key, ())) == time.size]
+        self.answers = {key: list(found[key].values()) for key in sorted(done, key=self._place)}
+        self.times = {key: times[key] for key in self.answers}
+
+    def _place(self, key: Key) -> tuple[int, int, int]:
+        """Where a batch stands in the files, whoever answered it."""
+        task, config, batch = key
+        try:
+            return list(self.settings["tasks"]).index(task), batch, self.settings["configurations"].index(config)
+        except ValueError as error:
+            raise RunError(f"{self.path} holds answers of another run; start over with --overwrite") from error
 
     def _lines(self, name: str, read: Callable[[dict[str, Any]], Part]) -> Iterator[Part]:
-        """What the whole lines of a file hold; the last one may have been cut off."""
-        path = self.path / name
-        *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        for number, line in enumerate(whole, 1):
-            try:
-                yield read(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
-                raise RunError(f"{path} line {number} cannot be read; start over with --overwrite") from error
+        """What the whole lines of a file and of its parts hold; the last one of each may have been cut off."""
+        for path in (self.path / name, *sorted(self.path.glob(name.replace(".", ".*.")))):
+            *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            for number, line in enumerate(whole, 1):
+                try:
+                    yield read(json.loads(line))
+                except (ValueError, TypeError, KeyError) as error:
+                    raise RunError(f"{path} line {number} cannot be read; start over with --overwrite") from error
 
     def _rewrite(self) -> None:
-        """Keep what belongs to done batches."""
+        """Keep what belongs to done batches, in files without parts."""
         self._write("samples.jsonl", [json.dumps(asdict(r)) for rows in self.answers.values() for r in rows])
         self._write("times.jsonl", [json.dumps(asdict(t)) for t in self.times.values()])
+        for path in self._parts():
+            path.unlink()
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         path = self.path / name

@@ -1,6 +1,6 @@
-"""Renders the tables of the README from the committed rows in `eval/results/` and from the registries.
+"""Renders the tables of the README and of docs/ from the committed rows in `eval/results/` and from the registries.
 
-python -m tokprune.eval.render            # rewrite README.md
+python -m tokprune.eval.render            # rewrite README.md and docs/results.md
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,10 +17,12 @@ import tokprune
 from tokprune.budget import REFERENCE_TEXT, Budget
 from tokprune.shapes import known_shape
 
+from . import bench_tables
 from .rows import Row, pooled
 from .tables import accuracy, body, budget, caption, of_kinds, order, times, unpruned, visual
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PAGES = (Path("README.md"), Path("docs/results.md"))
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
 
@@ -87,30 +90,15 @@ def frontier(name: str) -> str:
     return f"{caption(shown[0])}. {unpruned(shown[0])}\n\n" + markdown(head, lines)
 
 
-def speed(name: str) -> str:
-    """Measured times beside the ledger's."""
-    rows = read_rows(name)
-    first = rows[0]
-    head = (
-        f"{first['shape']} shapes, {first['n_visual']} visual and {first['n_text']} text tokens, keep 0.25, batch "
-        f"{first['batch_size']}, {first['device']}, {first['dtype']}, {first['attn_implementation']}, median of "
-        f"{first['rounds']}; unpruned: {first['prefill_s']:.2f} s to the first token, "
-        f"{1000 * first['decode_s_per_token']:.0f} ms for each behind it\n\n"
-    )
-    lines = [
-        [
-            f"`{r['method']}`",
-            f"{sum(r['columns']) / len(r['columns']):.4g}",
-            f"x {r['prefill_ratio']:.2f}",
-            f"x {r['prefill_ledger']:.2f}",
-            f"{r['prefill_ledger'] / r['prefill_ratio']:.2f}",
-            f"x {r['decode_ratio']:.2f}",
-            f"x {r['decode_ledger']:.2f}",
-        ]
-        for r in rows
-    ]
-    columns = ("method", "columns, mean over layers", "prefill time", "prefill FLOPs", "speed-up / FLOPs saved")
-    return head + markdown((*columns, "decode time", "decode FLOPs"), lines)
+def bench(name: str) -> str:
+    """Measured times beside the ledger's, a table a cell, and when pruning pays."""
+    rows = [bench_tables.Row(**r) for r in read_rows(name)]
+    parts = [f"{bench_tables.conditions_line(rows[0])}\n"]
+    for cell in bench_tables.cells(rows):
+        columns, lines = bench_tables.summary(cell)
+        parts.append(f"**{bench_tables.title(cell[0])}**\n\n" + markdown(columns, lines))
+    parts.append("".join(f"- {line}\n" for line in bench_tables.sentences(rows)))
+    return "\n".join(parts)
 
 
 def pairs(name: str) -> str:
@@ -249,6 +237,7 @@ def exits(name: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {
+    "bench": bench,
     "comparison": comparison,
     "frontier": frontier,
     "exits": exits,
@@ -259,7 +248,6 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "pairs": pairs,
     "selectors": selectors,
     "signals": signals,
-    "speed": speed,
 }
 
 
@@ -268,9 +256,10 @@ def rendered(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](match[3])}\n{match[4]}", text)
 
 
-def main(readme: Path = Path("README.md")) -> None:
-    """Rewrite the tables of a file in place."""
-    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")
+def main(pages: Annotated[list[Path] | None, typer.Argument(help="Markdown files.")] = None) -> None:
+    """Rewrite the tables of files in place."""
+    for page in pages or PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
-import time
+import os
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokprune
-from tokprune.errors import MissingSignalError, RunError, UnsupportedModelError
+from tokprune.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError
 from tokprune.flops import Ops, Shape
 from tokprune.shapes import shape_from_config
 
 from .models import DEFAULT, EMBEDDED, path_of
 from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
+from .stopwatch import Stopwatch
 from .tasks import Sample, Task, normalise
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -51,16 +51,19 @@ class Runner:
     suffix: str = ""
 
     @classmethod
-    def load(cls, path: str, **options: Any) -> Runner:
-        """An embedded model by its name, or from a local folder or a hub id; on the first GPU where there is one.
+    def load(cls, path: str, device_map: str | None = None, **options: Any) -> Runner:
+        """An embedded model by its name, or from a local folder or a hub id.
+
+        It goes to this process' GPU where there is one; with `device_map`, such as "auto", over all that there is.
 
         Raises:
             RunError: it cannot be loaded.
         """
         gpu, path = torch.cuda.is_available(), path_of(path)
+        placed = {} if device_map is None else {"device_map": device_map}
         try:
             processor = AutoProcessor.from_pretrained(path)
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto" if gpu else torch.float32)
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto" if gpu else torch.float32, **placed)
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             near = difflib.get_close_matches(path, EMBEDDED, n=1)
@@ -70,7 +73,9 @@ class Runner:
                 f"hub id of: {', '.join(tokprune.list_models())}"
             ) from error
         processor.tokenizer.padding_side = "left"
-        return cls(model.eval().to("cuda" if gpu else "cpu"), processor, **options)
+        if device_map is None:
+            model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
+        return cls(model.eval(), processor, **options)
 
     def missing(self, configs: Sequence[Config]) -> dict[str, str]:
         """Configurations that this model cannot run, with the reason; nothing is run for it.
@@ -82,12 +87,28 @@ class Runner:
         for config in configs:
             if config.method in BARE:
                 continue
-            budget = {} if config.keep_ratio is None else {"keep_ratio": config.keep_ratio}
             try:
-                tokprune.attach(self.model, config.method, **budget).detach()
+                tokprune.attach(self.model, config.method, **config.budget).detach()
             except MissingSignalError as error:
                 reasons[config.method] = str(error)
         return reasons
+
+    def out_of_reach(self, task: Task, sample: Sample, configs: Sequence[Config]) -> dict[str, str]:
+        """Labels of configurations whose budget in FLOPs this model cannot be held to, with the reason."""
+        asked, reasons = self.asked(self.prepare(task, [sample], [sample.image_id])), {}
+        for config in configs:
+            if config.flops_ratio is not None:
+                try:
+                    self.answer(asked.inputs, config, (0,), max_new_tokens=1)
+                except BudgetError as error:
+                    reasons[config.label] = str(error)
+        return reasons
+
+    def text_tokens(self, samples: Sequence[Sample]) -> int:
+        """Median number of prompt tokens beside the picture."""
+        prompts = [self.prompt(s.question) for s in samples]
+        ids = self.processor.tokenizer(prompts)["input_ids"]
+        return round(median(sum(i != self.model.config.image_token_id for i in row) for row in ids))
 
     def prompt(self, question: str) -> str:
         """The question in the processor's chat template, or in LLaVA 1.5's where there is none.
@@ -135,15 +156,17 @@ class Runner:
         return f"{zlib.crc32((self.prompt('?') + self.processor.to_json_string()).encode()):08x}"
 
     @torch.no_grad()
-    def answer(self, inputs, config: Config, salts: Sequence[int]) -> tuple[torch.Tensor, Any, Stopwatch]:
+    def answer(
+        self, inputs, config: Config, salts: Sequence[int], max_new_tokens: int | None = None
+    ) -> tuple[torch.Tensor, Any, Stopwatch]:
         """New tokens, the report (None for the bare model), and the times."""
-        budget = {} if config.keep_ratio is None else {"keep_ratio": config.keep_ratio}
+        n_new = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         bare = config.method in BARE
-        with nullcontext() if bare else tokprune.attach(self.model, config.method, **budget) as attachment:
+        with nullcontext() if bare else tokprune.attach(self.model, config.method, **config.budget) as attachment:
             if attachment is not None:
                 attachment.salts = list(salts)
             with Stopwatch(self.model) as watch:
-                out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+                out = self.model.generate(**inputs, max_new_tokens=n_new, do_sample=False)
             report = None if attachment is None else attachment.report
         return out[:, inputs["input_ids"].shape[1] :], report, watch
 
@@ -174,6 +197,7 @@ class Runner:
                 batch=batch,
                 method=config.method,
                 keep_ratio=config.keep_ratio,
+                flops_ratio=config.flops_ratio,
                 sample=s.id,
                 kind=s.kind,
                 expected=s.answer,
@@ -223,16 +247,12 @@ class Runner:
         samples: Sequence[Sample],
         configs: Sequence[Config],
         batch_size: int = 32,
-        done: Container[tuple[str, int]] = (),
+        todo: Iterable[tuple[int, list[Config]]] | None = None,
     ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
-        """Rows and times of every configuration on every batch, as they come; (label, batch) in `done` are left out."""
+        """Rows and times of configurations on batches, as they come; every one on every batch without `todo`."""
         others = dict(zip((s.id for s in samples), _other_pictures(samples), strict=True))
-        for start in range(0, len(samples), batch_size):
-            part, batch = samples[start : start + batch_size], start // batch_size
-            turn = batch % len(configs)  # no configuration is always first
-            open_ = [c for c in [*configs[turn:], *configs[:turn]] if (c.label, batch) not in done]
-            if not open_:
-                continue
+        for batch, open_ in batches(samples, configs, batch_size) if todo is None else todo:
+            part = samples[batch * batch_size : (batch + 1) * batch_size]
             ids = [s.image_id for s in part]
             whole = self.asked(self.prepare(task, part, ids))
             other = half = whole
@@ -248,6 +268,22 @@ class Runner:
                     yield config, *self.rows(task, part, config, seen, whole, batch)
 
 
+def batches(
+    samples: Sequence[Sample],
+    configs: Sequence[Config],
+    batch_size: int,
+    done: Container[tuple[str, int]] = (),
+) -> list[tuple[int, list[Config]]]:
+    """Batches with the configurations that have not answered them; (label, batch) in `done` have."""
+    found = []
+    for batch in range(-(-len(samples) // batch_size)):
+        turn = batch % len(configs)  # no configuration is always first
+        open_ = [c for c in [*configs[turn:], *configs[:turn]] if (c.label, batch) not in done]
+        if open_:
+            found.append((batch, open_))
+    return found
+
+
 @dataclass
 class Asked:
     """Prepared questions: columns and placeholders of every row, and the crops of its picture, where known."""
@@ -256,39 +292,6 @@ class Asked:
     columns: list[int]
     n_visual: list[int]
     crops: list[int]
-
-
-class Stopwatch:
-    """Seconds until the first forward pass of a model ended, and after it, within a `with` block."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.prefill_s, self.decode_s = model, math.nan, math.nan
-        self.peak_bytes: int | None = None
-
-    def __enter__(self) -> Stopwatch:
-        self.hook = self.model.register_forward_hook(self._forward_ended)
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        _synchronise(self.model)
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.hook.remove()
-        _synchronise(self.model)
-        self.decode_s = time.perf_counter() - self.started - self.prefill_s
-        if self.model.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.model.device)
-
-    def _forward_ended(self, *ignored) -> None:
-        if math.isnan(self.prefill_s):
-            _synchronise(self.model)
-            self.prefill_s = time.perf_counter() - self.started
-
-
-def _synchronise(model: torch.nn.Module) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
 
 
 def _stop_ids(model: torch.nn.Module) -> set[int]:

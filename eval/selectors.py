@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -21,10 +21,12 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import tokprune
+from tokprune.spans import listen
 
-from .efficiency import CLIP_LARGE, Stopwatch
+from .efficiency import CLIP_LARGE
 from .models import PRE_LLM
 from .rows import device_name
+from .stopwatch import now
 
 IMAGE, N_TEXT, N_LAYERS = 90, 64, 32
 METHODS = (*PRE_LLM, "uniform", "pool", "random")
@@ -78,72 +80,26 @@ def inputs_for(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def watched(model: nn.Module, inputs: dict[str, torch.Tensor], attach: Callable[[], Any] | None) -> dict[str, float]:
-    """Seconds of one prefill: "signals" in hooks, "select" behind projector and tower, "layer" of the decoder.
-
-    What an attachment adds lies between hooks registered before and after it; "select" is also taken of the bare
-    model, whose packing it contains.
-    """
-    base: Any = model.model
-    device = next(model.parameters()).device
-    signals, tail, before_llm, layer = (Stopwatch(device) for _ in range(4))
-    attention = [m for m in base.vision_tower.modules() if hasattr(m, "q_proj")]
-    language_model, encode = base.language_model, base.get_image_features
-    n_kept = 0
-    with ExitStack() as stack:
-
-        def hook(handle) -> None:
-            stack.callback(handle.remove)
-
-        for module in attention:
-            hook(module.k_proj.register_forward_hook(signals.start))
-        hook(language_model.register_forward_pre_hook(before_llm.start))
-        first = _Once(tail.start)
-        hook(base.multi_modal_projector.register_forward_hook(first))
-        attachment = stack.enter_context(attach()) if attach else None
-        for module in attention:
-            hook(module.k_proj.register_forward_hook(signals.stop))
-        hook(language_model.register_forward_pre_hook(before_llm.stop))
-        hook(language_model.layers[0].register_forward_pre_hook(layer.start))
-        hook(language_model.layers[0].register_forward_hook(layer.stop))
-        encode = base.get_image_features
-
-        def timed(*args, **kwargs):
-            out = encode(*args, **kwargs)
-            tail.stop()
-            return out
-
-        timed.__wrapped__ = encode  # type: ignore[attr-defined]
-        own = vars(base).get("get_image_features")
-        base.get_image_features = timed
-        try:
-            model(**inputs, logits_to_keep=1)
-        finally:
-            if own is None:
-                del base.get_image_features
-            else:
-                base.get_image_features = own
-        if attachment is not None:
-            n_kept = attachment.report.images[0].n_kept
-    select = tail.total + before_llm.total
-    return {"signals": signals.total, "select": select, "layer": layer.total, "n_kept": n_kept}
-
-
-class _Once:
-    """A hook that counts only the first time: merges run the projector again."""
-
-    def __init__(self, hook: Callable[..., None]):
-        self.hook, self.done = hook, False
-
-    def __call__(self, *args) -> None:
-        if not self.done:
-            self.done = True
-            self.hook()
+    """Seconds of one prefill: "signals", "select" with making the sequence shorter, "layer" of the decoder."""
+    device, layer = next(model.parameters()).device, model.model.language_model.layers[0]
+    with attach() if attach else nullcontext() as attachment, listen(lambda: now(device)) as parts:
+        hooks = [
+            layer.register_forward_pre_hook(lambda *ignored: parts.begin("layer")),
+            layer.register_forward_hook(lambda *ignored: parts.end()),
+        ]
+        model(**inputs, logits_to_keep=1)
+        for hook in hooks:
+            hook.remove()
+        n_kept = attachment.report.images[0].n_kept if attachment else 0
+    found = parts.seconds
+    select = found["select"] + found["shorten"]
+    return {"signals": found["signals"], "select": select, "layer": found["layer"], "n_kept": n_kept}
 
 
 def measure(
     model: nn.Module, methods: tuple[str, ...] = METHODS, keep_ratio: float = 0.25, rounds: int = 2
 ) -> list[SelectorTime]:
-    """Every method in turns; what the bare model spends in the same places is taken off."""
+    """Every method in turns."""
     inputs = inputs_for(model)
     watched(model, inputs, None)  # the first run is slow
     bare, runs = [], {method: [] for method in methods}
@@ -153,12 +109,10 @@ def measure(
             budget = {"keep_ratio": keep_ratio} if _takes_budget(method) else {}
             runs[method].append(watched(model, inputs, lambda m=method, b=budget: tokprune.attach(model, m, **b)))
     layer_s = median(r["layer"] for r in bare)
-    signals_0, select_0 = (median(r[part] for r in bare) for part in ("signals", "select"))
     vision, parameter = model.config.vision_config, next(model.parameters())
     times = []
     for method, seen in runs.items():
-        signals = max(0.0, median(r["signals"] for r in seen) - signals_0)
-        select = max(0.0, median(r["select"] for r in seen) - select_0)
+        signals, select = (median(r[part] for r in seen) for part in ("signals", "select"))
         times.append(
             SelectorTime(
                 method=method,

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .intervals import wilson
@@ -118,11 +119,12 @@ def order(row: Row) -> tuple:
 
 def table(task: str, rows: Sequence[Row], floor: float | None) -> Table:
     """One task's table for the terminal."""
-    out = Table(title=f"{task}: {caption(rows[0])}\n{unpruned(rows[0])}", title_justify="left")
+    out = Table(title=f"{task}: {caption(rows[0])}\n{unpruned(rows[0])}", title_justify="left", box=SIMPLE_HEAD)
     header, lines = body(rows, floor)
     for name in header:
         wrapped = name.replace(" [", "\n[") if "[" in name else name.replace(" ", "\n")
-        out.add_column(wrapped, justify="left" if name == "method" else "right", no_wrap=True)
+        first = name == "method"
+        out.add_column(wrapped, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for line in lines:
         out.add_row(*line)
     return out

@@ -8,10 +8,11 @@ import torch
 import tokprune
 from tokprune import ops
 from tokprune.budget import Budget
-from tokprune.errors import MissingSignalError, OptionError
-from tokprune.methods import METHODS
+from tokprune.errors import BudgetError, MissingSignalError, OptionError
+from tokprune.methods import METHODS, build_method
 from tokprune.registry import Registry
-from tokprune.types import Kind, Signal, Tower, VisualTokens, grid_layout
+from tokprune.stages import stages_of
+from tokprune.types import Decoder, Kind, Signal, Tower, VisualTokens, grid_layout
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,15 @@ from tokprune.types import Kind, Signal, Tower, VisualTokens, grid_layout
 )
 def test_ratio_is_rounded_half_up_within_one_and_all(ratio, n_visual, n_keep):
     assert Budget(keep_ratio=ratio).n_keep(n_visual) == n_keep
+
+
+@pytest.mark.parametrize("spec", ["fopru", "fastv", "uniform+visual_exit"])
+def test_flops_of_a_model_whose_cost_is_not_known_are_refused(spec):
+    built, label = build_method(spec)
+    stages = stages_of(built, label, (None, None, 0.5), "llm", None)
+    with pytest.raises(BudgetError, match="are not known; use keep_ratio or keep_tokens"):
+        stages.check(Decoder(8), None)
+    stages_of(built, label, (0.5, None, None), "llm", None).check(Decoder(8), None)
 
 
 def test_tokens_above_all_clamp():

@@ -88,6 +88,7 @@ BAD_COMMANDS = {
     "limit": (["--limit", "0"], "at least 1"),
     "unknown flag": (["--keeep", "0.5"], "--keep"),
     "flag without a value": (["--limit", "many"], "--limit"),
+    "match": (["--match", "tokenz"], "neither tokens nor flops"),
     "folder": (["--out", "/proc/no/out", "--limit", "1"], "name another folder with --out"),
 }
 

@@ -256,6 +256,26 @@ def test_batches_answer_as_single_questions_do(runner):
     assert answers[0] == answers[1]
 
 
+def test_matched_flops_are_what_methods_really_spend(runner):
+    """Equal ratios of the language model's FLOPs beside the text that the questions have, to a token's worth."""
+    task = load_task("findit")
+    samples = stratified(task.samples(), 16)
+    methods = ["none", "vtc_cls", "fastv", "pyramiddrop", "random", "vtc_cls+fastv", "prumerge"]
+    asked = compare.configurations(methods, [0.5, 0.25], seeds=1)
+    configs, left_out = compare.matched(runner, [(task, samples)], asked)
+    assert set(left_out) == {"vtc_cls+fastv@flops0.5", "vtc_cls+fastv@flops0.25", "pyramiddrop@flops0.25"}
+    assert "type flops_ratio=0.3" in left_out["pyramiddrop@flops0.25"]
+    assert {c.flops_text for c in configs if c.flops_ratio} == {runner.text_tokens(samples)} == {9}
+    assert [c.label for c in configs if not c.flops_ratio] == ["none", "shuffled pictures", "prumerge"]
+    spent = collections.defaultdict(list)
+    for config, answers, _ in runner.run(task, samples, configs, batch_size=8):
+        spent[config] += [r.costs.llm_flops_after / r.costs.llm_flops_before for r in answers]
+        assert {r.flops_ratio for r in answers} == {config.flops_ratio}
+    for config, ratios in spent.items():
+        if config.flops_ratio:
+            assert config.flops_ratio - 0.02 < sum(ratios) / len(ratios) < config.flops_ratio + 0.01
+
+
 def test_kinds_cover_the_task():
     assert {s.kind for s in FindIt(n_scenes=20).samples()} == set(KINDS)
 

@@ -298,6 +298,22 @@ def test_flops_ratio_keeps_the_most_that_it_pays_for(spec, scope):
     assert max(kept) <= wanted
 
 
+def test_flops_ratio_is_solved_beside_the_text_it_is_told():
+    """Less text leaves more of the same share for visual tokens: by hand from the ledger."""
+    model = tiny.model()
+    shape = shape_from_config(model.config)
+    for n_text in (4, 64, 100):
+        with tokprune.attach(model, "uniform", flops_ratio=0.8, flops_text=n_text) as attachment:
+            model(**tiny.batch())
+            (n_kept,) = {image.n_kept for image in attachment.report.images}
+        whole = shape.read(tiny.N_VISUAL + n_text).llm.flops
+        pays = [n for n in range(1, tiny.N_VISUAL + 1) if shape.read(n + n_text).llm.flops <= 0.8 * whole]
+        assert n_kept == max(pays)
+    for wrong in (-1, 2.5, True):
+        with pytest.raises(BudgetError, match="flops_text=64"):
+            tokprune.attach(model, "uniform", flops_ratio=0.8, flops_text=wrong)
+
+
 def test_flops_ratio_of_one_keeps_all():
     model, inputs = tiny.model(), tiny.batch()
     bare = model(**inputs).logits

@@ -23,8 +23,9 @@ FOLDERS = {
     "tokprune.eval": ROOT / "eval",
 }
 GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
-GROUND |= {"call", "caches", "schedule", "gates"}
-CLI = tuple(f"tokprune.{name}" for name in ("cli", "counting", "doctor", "experiments", "loading", "terminal"))
+GROUND |= {"call", "caches", "schedule", "gates", "spans"}
+CLI_NAMES = ("cli", "counting", "doctor", "eval.__main__", "experiments", "loading", "terminal")
+CLI = tuple(f"tokprune.{name}" for name in CLI_NAMES)
 
 
 def modules() -> dict[str, Path]:
@@ -61,6 +62,8 @@ def room(name: str) -> str:
         return "tokprune.compaction"
     if name in ("tokprune.plan", "tokprune.seen"):
         return "tokprune.cuts"
+    if name == "tokprune.saving":
+        return "tokprune.saved"
     if name in ("tokprune", "tokprune.attachment", "tokprune.compaction", "tokprune.compatibility"):
         return name
     if parts[1] in GROUND:
@@ -86,6 +89,7 @@ MAY_KNOW = {
     },
     "tokprune.prompt": {"ground"},
     "tokprune.stages": {"ground", "tokprune.methods"},
+    "tokprune.saved": {"ground", "tokprune.methods", "tokprune.stages", "tokprune.saved"},
     "tokprune.selection": {"ground", "tokprune.methods", "tokprune.compaction", "tokprune.stages"},
     "tokprune.cuts": {
         "ground",
@@ -104,6 +108,7 @@ MAY_KNOW = {
         "tokprune.compaction",
         "tokprune.compatibility",
         "tokprune.prompt",
+        "tokprune.saved",
         "tokprune.selection",
         "tokprune.stages",
         "tokprune.cuts",
@@ -113,6 +118,7 @@ MAY_KNOW = {
     "tokprune": {
         "ground",
         "tokprune.attachment",
+        "tokprune.saved",
         "tokprune.compatibility",
         "tokprune.methods",
         "tokprune.integrations",
@@ -122,7 +128,7 @@ MAY_KNOW = {
     "tokprune.cli": {"tokprune", "ground", "tokprune.eval", "tokprune.cli"},
 }
 OUTSIDE = ("tokprune.eval", "tokprune.cli", "tokprune.integrations.lmms_eval")  # these use the public API alone
-PUBLIC_MODULES = {"types", "errors", "budget", "flops", "gates", "schedule", "shapes", "report", "explain"}
+PUBLIC_MODULES = {"types", "errors", "budget", "flops", "gates", "schedule", "shapes", "spans", "report", "explain"}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

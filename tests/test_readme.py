@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tokprune.eval.render import BLOCK, BLOCKS, read_rows, rendered
+from tokprune.eval.render import BLOCK, BLOCKS, PAGES, read_rows, rendered
 from typer.main import get_command
 
 from tokprune.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+ALL = "\n".join((ROOT / page).read_text() for page in PAGES)
 
 
 def test_tables_are_rendered_from_the_committed_rows_and_the_registries():
-    assert rendered(README) == README
-    assert {match[1] for match in BLOCK.findall(README)} == set(BLOCKS)
+    assert rendered(ALL) == ALL
+    assert {match[1] for match in BLOCK.findall(ALL)} == set(BLOCKS)
     assert README.count("| question only |") >= 2
 
 
@@ -52,7 +53,7 @@ def test_first_snippet_is_short():
     assert len(re.findall(r"attach\(", first)) == 1
 
 
-@pytest.mark.parametrize("command", re.findall(r"`(tokprune explain docs/.*?)`", README))
+@pytest.mark.parametrize("command", re.findall(r"`(tokprune explain docs/.*?)`", ALL))
 def test_picture_is_what_explain_draws(command):
     from tokprune.eval.explained import explained, open_picture
     from tokprune.eval.run import Runner
@@ -69,10 +70,10 @@ def test_picture_is_what_explain_draws(command):
 
 
 def test_there_are_two_pictures():
-    assert len(re.findall(r"`tokprune explain docs/.*?`", README)) == 2
+    assert len(re.findall(r"`tokprune explain docs/.*?`", ALL)) == 2
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"^(tokprune .*?)(?:  +#.*)?$", README, re.MULTILINE))))
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^(tokprune .*?)(?:  +#.*)?$", ALL, re.MULTILINE))))
 def test_commands_have_these_options(line):
     command = get_command(app).commands[line.split()[1]]
     known = {option for parameter in command.params for option in parameter.opts}
@@ -103,5 +104,5 @@ def test_committed_rows_have_the_columns_that_others_need():
 
 
 def test_files_that_are_named_exist():
-    for path in re.findall(r"`((?:eval|docs|tests)/[\w./-]+)`", README):
+    for path in re.findall(r"`((?:eval|docs|tests)/[\w./-]+)`", ALL):
         assert (ROOT / path).exists(), path

@@ -22,7 +22,6 @@ from .cuts import DecoderSelector
 from .errors import (
     AlreadyAttachedError,
     BadFeaturesError,
-    BudgetError,
     NotCopyable,
     NothingPrunedError,
     OptionError,
@@ -32,6 +31,7 @@ from .methods import Spec, build_method
 from .methods.base import Method
 from .prompt import placeholders, places_of, same_places, text_of
 from .report import Prefill, Report, describe_signals, without_beam_copies
+from .saving import Folder, write_saved
 from .selection import Encoded, Newlines, Selector, by_image
 from .stages import Stages, one_of, stages_of
 from .types import Kind
@@ -65,7 +65,7 @@ def attach(
         flops_ratio: fraction of the unpruned FLOPs to spend, instead of a number of tokens, in (0, 1]; solved for
             each image beside `flops_text` text tokens.
         flops_scope: "llm" counts the language model, "prefill" everything up to the first token.
-        flops_text: see flops_ratio.
+        flops_text: text tokens of the prompt.
         positions: "contiguous" renumbers the kept tokens without gaps, "original" leaves them their numbers;
             "auto" is what papers measure for the model's family.
         newlines: of models that end every row of a picture with one: "keep_rows_with_tokens" keeps those of rows
@@ -83,26 +83,20 @@ def attach(
     from .integrations.transformers import adapter_for
 
     if "keep" in options:
-        raise OptionError(
-            "keep is no option; type keep_ratio=0.25 (a fraction of the tokens) or keep_tokens=64 (a count)"
-        )
+        raise OptionError("keep is no option; type keep_ratio=0.25 (a fraction) or keep_tokens=64 (a count)")
     built, label = build_method(method, options)
     stages = stages_of(built, label, (keep_ratio, keep_tokens, flops_ratio), (flops_scope, flops_text), replay)
     adapter = adapter_for(model)
-    if flops_ratio is not None and adapter.shape is None:
-        raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
     one_of("positions", positions, ("auto", "contiguous", "original"))
     one_of("newlines", newlines, get_args(Newlines))
     positions = adapter.default_positions if positions == "auto" else positions
     adapter.check_attention(positions)
     signals = frozenset() if replay is not None else checked_signals(stages.first, label, adapter)
-    stages.check(adapter.decoder)
+    stages.check(adapter.decoder, adapter.shape)
     current = (getattr(getattr(adapter.base, n), "_tokprune_attachment", None) for n in adapter.encode_functions)
     owners = [owner for owner in current if owner is not None]
     if owners:
-        raise AlreadyAttachedError(
-            f"this model already has an attachment ({owners[0].label}); call attachment.detach() first"
-        )
+        raise AlreadyAttachedError(f"this model already has an attachment ({owners[0].label}); call its detach() first")
     return Attachment(adapter, built, stages, positions, newlines, signals)
 
 
@@ -164,6 +158,16 @@ class Attachment(NotCopyable):
         """Give the model back as it was; a second time does nothing."""
         self._undo.close()
 
+    def save(self, directory: Folder) -> None:
+        """Write methods with all options, budget, positions, newlines and the methods' files to a folder, for `load`.
+
+        Nothing of the model is written. What was saved there before is replaced, other files stay. Salts are not saved.
+
+        Raises:
+            SavedError: a replay, a method without a name in the registry, or a folder that cannot be written.
+        """
+        write_saved(directory, self.adapter, self.method, self._stages, self.positions, self.newlines)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The bare model inside a `with` block of this thread; nests. Pruned caches are still served."""
@@ -197,8 +201,7 @@ class Attachment(NotCopyable):
 
         Where decoder layers are cut, {layer: indices}: what is left from that layer on, 0 for before the first.
         """
-        images = self.report.images
-        return [image.kept_by_layer if self._cutter else image.kept for image in images]
+        return [image.kept_by_layer if self._cutter else image.kept for image in self.report.images]
 
     def _wrap(self, name: str, stack: contextlib.ExitStack) -> None:
         base = self.adapter.base
@@ -297,9 +300,8 @@ class Attachment(NotCopyable):
                     rows = [p.rows[0] for p in places]
                     end = embeds.shape[1] - self._local.n_candidates
                     inside = [mask[:, :end] for mask in masks.values()]
-                    text = text_of(
-                        embeds[:, :end], inside, None if attention_mask is None else attention_mask[:, :end], rows
-                    )
+                    valid = None if attention_mask is None else attention_mask[:, :end]
+                    text = text_of(embeds[:, :end], inside, valid, rows)
                     images.signals[signal] = list(text.to(images.features[0].device))
             salts, start = repeated_salts(tuple(self.salts), len(places)), len(call.images)
             marked, _ = self._selector.prune(images, salts, call)

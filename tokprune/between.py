@@ -21,6 +21,7 @@ from .caches import LAYERS_STATE, past_length, refuse_unsupported
 from .compaction import Columns, Compaction, NewColumns
 from .errors import NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
+from .spans import span
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Between(NotCopyable):
 
     # ------------------------------------------------------------------------------- the language model
 
+    @span("cut")
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._local.current = None
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
@@ -179,6 +181,7 @@ class Between(NotCopyable):
                 "use a method that acts before the language model"
             )
 
+    @span("cut")
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, out):
         this, self._local.current = self._local.current, None
         if this is None:
@@ -206,6 +209,11 @@ class Between(NotCopyable):
             return None
         if not this.cutting:
             return self._serve(this, i, args, kwargs)
+        return self._cut(this, i, args, kwargs)
+
+    @span("cut")
+    def _cut(self, this: _Pass, i: int, args: tuple, kwargs: dict):
+        """A layer of a pass with cuts: which columns it sees."""
         hidden = args[0] if args else kwargs["hidden_states"]
         if i in self.chooser.layers:
             cut = self.chooser.cut(i, hidden, _Here(self, this, kwargs))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +77,10 @@ def explain(
         list[str] | None, typer.Option(help="Name or specification; repeatable, or several with commas.")
     ] = None,
     keep: Annotated[float | None, typer.Option(help="Ratio of the visual tokens kept; 0.25 by default.")] = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("kept.png"),
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG to write; kept.png where neither this nor --json is given.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="A JSON file to write: indices and places of kept tokens.")] = None,
     model: Annotated[
         str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
@@ -81,6 +88,8 @@ def explain(
 ) -> None:
     """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
     explained = eval_room("explained", needs=())
+    out = Path("kept.png") if out is None and json is None else out
+    _check_apart(image, out, json)
     specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
     ratio = 0.25 if keep is None else keep
     Budget(keep_ratio=ratio)
@@ -91,15 +100,43 @@ def explain(
         )
     budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
     picture = explained.open_picture(image)
-    runner = load_runner(model)
-    sheet, lines = explained.explained(runner, picture, question, list(zip(specs, budgets, strict=True)))
-    try:
-        sheet.save(out, format="PNG")
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror or error}; name another file with --out") from error
-    for line in lines:
+    found = explained.asked(load_runner(model), picture, question, list(zip(specs, budgets, strict=True)))
+    if json is not None:
+        from . import doctor as checks
+
+        here = checks.versions()
+        versions = {name: here[name] for name in ("python", "tokprune", "torch", "transformers", "device")}
+        asked = {"model": model, "image": str(image), "question": question, "versions": versions}
+        with _writing(json, "--json"):
+            found.write_json(json, **asked)
+    if out is not None:
+        with _writing(out, "--out"):
+            sheet = found.sheet()
+            sheet.save(out, format="PNG")
+    for line in found.lines:
         typer.echo(line)
-    typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
+    if json is not None:
+        typer.echo(f"{json}: kept indices of {len(specs)} method{'s' * (len(specs) > 1)}")
+    if out is not None:
+        typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
+
+
+def _check_apart(image: Path, out: Path | None, json: Path | None) -> None:
+    """Raise where one of the files would be written over another."""
+    named = {"the picture": image, "--out": out, "--json": json}
+    given = [(name, os.path.realpath(path)) for name, path in named.items() if path is not None]
+    for (one, first), (other, second) in itertools.combinations(given, 2):
+        if first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)):
+            raise RunError(f"{one} and {other} are both {first}; name another file with {other}")
+
+
+@contextlib.contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
+    """One line where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; name another file with {option}") from error
 
 
 @app.command()

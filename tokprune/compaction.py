@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .caches import LAYERS_STATE, past_length, refuse_unsupported
 from .errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
+from .spans import span
 
 Positions = Literal["contiguous", "original"]
 _STATE = "_tokprune_columns"
@@ -201,6 +202,7 @@ class Compaction(NotCopyable):
         """What stays of the pass under way in this thread; None where nothing of it is marked."""
         return self._local.current.new if self._local.current else None
 
+    @span("shorten")
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
         cache = kwargs.get("past_key_values")
@@ -277,6 +279,7 @@ class Compaction(NotCopyable):
             short["cache_position"] = torch.arange(past_inner, past_inner + n_inner, device=x.device)
         return short
 
+    @span("shorten")
     def after(self, module: nn.Module, args: tuple, kwargs: dict, out):
         """Forward hook: note the columns on the cache, and expand the hidden states to the user's length."""
         this, self._local.current = self._local.current, None

@@ -45,6 +45,10 @@ class NotCopyableError(TokPruneError, TypeError):
     """An attached model was copied or pickled."""
 
 
+class SavedError(TokPruneError):
+    """An attachment cannot be saved, or what was saved cannot be used: the folder, its files or the model."""
+
+
 class TaskError(TokPruneError):
     """A task, its pictures or its folder cannot be used."""
 

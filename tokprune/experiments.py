@@ -34,35 +34,36 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
     suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
+    match: Annotated[
+        str, typer.Option(help="What --keep is a ratio of: tokens, or flops (of the language model's prefill).")
+    ] = "tokens",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk, as transformers does.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
 
-    A run that was cut off goes on where it stopped when the same command is typed again.
+    A run that was cut off goes on where it stopped when the same command is typed again. Several processes share one:
+    torchrun --nproc_per_node 2 -m tokprune.eval compare ...
     """
-    compared, tasks, embedded = eval_room("compare"), eval_room("tasks"), eval_room("models")
+    compared, embedded = eval_room("compare"), eval_room("models")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
         raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
     usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
     names = methods.split(",") if methods else usual.methods
+    if match not in ("tokens", "flops"):
+        raise RunError(f"--match {match!r} is neither tokens nor flops")
     configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
-    loaded = [tasks.load_task(name) for name in task or usual.tasks]
-    if len({t.name for t in loaded}) < len(loaded):
-        raise RunError(
-            f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
-        )
-    chosen = [(t, compared.chosen_samples(t, limit, full)) for t in loaded]
-    console = terminal.console()
-    runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
-    missing = runner.missing(configs)
-    if missing and methods:
-        raise RunError(next(iter(missing.values())))
-    if missing:
-        console.print(f"Left out, because this model cannot run them: {', '.join(missing)}")
-        configs = [c for c in configs if c.method not in missing]
+    chosen = compared.chosen_tasks(task or usual.tasks, limit, full)
+    processes = eval_room("processes").Processes.started()
+    console = terminal.console(quiet=not processes.is_main)
+    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix)
+    configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
     settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size)
-    with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite)) as results:
+    with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite, processes)) as results:
         compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
+    processes.end()
     if model in embedded.EMBEDDED:
         console.print(
             "A model this small shows that things work and what they save, not which method is better on large models."
@@ -187,6 +188,68 @@ def eval_(
 
 def _names(text: str) -> list[str]:
     return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="A known shape with random weights, such as llava-1.5-7b.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Or a model with weights: tiny-llava, tiny-llava-next, a local folder, or a hub id.")
+    ] = "",
+    layers: Annotated[int | None, typer.Option(help="Of a shape: so many decoder layers, of the same width.")] = None,
+    vision_layers: Annotated[int | None, typer.Option(help="Of a shape: so many layers of the vision tower.")] = None,
+    methods: Annotated[str, typer.Option(help="Names or specifications, with commas; none is always there.")] = "",
+    keep: Annotated[str, typer.Option(help="Ratios kept, with commas.")] = "0.25",
+    batch_size: Annotated[str, typer.Option(help="Prompts at a time, with commas.")] = "1",
+    new_tokens: Annotated[str, typer.Option(help="Output lengths, with commas.")] = "16",
+    resolution: Annotated[
+        str,
+        typer.Option(
+            help="Pixels a side of a square picture, with commas. A model of any resolution cuts it into its crops; "
+            "llava-1.5 is built with a tower that takes it, so its patches grow in number."
+        ),
+    ] = "",
+    text: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds counted; six are the fewest for 95 % intervals.")] = 6,
+    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU.")] = "",
+    attn: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2, of all configurations.")] = "sdpa",
+    device: Annotated[str, typer.Option(help="cpu or cuda; the GPU where there is one.")] = "",
+    out: Annotated[Path, typer.Option(help="The JSONL file that rows are written to.")] = Path("runs/bench.jsonl"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start a file over that holds rows.")] = False,
+) -> None:
+    """Measure what pruning saves in time and memory, beside what the ledger predicts, and when it pays."""
+    bench_room = eval_room("bench", needs=("psutil",))
+    lists = {
+        "batch_sizes": _numbers("--batch-size", batch_size),
+        "new_tokens": _numbers("--new-tokens", new_tokens),
+        "resolutions": _numbers("--resolution", resolution) if resolution else (),
+    }
+    specs = [m.strip() for m in methods.split(",")] if methods else ()
+    settings = bench_room.Settings(
+        **lists,
+        shape=shape,
+        model=model,
+        methods=specs,
+        keep=_ratios(keep),
+        n_text=text,
+        rounds=rounds,
+        warmup=warmup,
+        dtype=dtype,
+        attn=attn,
+        device=device,
+        layers=layers,
+        vision_layers=vision_layers,
+    )
+    if not bench_room.run(settings, out, overwrite, terminal.console()):
+        raise typer.Exit(130)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise RunError(f"{option} {text!r} is no list of whole numbers; type {option} 1,8") from error
 
 
 def _ratios(text: str) -> list[float]:

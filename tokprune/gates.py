@@ -135,7 +135,9 @@ def read_gates(path: str | Path) -> Gates:
     for i, pair in weights.items():
         if not all(w.is_floating_point() and bool(w.isfinite().all()) for w in pair):
             raise OptionError(f"gate={str(path)!r}: the weights for layer {i} are no finite numbers; {HOW}")
-    return Gates(decoder, {i: (a.float(), b.float()) for i, (a, b) in weights.items()}, notes)
+    # Copies: what is mapped from the file would change, or end the process, where the file is written over in place.
+    copies = {i: (a.to(torch.float32, copy=True), b.to(torch.float32, copy=True)) for i, (a, b) in weights.items()}
+    return Gates(decoder, copies, notes)
 
 
 def _facts(metadata: Mapping[str, str]) -> tuple[Decoder, dict[str, Any]]:

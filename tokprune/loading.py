@@ -11,7 +11,7 @@ from .errors import RunError
 EVAL_NEEDS = ("accelerate", "easy_vqa", "filelock", "matplotlib")
 
 
-def load_runner(model: str = "tiny-llava", **options: Any):
+def load_runner(model: str = "tiny-llava", **options: Any) -> Any:
     """A loaded model with its processor; an embedded one without a progress bar."""
     from transformers.utils import logging
 

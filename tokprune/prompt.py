@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import TokPruneError
 from .ops import on_device
+from .spans import span
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def placeholders(
     return {name: (embeds == row).all(-1) for name, row in zip(wanted, rows, strict=True)}
 
 
+@span("select")
 def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> list[Place]:
     """The place of every image; reads the mask from the device.
 
@@ -92,6 +94,7 @@ def _pieces(columns: list[int], left: list[int]) -> list[list[int]]:
     return pieces
 
 
+@span("select")
 def text_of(embeds: Tensor, masks: Sequence[Tensor], attention_mask: Tensor | None, rows: Sequence[int]) -> Tensor:
     """(len(rows), T, D) float32: embeddings of the text in these rows, zeros where a row has none.
 

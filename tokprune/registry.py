@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import types
@@ -53,6 +54,18 @@ class Registry:
         if name in plugins:
             return plugins[name].load()
         raise UnknownNameError(self._unknown(name))
+
+    def name_of(self, cls: type) -> str | None:
+        """The name under which `load` gives this class; None where there is none.
+
+        Plug-ins are imported where that has to be known; one that cannot be imported has no class.
+        """
+        written = f"{cls.__module__}:{cls.__qualname__}"
+        found = [name for name, place in self.table.items() if place == written]
+        for name, entry in self._plugins().items():
+            with contextlib.suppress(Exception):
+                found += [name] if entry.load() is cls else []
+        return next((name for name in found if self.load(name) is cls), None)
 
     def _plugins(self) -> dict[str, Any]:
         return {e.name: e for e in entry_points(group=self.group)} if self.group else {}

@@ -34,6 +34,11 @@ class Schedule:
         """Whether it is told how many tokens are left at the end."""
         return True
 
+    @property
+    def text(self) -> str:
+        """What `parse` reads as just this schedule; empty where there is no such text."""
+        return ""
+
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
         """Layers before which it may cut, ascending."""
         return tuple(sorted(self.ratios(decoder, 0.01)))
@@ -97,6 +102,11 @@ class Single(Schedule):
 
     layer: int | None = None
 
+    @property
+    def text(self) -> str:
+        """As "single/2"."""
+        return "single" if self.layer is None else f"single/{self.layer}"
+
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
         """All at once."""
         layer = decoder.scaled(2, PAPER_DEPTH) if self.layer is None else decoder.layer(self.layer)
@@ -112,6 +122,11 @@ class Pyramid(Schedule):
     """
 
     at: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """As "pyramid/8/16/24"."""
+        return "/".join(["pyramid", *map(str, self.at)])
 
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
         """keep^(1/n), keep^(2/n) ... keep."""
@@ -141,6 +156,11 @@ class Cosine(Schedule):
                 f"a cosine of shift {self.shift:g} and ceiling {self.ceiling:g} is none; type cosine/0.5/0.85"
             )
 
+    @property
+    def text(self) -> str:
+        """As "cosine/0.5/0.85"."""
+        return f"cosine/{self.shift}/{self.ceiling}"
+
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
         """max(keep, 0.5 cos(pi l / (L - 1)) + shift) where that is not above the ceiling."""
         last = decoder.n_layers - 1
@@ -167,6 +187,11 @@ class Sigmoid(Schedule):
             raise OptionError(
                 f"a sigmoid of steepness {self.steepness:g} does not fall; type sigmoid/0.5/8, for instance"
             )
+
+    @property
+    def text(self) -> str:
+        """As "sigmoid/0.5/8"."""
+        return f"sigmoid/{self.steepness}" + ("" if self.middle is None else f"/{self.middle}")
 
     def fall(self, layer: float, n_layers: int) -> float:
         """The sigmoid itself, from 1 to 0."""
@@ -211,6 +236,11 @@ class Explicit(Schedule):
                 f"schedule {dict(self.steps)} is not layers with falling counts ({{2: 288, 8: 144}}) or falling "
                 "fractions ({2: 0.5, 8: 0.25})"
             )
+
+    @property
+    def text(self) -> str:
+        """As "layers/2x288/8x144"."""
+        return "/".join(["layers", *(f"{layer}x{value}" for layer, value in self.steps)])
 
     @property
     def takes_budget(self) -> bool:

@@ -17,6 +17,7 @@ from .compaction import mark_dropped
 from .errors import BudgetError, UnsupportedModelError
 from .flops import Ops, SelectionCost
 from .report import ImageReport
+from .spans import span
 from .stages import Replay, Stages
 from .types import NEWLINE, Count, Kind, Layout, Signal, VisualTokens
 
@@ -50,6 +51,7 @@ class Images:
     states: list[Tensor] | None
 
 
+@span("select")
 def by_image(adapter, encoded: Encoded, runs: list[int] | None = None) -> Images:
     """Layouts, rows and packed signals of every image.
 
@@ -105,6 +107,7 @@ class Selector:
         self.n_keep = functools.lru_cache(maxsize=64)(self._count)  # a FLOPs budget is searched for
         self._signals = signals
 
+    @span("select")
     def prune(self, images: Images, salts: tuple[int, ...], call: Call) -> tuple[list[Tensor], list[Tensor]]:
         """Marked features and keep of every image; the method sees the images of one layout at once."""
         features, layouts = images.features, images.layouts

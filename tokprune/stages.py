@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .budget import Budget, Scope
 from .errors import BudgetError, OptionError, TokPruneError
+from .flops import Shape
 from .methods.base import Method
 from .methods.chain import Pipeline
 from .types import Decoder, Stage
@@ -68,8 +69,10 @@ class Stages:
     replay: Replay | None
     label: str
 
-    def check(self, decoder: Decoder) -> None:
-        """Raise OptionError where this does not fit a language model."""
+    def check(self, decoder: Decoder, shape: Shape | None) -> None:
+        """Raise OptionError where this does not fit a language model, BudgetError where its cost is to be known."""
+        if shape is None and any(b is not None and b.flops_ratio for b in (self.first_budget, self.decoder_budget)):
+            raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
         if self.decoder is not None:
             self.decoder.check(decoder)
         for kept in self.replay.kept if self.replay else ():

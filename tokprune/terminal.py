@@ -15,9 +15,9 @@ from .types import Stage
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
 
 
-def console() -> Console:
+def console(quiet: bool = False) -> Console:
     """The terminal; what users type is shown as it is, since brackets are no markup."""
-    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=140)
+    return Console(markup=False, quiet=quiet, width=None if sys.stdout.isatty() else 150)
 
 
 def methods_table() -> Table:

@@ -22,6 +22,7 @@ from tokprune import attention
 from tokprune.errors import NotCopyable, TokPruneError, UnsupportedModelError
 from tokprune.flops import Shape
 from tokprune.shapes import shape_from_config
+from tokprune.spans import span
 from tokprune.types import Decoder, Kind, Layout, Signal, Tower
 
 # What tells one language model's configuration from another's.
@@ -261,6 +262,7 @@ class SignalTap(NotCopyable):
         """Start collecting in this thread."""
         self._local.sides, self._local.rows = {}, {}
 
+    @span("signals")
     def close(self) -> dict[Signal | str, Tensor]:
         """Stop, and return every signal, (crops, patches, l, ...) or (crops, D), and "states", (crops, patches, D).
 
@@ -293,7 +295,8 @@ class SignalTap(NotCopyable):
             del self._local.sides[layer]
             q, k = (sides[s].unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for s in ("q", "k"))
             asked = [s for s in self.signals if layer in s.layers]
-            with torch.autocast(q.device.type, enabled=False):  # it would turn the products back to half precision
+            # Autocast would turn the products back to half precision.
+            with span("signals"), torch.autocast(q.device.type, enabled=False):
                 for signal, row in signal_rows(asked, q, k, module.scale, self.n_special):
                     self._local.rows[signal, layer] = row
 

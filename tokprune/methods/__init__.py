@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from ..errors import OptionError, TokPruneError
@@ -44,7 +45,21 @@ METHODS = Registry(
     listing="tokprune.list_methods()",
 )
 
-Spec = str | Method | Sequence[str | Method]
+
+@dataclass(frozen=True)
+class Labelled:
+    """A method object with the label that it goes by, instead of the one that its options give.
+
+    Args:
+        method: the object, a chain or a pipeline too.
+        label: as it was asked for when it was saved.
+    """
+
+    method: Method
+    label: str
+
+
+Spec = str | Method | Labelled | Sequence[str | Method]
 
 
 def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method, str]:
@@ -55,6 +70,8 @@ def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tupl
         TokPruneError: more methods than one model can carry.
     """
     options = dict(options or {})
+    if isinstance(method, Labelled):
+        return method.method, method.label
     if isinstance(method, str) and "+" in method:
         method = method.split("+")
     if isinstance(method, Sequence) and not isinstance(method, str):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -85,6 +87,14 @@ class Method:
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The tokens with `keep` set, and `features` changed where the method merges."""
         raise NotImplementedError
+
+    def write_file(self, path: Path) -> None:
+        """Write what was read from the file that `needs_file` names; a copy of it unless a method kept what it read.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        shutil.copyfile(getattr(self, self.needs_file), path)
 
     def __str__(self):
         options = ", ".join(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
 from ..errors import OptionError
 from ..flops import Ops, Widths
-from ..gates import HOW, Gates, gate_features, read_gates
+from ..gates import HOW, Gates, gate_features, read_gates, write_gates
 from ..types import Decoder, Kind, Layout, Signal, VisualTokens
 from .decoder import ExitMethod
 
@@ -56,6 +57,10 @@ class DyVTE(ExitMethod):
                 f"{fitted.width} ({fitted.fingerprint}), this one has {decoder.n_layers} of width {decoder.width} "
                 f"({decoder.fingerprint}); {HOW}"
             )
+
+    def write_file(self, path: Path) -> None:
+        """The gates as they were read."""
+        write_gates(path, self.gates)
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
         """Behind every layer that has a gate."""

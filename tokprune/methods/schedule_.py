@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import OptionError, TokPruneError
 from ..flops import Ops, Widths
-from ..schedule import HOW, Schedule, ScheduleFile, read_schedule
+from ..schedule import HOW, Schedule, ScheduleFile, read_schedule, write_schedule
 from ..types import Count, Decoder, Layout, Signal, VisualTokens
 from .decoder import DecoderMethod
 
@@ -98,6 +99,10 @@ class FromFile(DecoderMethod):
                 f"({found.fingerprint[:80]}), this one has {decoder.n_layers} ({decoder.fingerprint}); {HOW}"
             )
         self.by.check(decoder)
+
+    def write_file(self, path: Path) -> None:
+        """The schedule as it was read."""
+        write_schedule(path, self.found)
 
     def left(self, n_present: int, n_keep: int) -> int:
         """The score's; nothing is left of nothing."""
