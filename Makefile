@@ -21,7 +21,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(OLDEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP) -c constraints.txt torch
-	grep -E '^(torch|numpy|pillow|accelerate|matplotlib|typer|rich|easy-vqa|filelock|optuna|psutil|pytest|pytest-xdist|peft)==' \
+	grep -E '^(torch|numpy|pillow|accelerate|matplotlib|typer|rich|easy-vqa|filelock|jinja2|optuna|psutil|pytest|pytest-xdist|peft)==' \
 	  constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt transformers==4.57.6 -e '.[dev]'
 	touch $@

@@ -16,11 +16,13 @@ import tokprune
 from tokprune.budget import Budget
 from tokprune.errors import RunError
 
+from . import pareto, report
 from .folder import RunFolder
+from .losses import Artist
 from .processes import launched_alone
 from .rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run import Runner, batches
-from .tables import plot, table
+from .tables import table
 from .tasks import Sample, Task, load_task, stratified
 from .tasks.subset import SUBSET_SIZE
 
@@ -176,7 +178,9 @@ class Comparison:
         ]
         self.folder.write_jsonl("rows.jsonl", [*floors, *(asdict(row) for row in self.rows)])
         with self.folder.writing():
-            plot(self.rows, self.floors, self.folder.path / "accuracy.png")
+            pareto.write_png(self.rows, self.floors, self.folder.path / "accuracy.png")
+            texts = max((c.flops_text for c in self.configs), default=0)
+            report.write(self.folder.path, lambda run: Artist(self.runner, tasks, texts))
         for task, _ in tasks:
             console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
 

@@ -104,6 +104,10 @@ class Explained:
 
     def sheet(self) -> Image.Image:
         """The picture as the model sees it and, beside it, what each method keeps."""
+        return side_by_side(self.panels())
+
+    def panels(self) -> list[tuple[str, Image.Image]]:
+        """The same one by one, with titles."""
         processor = self.runner.processor.image_processor
         panels = []
         for one in self.shown:
@@ -117,7 +121,7 @@ class Explained:
             cells = whole if len(order) > 1 else _covered(whole, image.layout, patch)
             title = f"{one.spec}: {image.n_visual} -> {image.n_kept}"
             panels.append((title, _both(cells, self.picture, image.layout, image.left)))
-        return side_by_side(panels)
+        return panels
 
     def to_dict(self, **asked: Any) -> dict[str, Any]:
         """Plain numbers, lists and text; `asked` says of which picture, with which question and model.
@@ -159,13 +163,17 @@ Methods = Sequence[tuple[str, dict[str, Any]]]
 
 
 @torch.no_grad()
-def asked(runner: Runner, picture: Image.Image, question: str, methods: Methods) -> Explained:
-    """What each method with its budget keeps of a picture beside a question."""
+def asked(runner: Runner, picture: Image.Image, question: str, methods: Methods, salt: int = 0) -> Explained:
+    """What each method with its budget keeps of a picture beside a question.
+
+    `salt` is what seeded methods mix in: a run has one a question, see `tokprune.Attachment.salts`.
+    """
     inputs = runner.processor(images=[picture], text=[runner.prompt(question)], return_tensors="pt")
     inputs = inputs.to(runner.model.device, runner.model.dtype)
     shown = []
     for spec, budget in methods:
         with tokprune.attach(runner.model, spec, **budget) as attachment:
+            attachment.salts = [salt]
             runner.model(**inputs)
             (kept,) = attachment.kept
             shown.append(Shown(spec, budget, kept, attachment.report))

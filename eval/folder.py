@@ -27,6 +27,7 @@ from .rows import BatchTime, Costs, SampleRow
 
 Part = TypeVar("Part", BatchTime, SampleRow)
 Key = tuple[str, str, int]  # task, configuration, batch
+REPORT = ("report.html", "table.md", "table.csv", "pictures.jsonl")
 ALONE = Processes()
 _ANSWERS = ("samples.jsonl", "times.jsonl")
 
@@ -103,7 +104,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""
-        names = ("run.json", "rows.jsonl", "accuracy.png", *_ANSWERS)
+        names = ("run.json", "rows.jsonl", "accuracy.png", *REPORT, *_ANSWERS)
         for path in (*(self.path / name for name in names), *self._parts()):
             path.unlink(missing_ok=True)
 

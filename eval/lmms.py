@@ -73,7 +73,7 @@ class Suite:
 
     def __post_init__(self):
         for name in self.tasks:
-            if name in TASKS or Path(name).is_dir():
+            if name in TASKS or _is_folder(name):
                 task = load_task(name)
                 self.own[name] = task, chosen_samples(task, self.limit)
         names = [self.name_of(name) for name in self.tasks]
@@ -272,6 +272,11 @@ def check_installed() -> None:
             "lmms-eval finds plug-ins of installed packages alone, and tokprune runs from a folder here; type "
             "pip install -e . in it"
         )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a task is meant to be a folder: it looks like a path, or holds questions; results may lie in `pope/`."""
+    return Path(name).is_dir() and (len(Path(name).parts) > 1 or (Path(name) / "metadata.jsonl").is_file())
 
 
 def _weights(path: Path) -> int | None:

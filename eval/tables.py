@@ -1,10 +1,8 @@
-"""Rows as people read them: tables for the terminal and for Markdown, and the plot."""
+"""Rows as people read them: tables for the terminal, for Markdown and for pages."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -136,62 +134,3 @@ def of_kinds(row: Row, kinds: Sequence[str]) -> tuple[float, float, float, int]:
     n = int(sum(p["n_samples"] for p in parts))
     right = sum(p["value"] * p["n_samples"] for p in parts)
     return right / n, *wilson(right, n), n
-
-
-def plot(rows: Sequence[Row], floors: dict[str, float | None], path: Path) -> None:
-    """Accuracy against visual tokens really kept and against the FLOPs up to the first token, a column a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(dict.fromkeys(r.task for r in rows))
-    shown = pooled(rows)
-    known = all(r.costs.prefill_flops_after is not None for r in shown)
-    axes_of = [("visual tokens kept an image", lambda r: r.n_visual_after)]
-    if known:
-        axes_of.append(("prefill FLOPs, % of the unpruned", _prefill_percent))
-    figure, axes = plt.subplots(
-        len(axes_of), len(tasks), figsize=(6 * len(tasks), 4.2 * len(axes_of)), squeeze=False, sharey="col"
-    )
-    for line, (label, x_of) in zip(axes, axes_of, strict=True):
-        for axis, task in zip(line, tasks, strict=True):
-            mine = [r for r in shown if r.task == task]
-            _plot_task(axis, mine, floors.get(task), x_of)
-            axis.set(title=f"{task} ({mine[0].n_samples} questions)", xlabel=label, ylabel="accuracy")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _prefill_percent(row: Row) -> float:
-    return 100 * (row.costs.prefill_flops_after or 0) / (row.costs.prefill_flops_before or 1)
-
-
-def _plot_task(axis, rows: Sequence[Row], floor: float | None, x_of) -> None:
-    flat = {r.method: r.value for r in rows if r.keep_ratio is None}
-    if floor is not None:
-        flat["question only"] = floor
-    for style, (name, value) in zip(("-", "--", ":", "-.") * 2, flat.items(), strict=False):
-        axis.axhline(value, color="0.6", linestyle=style, linewidth=1, label=name)
-    curves: dict[str, list[Row]] = defaultdict(list)
-    for r in rows:
-        if r.keep_ratio is not None:
-            curves[r.method].append(r)
-    for name, points in curves.items():
-        points.sort(key=x_of)
-        ends = [(r.value if r.low is None else r.low, r.value if r.high is None else r.high) for r in points]
-        spread = [
-            [max(r.value - low, 0) for r, (low, _) in zip(points, ends, strict=True)],  # rounding
-            [max(high - r.value, 0) for r, (_, high) in zip(points, ends, strict=True)],
-        ]
-        axis.errorbar(
-            [x_of(r) for r in points],
-            [r.value for r in points],
-            spread,
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=name,
-        )

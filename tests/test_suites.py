@@ -18,7 +18,7 @@ from tokprune.integrations.lmms_eval.options import Options, generation, merged,
 from tokprune.integrations.lmms_eval.prompts import pictures
 
 import tokprune
-from tokprune.errors import OptionError, RunError
+from tokprune.errors import OptionError, RunError, TaskError
 
 
 def test_without_lmms_eval_the_command_says_what_to_type(monkeypatch, tmp_path):
@@ -193,6 +193,20 @@ def test_differences_by_the_kind_of_metric():
     assert lmms_scores._difference(Score(1500.0, None, {}), Score(1600.0, None, {})) == {}
     assert lmms_scores._difference(Score(7, None, {0: 7}), Score(6, None, {0: 6})) == {}
     assert lmms_scores._difference(Score(0.5, None, {0: 0.5}), Score(1, None, {0: 1})) == {}
+
+
+def test_a_folder_of_results_is_no_task(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pope", "own"):
+        (tmp_path / name).mkdir()
+    for file in folder.iterdir():
+        if file.is_file():
+            (tmp_path / "own" / file.name).write_bytes(file.read_bytes())
+    suite = Suite("tiny-llava", ["pope", "own", "mme"], [])
+    assert list(suite.own) == ["own"]
+    assert [suite.name_of(task) for task in suite.tasks] == ["pope", "tokprune_own", "mme"]
+    with pytest.raises(TaskError, match=r"has no metadata\.jsonl"):
+        Suite("tiny-llava", [str(tmp_path / "pope")], [])
 
 
 def test_weights_tell_models_apart(tmp_path):

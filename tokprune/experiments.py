@@ -68,7 +68,7 @@ def compare(
         console.print(
             "A model this small shows that things work and what they save, not which method is better on large models."
         )
-    console.print(f"rows.jsonl, samples.jsonl and accuracy.png are in {out}")
+    console.print(f"report.html, table.md, table.csv, accuracy.png, rows.jsonl and samples.jsonl are in {out}")
 
 
 @app.command()
@@ -188,6 +188,34 @@ def eval_(
 
 def _names(text: str) -> list[str]:
     return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="What tokprune compare --out wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; report.html in the folder by default.")] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Load the model of the run and draw pictures that are not stored.")
+    ] = False,
+) -> None:
+    """Write the report of a comparison and its tables again, from what its folder holds.
+
+    The page needs no network; tables go to the folder as table.md and table.csv.
+    """
+    reports = eval_room("report")
+
+    def artist(run):
+        runner = load_runner(str(run.settings.get("model")), suffix=str(run.settings.get("suffix", "")))
+        return eval_room("losses").Artist.of_settings(runner, run.settings)
+
+    try:
+        reports.write(folder, artist if pictures else None, out)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; name another file with --out, or "
+            "make room in the folder"
+        ) from error
+    typer.echo(f"{out or folder / 'report.html'}; table.md and table.csv are in {folder}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import RunError
 
-EVAL_NEEDS = ("accelerate", "easy_vqa", "filelock", "matplotlib")
+EVAL_NEEDS = ("accelerate", "easy_vqa", "filelock", "jinja2", "matplotlib")
 
 
 def load_runner(model: str = "tiny-llava", **options: Any) -> Any:

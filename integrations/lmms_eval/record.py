@@ -61,8 +61,7 @@ def seen(inputs: Any, n_images: Sequence[int], model: torch.nn.Module, report: R
         return [Seen(i, v, v, v, c, c, unknown) for i, v, c in zip(n_images, n_visual, before, strict=True)]
     images, columns = _by_row(report, n_images), _columns(report, before)
     shape, found = _shape(model), []
-    for i, own in enumerate(images):
-        layers = columns[i]
+    for i, (own, layers) in enumerate(zip(images, columns, strict=True)):
         found.append(
             Seen(
                 n_images=n_images[i],
