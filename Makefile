@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+INTEGRATIONS := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check fix wheel test-oldest clean
+.PHONY: setup demo test check fix wheel test-oldest test-integrations clean
 
 setup: $(VENV)/ready
 
@@ -46,6 +47,18 @@ test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest -n 2 tests/contract tests/golden tests/test_attention.py \
 	  tests/test_flops.py tests/test_flops_cuts.py tests/test_exits.py
 
+# lmms-eval itself. Its own list of dependencies takes gigabytes and a torchvision, of which this needs nothing.
+$(INTEGRATIONS)/ready: pyproject.toml constraints-integrations.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python $(PIP) -c constraints-integrations.txt torch
+	$(INTEGRATIONS)/bin/python $(PIP) -c constraints-integrations.txt -e '.[eval]' pytest pytest-xdist \
+	  loguru sacrebleu evaluate pytz tenacity pytablewriter
+	$(INTEGRATIONS)/bin/python $(PIP) -c constraints-integrations.txt --no-deps lmms-eval
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/ready
+	$(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadfile tests/integrations
+
 # The built wheel, imported from outside the repository.
 wheel: setup
 	rm -rf build dist .venv-wheel
@@ -60,4 +73,4 @@ wheel: setup
 	   assert (r.EMBEDDED_MODEL / 'model.safetensors').is_file(); print('wheel ok')"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf $(VENV) $(OLDEST) $(INTEGRATIONS) .venv-wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

@@ -119,6 +119,7 @@ class SampleRow:
     llm_columns_after: int
     costs: Costs
     flops_ratio: float | None = None
+    value: float | None = None  # of a metric that knows more than right and wrong
 
 
 @dataclass
@@ -167,9 +168,9 @@ class Row:
     n_samples: int
     metric: str
     value: float
-    low: float
-    high: float
-    stderr: float
+    low: float | None
+    high: float | None
+    stderr: float | None
     words_value: float | None
     stop_rate: float | None
     by_kind: dict[str, dict[str, float]]
@@ -363,7 +364,9 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
 
 def _pool(name: str, group: list[Row]) -> Row:
     first, value = group[0], mean(r.value for r in group)
-    low, high = wilson(value * first.n_samples, first.n_samples)
+    low, high = (_mean_or_none([getattr(r, key) for r in group]) for key in ("low", "high"))
+    if low is not None and 0 <= value <= 1:
+        low, high = wilson(value * first.n_samples, first.n_samples)
     ratios = [r.prefill_ratio for r in group if r.prefill_ratio is not None]
     means = {key: mean(getattr(r, key) for r in group) for key in COUNTS}
     maybe = ("words_value", "stop_rate", "difference", "difference_low", "difference_high")

@@ -24,8 +24,9 @@ def budget(row: Row) -> str:
 
 
 def accuracy(row: Row) -> str:
-    """The value with its interval."""
-    return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+    """The value with its interval, where there is one."""
+    known = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.value:.3f}{known}"
 
 
 def difference(row: Row) -> str:

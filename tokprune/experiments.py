@@ -144,6 +144,52 @@ def search(
     searched.search(runner, model, questions, wanted, out, overwrite, terminal.console())
 
 
+@app.command("eval")
+def eval_(
+    tasks: Annotated[
+        str, typer.Option(help="With commas: tasks of lmms-eval such as pope,gqa; easyvqa, findit, findit_hd; folders.")
+    ],
+    suite: Annotated[str, typer.Option(help="lmms-eval; no other is offered.")] = "lmms-eval",
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    methods: Annotated[
+        str, typer.Option(help="Names or specifications, with commas; the unpruned run (none) is always there.")
+    ] = "vtc_cls",
+    keep: Annotated[str, typer.Option(help="Ratios kept, with commas.")] = "0.25",
+    out: Annotated[Path, typer.Option(help="Folder for what lmms-eval writes, rows and samples.")] = Path("runs/eval"),
+    limit: Annotated[int | None, typer.Option(help="So many documents a task, for a quick look.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents at a time.")] = 8,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with more tasks in lmms-eval's format.")] = None,
+    model_args: Annotated[
+        str, typer.Option(help="More arguments of the plug-in, such as dtype=bfloat16,attn_implementation=eager.")
+    ] = "",
+    gen_kwargs: Annotated[str, typer.Option(help="As lmms-eval takes it, such as max_new_tokens=16.")] = "",
+    processes: Annotated[int, typer.Option(help="Processes of this machine that share the documents.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
+) -> None:
+    """Run benchmarks of a suite for several methods and ratios, each against the unpruned run on the same documents.
+
+    A configuration whose results are in the folder is not run again; more methods and ratios can be added to it.
+    """
+    if suite != "lmms-eval":
+        raise RunError(f"--suite takes lmms-eval; {suite!r} is not offered")
+    if min(batch_size, processes, 1 if limit is None else limit) < 1:
+        raise RunError("--batch-size, --processes and --limit take whole numbers of at least 1")
+    lmms = eval_room("lmms", needs=("easy_vqa", "filelock"))
+    lmms.check_installed()
+    configs = lmms.grid(_names(methods), _ratios(keep))
+    wanted = lmms.Suite(
+        model, _names(tasks), configs, limit, batch_size, include_path, model_args, gen_kwargs, processes
+    )
+    lmms.run(wanted, out, terminal.console(), overwrite)
+    terminal.console().print(f"rows.jsonl and samples.jsonl are in {out}")
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="What tokprune compare --out wrote.")],

@@ -1,0 +1,76 @@
+"""From a task's text and pictures to the model's prompt."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from tokprune.errors import RunError
+
+MARK = "<image>"  # what tasks write where a picture belongs
+
+
+def prompt(processor: Any, text: str, n_images: int, system: str = "") -> str:
+    """The text in the processor's chat template, or in LLaVA 1.5's where there is none.
+
+    Pictures stand where the text marks them with `<image>`, and before the text where it does not: when it holds
+    another number of marks than there are pictures, they are words of the question and become plain text, like every
+    other placeholder of the processor.
+
+    Args:
+        processor: of the model.
+        text: as the task asks, without any template.
+        n_images: pictures of the request.
+        system: said first; empty for nothing.
+    """
+    parts = _parts(processor, text, n_images)
+    if getattr(processor, "chat_template", None):
+        said = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        turns = [{"role": "user", "content": said}]
+        if system:
+            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        return processor.apply_chat_template(turns, add_generation_prompt=True)
+    said_ = "".join(f"{MARK}\n" if part is None else part for part in parts)
+    return f"{system} USER: {said_} ASSISTANT:".lstrip()
+
+
+def _parts(processor: Any, text: str, n_images: int) -> list[str | None]:
+    """Pieces of text, and None for a picture."""
+    pieces = text.split(MARK)
+    if not n_images or len(pieces) - 1 != n_images:
+        return [*[None] * n_images, _plain(processor, text)]
+    joined = itertools.chain.from_iterable((None, _plain(processor, piece)) for piece in pieces)
+    return [part for part in itertools.islice(joined, 1, None) if part is None or part.strip()]
+
+
+def _plain(processor: Any, text: str) -> str:
+    """The text without placeholders: `<image>` becomes `image`."""
+    names = ("image_token", "video_token")
+    tokens = {MARK, *(t for t in (getattr(processor, name, None) for name in names) if isinstance(t, str) and t)}
+    return re.sub("|".join(map(re.escape, sorted(tokens))), lambda match: match[0].strip("<|>"), text)
+
+
+def pictures(visuals: Any, task: str) -> list[Image.Image]:
+    """The pictures of a document, RGB.
+
+    Args:
+        visuals: what the task's doc_to_visual returned: pictures, None or nothing, in lists or not.
+        task: its name, for the message.
+
+    Raises:
+        RunError: a video, a sound or a path among them.
+    """
+    if visuals is None:
+        return []
+    if isinstance(visuals, Sequence) and not isinstance(visuals, str):
+        return [picture for visual in visuals for picture in pictures(visual, task)]
+    if not isinstance(visuals, Image.Image):
+        raise RunError(
+            f"the task {task} hands over {type(visuals).__name__} where pictures are expected; tokprune's plug-in "
+            "answers about pictures alone, leave the task out"
+        )
+    return [visuals.convert("RGB")]

@@ -1,0 +1,60 @@
+"""What the first questions of every task become for every embedded model. `python tests/prompt_snapshot.py` writes it.
+
+A prompt that drifts is another benchmark: look at what changed before writing the file anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SNAPSHOT = Path(__file__).parent / "snapshots" / "prompts.json"
+N_SAMPLES = 3
+
+
+def first_samples(task: Any) -> list[Any]:
+    drawn = hasattr(task, "n_scenes")  # of all scenes, the first ones are enough
+    return (type(task)(n_scenes=N_SAMPLES) if drawn else task).samples()[:N_SAMPLES]
+
+
+def of(processor: Any, placeholder: int, prompt_of: Callable[[str], str], task: Any) -> list[dict[str, Any]]:
+    """Prompt, its tokens as text without the placeholders, and their number, of a task's first questions."""
+    found = []
+    for sample in first_samples(task):
+        prompt = prompt_of(sample.question)
+        inputs = processor(images=[[task.image(sample.image_id)]], text=[prompt], return_tensors="pt")
+        ids = inputs["input_ids"][0].tolist()
+        found.append(
+            {
+                "prompt": prompt,
+                "text": processor.tokenizer.decode([i for i in ids if i != placeholder]),
+                "placeholders": ids.count(placeholder),
+            }
+        )
+    return found
+
+
+def by_harness(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Of tokprune's own harness, by model and task."""
+    from tokprune.eval.models import EMBEDDED
+    from tokprune.eval.run import Runner
+    from tokprune.eval.tasks import TASKS, load_task
+
+    found = {}
+    for model in EMBEDDED:
+        runner = Runner.load(model)
+        tasks = {**{name: load_task(name) for name in TASKS}, "folder": load_task(str(folder))}
+        token = runner.model.config.image_token_id
+        found[model] = {name: of(runner.processor, token, runner.prompt, task) for name, task in tasks.items()}
+    return found
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from folders import write_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        SNAPSHOT.write_text(json.dumps(by_harness(write_folder(Path(folder))), indent=1) + "\n")
