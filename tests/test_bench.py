@@ -543,19 +543,32 @@ def test_tables_fit_a_terminal_of_140_columns(sweep):
 def slower(row: Row, factor: float) -> Row:
     """A row whose times are those of another, slower or faster."""
     ratio = dict(median=factor, low=factor, high=factor, coverage=0.97)
-    return replace(row, total_ratio=ratio)
+    return replace(row, total_ratio=ratio, rounds=6)
 
 
 def test_plain_words_where_nothing_is_gained(sweep):
     rows, _ = sweep
-    lost = [r if r.method == NONE else slower(r, 1.2) for r in rows]
+    lost = [slower(r, 1.0 if r.method == NONE else 1.2) for r in rows]
     lines = list(bench_tables.sentences(lost))
     assert lines[-1] == "Nothing is gained by any of these configurations."
     assert "nothing is gained at any batch size measured (1, 2): it costs time." in " ".join(lines)
+    later = [replace(r, breakeven=r.breakeven and "gains from 52 tokens on; below, it costs time") for r in lost]
+    assert "Nothing is gained by any" not in " ".join(bench_tables.sentences(later))
     won = [r if r.method == NONE or r.batch_size == 1 else slower(r, 0.8) for r in lost]
     lines = list(bench_tables.sentences(won))
     assert lines[-1] != "Nothing is gained by any of these configurations."
     assert any("gains from batch size 2 on (measured: 1, 2); at 1 it costs time" in line for line in lines)
+
+
+def test_few_rounds_are_marked_as_noise(sweep):
+    rows, _ = sweep
+    lines = list(bench_tables.sentences(rows))  # of two rounds
+    assert not any("gains" in line or "costs time" in line for line in lines)
+    assert lines[-1].startswith("Rounds are 2; 6 are the fewest")
+    for r in rows:
+        assert bench_tables.ratio_cells([r])[2].endswith("~") == (r.method != NONE)
+    enough = [slower(r, 0.5) for r in rows if r.method != NONE]
+    assert not any(bench_tables.ratio_cells([r])[6].endswith("~") for r in enough)
 
 
 def test_one_token_has_a_verdict_of_its_own(tmp_path):
