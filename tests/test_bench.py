@@ -18,6 +18,7 @@ from tokprune.eval import bench, bench_tables, cells, render, shaped, timing
 from tokprune.eval.bench import Bench, Settings, configurations
 from tokprune.eval.cells import Row
 from tokprune.eval.rows import NONE, Config
+from tokprune.eval.run import Runner
 from tokprune.eval.stopwatch import Memory
 
 import tokprune
@@ -298,6 +299,21 @@ def test_memory_of_a_block():
     with Memory(torch.device("cpu")) as again:
         pass
     assert again.above_bytes < 60 * 2**20  # the peak of before is forgotten
+
+
+def test_memory_of_a_run_does_not_depend_on_runs_before_it():
+    """What a run before has freed counts again; the bare cache alone is 1.5 MiB."""
+    model = shaped.endless(Runner.load("tiny-llava").model)
+    config, side = model.config, shaped.crop_side(model.config)
+    processor = shaped.image_processor_of(config)
+    n = shaped.placeholders(model, shaped.encoded(processor, side, 1))
+    subject = cells.Subject(config, side, processor, n, model)
+    inputs = cells.Cell(settings("", model="tiny-llava", n_text=64), subject, 1, []).inputs()
+    runs = [timing.measured(model, inputs, Config(NONE), 2) for _ in range(4)]
+    if runs[0].above_bytes is None:
+        pytest.skip("this system does not tell the peak of a process")
+    for run in runs[1:]:
+        assert run.above_bytes > run.cache.n_bytes > 2**20
 
 
 # ---- shapes and prompts
