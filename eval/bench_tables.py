@@ -7,13 +7,13 @@ from itertools import groupby
 
 from rich.table import Table
 
-from .breakeven import GAIN, LOSS, Interval, by_size
+from .breakeven import FEWEST, GAIN, LOSS, NOISE, Interval, by_size
 from .cells import PHASES, Row
 from .rows import NONE
 
 NOTES = (
-    'Phases add up to the first token in every round; "rest" is what is none of them. "~": the interval holds 1, no '
-    "difference to the bare model is measurable.",
+    'Phases add up to the first token in every round; "rest" is what is none of them. "~": the interval holds 1, or '
+    "there are fewer than six rounds: no difference to the bare model is measurable.",
     "KV MiB are measured in the cache; the ratios under FLOPs and KV are the ledger's, and FLOPs say little about "
     "decoding, which reads all weights for every token. Memory is the peak above what was in use before a run.",
 )
@@ -143,7 +143,9 @@ def sentences(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{name(row)}, batch {row.batch_size}, {row.resolution} pixels: {verdict}. {paid}"
     yield from _over_sizes(rows, "batch_size", "batch size")
     yield from _over_sizes(rows, "resolution", "resolution")
-    if not any(Interval(**r.total_ratio).state == GAIN for r in rows):
+    if rows and rows[0].rounds < FEWEST:
+        yield f"Rounds are {rows[0].rounds}; {FEWEST} are the fewest that tell a difference from noise (--rounds)."
+    elif not any(Interval(**r.total_ratio).state == GAIN or r.breakeven.startswith("gains") for r in rows):
         yield "Nothing is gained by any of these configurations."
 
 
@@ -194,7 +196,8 @@ def _ratio(found: dict[str, float] | None, interval: bool = False) -> str:
     """A paired ratio; with its interval, or with a mark where that holds 1."""
     if found is None:
         return ""
-    text, noise = f"x {found['median']:.2f}", found["low"] < 1 < found["high"]
+    is_itself = found["low"] == found["high"] == 1  # the bare model
+    text, noise = f"x {found['median']:.2f}", Interval(**found).state == NOISE and not is_itself
     if interval and found["low"] < found["high"]:
         text += f" [{found['low']:.2f}, {found['high']:.2f}]"
     return text + (" ~" if noise else "")

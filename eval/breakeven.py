@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import median
 
 GAIN, NOISE, LOSS = "gain", "noise", "loss"
+MIXED = "mixed"  # noise at some output lengths and a loss at others
 FOREVER = math.inf
+LEVEL = 0.95
+FEWEST = 6  # rounds of which the outermost two cover that
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,13 @@ class Interval:
 
     @property
     def state(self) -> str:
-        """Of a ratio to the bare model: a gain below 1, a loss above, or noise; one round alone is noise."""
-        if not self.coverage:
+        """Of a ratio to the bare model: a gain below 1, a loss above, or noise, as is all of too few rounds."""
+        if self.coverage < LEVEL:
             return NOISE
         return GAIN if self.high < 1 else LOSS if self.low > 1 else NOISE
 
 
-def rank(n: int, level: float = 0.95) -> tuple[int, float]:
+def rank(n: int, level: float = LEVEL) -> tuple[int, float]:
     """How many values from either end the interval of a median begins, 1 for the outermost, and its coverage.
 
     With fewer than six values even the outermost cover less than 95 %.
@@ -76,24 +80,33 @@ class Verdict:
     Args:
         low: fewest tokens at which it gains; None where it never does.
         high: most tokens, `FOREVER` without end.
-        beyond: what it is outside of that range, or everywhere: `NOISE` or `LOSS`.
+        beyond: what it is outside of that range, or everywhere: `NOISE`, `LOSS`, or `MIXED` where it never gains.
+        again: further ranges; nine rounds or more, of which one may say otherwise, can leave a gap.
     """
 
     low: int | None
     high: float
     beyond: str
+    again: tuple[tuple[int, float], ...] = ()
 
     def in_words(self, longest: int) -> str:
         """The verdict; lengths above the longest that was measured are marked."""
-        edges = [n for n in (self.low, self.high) if n is not None and n != FOREVER]
+        found = (self.low, self.high, *(n for pair in self.again for n in pair))
+        edges = [n for n in found if n is not None and n != FOREVER]
         beyond = max(edges, default=0) > longest
         return str(self) + (f" (extrapolated: the longest measured is {longest})" if beyond else "")
 
     def __str__(self) -> str:
         if self.low is None:
-            why = "it costs time at every output length" if self.beyond == LOSS else "no difference measurable"
-            return f"nothing is gained: {why}"
+            why = {
+                LOSS: "it costs time at every output length",
+                MIXED: "it costs time at some output lengths, at others no difference is measurable",
+            }
+            return f"nothing is gained: {why.get(self.beyond, 'no difference measurable')}"
         outside = "it costs time" if self.beyond == LOSS else "no difference is measurable"
+        if self.again:
+            ranges = [f"from {low} " + ("on" if high == FOREVER else f"to {high:.0f}") for low, high in self.again]
+            return f"gains from {self.low} to {self.high:.0f} tokens, {' and '.join(ranges)}; elsewhere, {outside}"
         if self.low == 1 and self.high == FOREVER:
             return "gains at every output length"
         if self.high == FOREVER:
@@ -108,15 +121,14 @@ def by_output_length(pruned: Times, bare: Times) -> Verdict:
     saved = pruned.saved_of(bare)
     state = _state_of(saved)
     lengths = _lengths(saved)
-    gains = [n for n in lengths if state(n) == GAIN]
-    if not gains:
-        lost = all(state(n) == LOSS for n in lengths)
-        return Verdict(None, FOREVER, LOSS if lost else NOISE)
-    low = gains[0]
-    run = [n for n in lengths if n >= low]
-    high = next((run[i - 1] for i, n in enumerate(run) if state(n) != GAIN), FOREVER)
-    outside = [state(n) for n in lengths if n < low or n > high]
-    return Verdict(int(low), high, LOSS if LOSS in outside else NOISE)
+    states = [state(n) for n in lengths]
+    if GAIN not in states:
+        some = MIXED if LOSS in states else NOISE
+        return Verdict(None, FOREVER, LOSS if set(states) == {LOSS} else some)
+    groups = groupby(zip(lengths, states, strict=True), lambda pair: pair[1])
+    runs = [[n for n, _ in group] for s, group in groups if s == GAIN]
+    (low, high), *again = ((int(run[0]), run[-1]) for run in runs)
+    return Verdict(low, high, LOSS if LOSS in states else NOISE, tuple(again))
 
 
 def _state_of(saved: Sequence[tuple[float, float]]) -> Callable[[float], str]:
@@ -124,7 +136,7 @@ def _state_of(saved: Sequence[tuple[float, float]]) -> Callable[[float], str]:
 
     def state(n: float) -> str:
         """Whether the interval of what `n` tokens save lies above nothing, below, or around it."""
-        if not coverage:
+        if coverage < LEVEL:
             return NOISE
         each = sorted(token or first if n == FOREVER else first + (n - 1) * token for first, token in saved)
         return GAIN if each[k - 1] > 0 else LOSS if each[-k] < 0 else NOISE
@@ -146,13 +158,13 @@ def by_size(states: dict[int, str], what: str) -> str:
     """Break-even over measured sizes, of batches or pictures: where a gain was measured and where not."""
     gains = [n for n, s in states.items() if s == GAIN]
     sizes = ", ".join(map(str, states))
+    others = [f"at {n} {'it costs time' if s == LOSS else 'no difference measurable'}" for n, s in states.items()]
     if not gains:
-        lost = all(s == LOSS for s in states.values())
-        why = "it costs time" if lost else "no difference measurable"
+        alike = {LOSS: "it costs time", NOISE: "no difference measurable"}
+        why = alike[min(states.values())] if len(set(states.values())) == 1 else ", ".join(others)
         return f"nothing is gained at any {what} measured ({sizes}): {why}"
     if len(gains) == len(states):
         return f"gains from {what} {min(gains)} on, the smallest measured ({sizes})"
-    others = [f"at {n} {'it costs time' if s == LOSS else 'no difference measurable'}" for n, s in states.items()]
     kept = [text for text, s in zip(others, states.values(), strict=True) if s != GAIN]
     above = all(states[n] == GAIN for n in states if n >= min(gains))
     span = f"gains from {what} {min(gains)} on" if above else f"gains at {what} {', '.join(map(str, gains))}"

@@ -165,7 +165,17 @@ class Comparison:
                 self._answer(*part, lambda n, bar=bar: progress.advance(bar, n))
         self.folder.gather()
         if processes.is_main:
+            self._check_complete(tasks)
             self._write(tasks, console)
+
+    def _check_complete(self, tasks: Sequence[tuple[Task, list[Sample]]]) -> None:
+        """Raise where answers are not here, as those of processes on another machine that writes elsewhere."""
+        for task, samples in tasks:
+            if left := batches(samples, self.configs, self.batch_size, self._seen(task)):
+                raise RunError(
+                    f"{len(left)} batches of {task.name} are not in {self.folder.path} at the end of the run; all "
+                    "processes have to write to one folder. Type the same command again to answer what is missing"
+                )
 
     def _write(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
         for task, samples in tasks:

@@ -65,9 +65,19 @@ def _floors(rows: Sequence[Row], question_only: float | None) -> Finding:
             f"The difference between {' or '.join(alike)} and the unpruned model is inside the noise: this task cannot "
             "tell methods apart."
         )
+        return Finding("Floors", text[0].upper() + text[1:], True)
+    bare = _one(rows, NONE)
+    above = [r.method for r in rows if r.method in FLOORS and (r.difference or 0) > 0]
+    if bare is not None and question_only is not None and question_only >= bare.low:
+        above.append("the most frequent training answer")
+    if above:
+        text += (
+            f"The unpruned model is not measurably better than {' or '.join(above)}: this task cannot tell methods "
+            "apart."
+        )
     elif any(r.method in FLOORS and r.difference is not None for r in rows):
         text += "The unpruned model stands clear of them, so it does use the pictures."
-    return Finding("Floors", text[0].upper() + text[1:].strip(), bool(alike))
+    return Finding("Floors", text[0].upper() + text[1:].strip(), bool(above))
 
 
 def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
@@ -77,12 +87,13 @@ def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
         return None
     ranked = sorted(pruned, key=lambda r: -r.value)
     alike = [r for r in ranked if r.is_noise]
+    better = [r.method for r in ranked if (r.difference_low or 0) > 0]
     label = in_words(name).replace("keep", "Keep") or "Own budget"
     if not alike:
-        best = ranked[0]
+        best = min(ranked, key=lambda r: abs(r.difference or 0))
         head = f"None of {len(pruned)} is within the noise of the unpruned run; nearest is " if len(pruned) > 1 else ""
         text = f"{head}{_described(best)}{'' if head else ': not noise'}."
-        return Finding(label, text)
+        return Finding(label, text + _above(better))
     best, *others = alike
     text = f"Best of those not distinguishable from unpruned: {_described(best)}."
     if others:
@@ -90,7 +101,11 @@ def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
     chance = [r.method for r in alike if r.method.startswith("random")]
     if chance:
         text += " Chance is among them: at this budget the run cannot show that choosing tokens well matters."
-    return Finding(label, text)
+    return Finding(label, text + _above(better))
+
+
+def _above(methods: Sequence[str]) -> str:
+    return f" More than noise better than unpruned: {', '.join(methods)}." if methods else ""
 
 
 def in_words(name: str) -> str:

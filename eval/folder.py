@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ Key = tuple[str, str, int]  # task, configuration, batch
 REPORT = ("report.html", "table.md", "table.csv", "pictures.jsonl")
 ALONE = Processes()
 _ANSWERS = ("samples.jsonl", "times.jsonl")
+_PART = re.compile(r"(samples|times)\.[1-9][0-9]*\.jsonl")  # a copy that somebody made is none
 
 
 class RunFolder:
@@ -135,7 +137,7 @@ class RunFolder:
 
     def _parts(self) -> list[Path]:
         """Files of processes other than the first."""
-        return sorted(path for name in _ANSWERS for path in self.path.glob(name.replace(".", ".*.")))
+        return sorted(path for path in self.path.glob("*.*.jsonl") if _PART.fullmatch(path.name))
 
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.path / "run.json"
@@ -178,7 +180,8 @@ class RunFolder:
 
     def _lines(self, name: str, read: Callable[[dict[str, Any]], Part]) -> Iterator[Part]:
         """What the whole lines of a file and of its parts hold; the last one of each may have been cut off."""
-        for path in (self.path / name, *sorted(self.path.glob(name.replace(".", ".*.")))):
+        stem = name.partition(".")[0]
+        for path in (self.path / name, *(part for part in self._parts() if part.name.startswith(f"{stem}."))):
             *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
             for number, line in enumerate(whole, 1):
                 try:

@@ -44,8 +44,8 @@ class Paired:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the difference: Bonett and Price (2012), half an answer added to both disagreements."""
-        more, less = self.only_first + 0.5, self.only_second + 0.5
+        """The 95 % interval of the difference: Bonett and Price (2012), one answer added to both disagreements."""
+        more, less = self.only_first + 1, self.only_second + 1
         middle = (more - less) / (self.n + 2)
         half = Z95 * math.sqrt((more + less) - (more - less) ** 2 / (self.n + 2)) / (self.n + 2)
         return max(-1.0, middle - half), min(1.0, middle + half)

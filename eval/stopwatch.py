@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import re
@@ -80,6 +81,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before: int | None = torch.cuda.memory_allocated(self.device)
         else:
+            _give_back()
             self.before = _status("VmRSS") if _forget_peak() else None
         return self
 
@@ -89,6 +91,12 @@ class Memory:
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
         if peak is not None:
             self.peak_bytes, self.above_bytes = peak, max(0, peak - self.before)
+
+
+def _give_back() -> None:
+    """What runs before have freed and the allocator still holds would be used again unseen."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_peak() -> bool:

@@ -18,6 +18,7 @@ from tokprune.eval import bench, bench_tables, cells, render, shaped, timing
 from tokprune.eval.bench import Bench, Settings, configurations
 from tokprune.eval.cells import Row
 from tokprune.eval.rows import NONE, Config
+from tokprune.eval.run import Runner
 from tokprune.eval.stopwatch import Memory
 
 import tokprune
@@ -300,6 +301,21 @@ def test_memory_of_a_block():
     assert again.above_bytes < 60 * 2**20  # the peak of before is forgotten
 
 
+def test_memory_of_a_run_does_not_depend_on_runs_before_it():
+    """What a run before has freed counts again; the bare cache alone is 1.5 MiB."""
+    model = shaped.endless(Runner.load("tiny-llava").model)
+    config, side = model.config, shaped.crop_side(model.config)
+    processor = shaped.image_processor_of(config)
+    n = shaped.placeholders(model, shaped.encoded(processor, side, 1))
+    subject = cells.Subject(config, side, processor, n, model)
+    inputs = cells.Cell(settings("", model="tiny-llava", n_text=64), subject, 1, []).inputs()
+    runs = [timing.measured(model, inputs, Config(NONE), 2) for _ in range(4)]
+    if runs[0].above_bytes is None:
+        pytest.skip("this system does not tell the peak of a process")
+    for run in runs[1:]:
+        assert run.above_bytes > run.cache.n_bytes > 2**20
+
+
 # ---- shapes and prompts
 
 
@@ -543,19 +559,32 @@ def test_tables_fit_a_terminal_of_140_columns(sweep):
 def slower(row: Row, factor: float) -> Row:
     """A row whose times are those of another, slower or faster."""
     ratio = dict(median=factor, low=factor, high=factor, coverage=0.97)
-    return replace(row, total_ratio=ratio)
+    return replace(row, total_ratio=ratio, rounds=6)
 
 
 def test_plain_words_where_nothing_is_gained(sweep):
     rows, _ = sweep
-    lost = [r if r.method == NONE else slower(r, 1.2) for r in rows]
+    lost = [slower(r, 1.0 if r.method == NONE else 1.2) for r in rows]
     lines = list(bench_tables.sentences(lost))
     assert lines[-1] == "Nothing is gained by any of these configurations."
     assert "nothing is gained at any batch size measured (1, 2): it costs time." in " ".join(lines)
+    later = [replace(r, breakeven=r.breakeven and "gains from 52 tokens on; below, it costs time") for r in lost]
+    assert "Nothing is gained by any" not in " ".join(bench_tables.sentences(later))
     won = [r if r.method == NONE or r.batch_size == 1 else slower(r, 0.8) for r in lost]
     lines = list(bench_tables.sentences(won))
     assert lines[-1] != "Nothing is gained by any of these configurations."
     assert any("gains from batch size 2 on (measured: 1, 2); at 1 it costs time" in line for line in lines)
+
+
+def test_few_rounds_are_marked_as_noise(sweep):
+    rows, _ = sweep
+    lines = list(bench_tables.sentences(rows))  # of two rounds
+    assert not any("gains" in line or "costs time" in line for line in lines)
+    assert lines[-1].startswith("Rounds are 2; 6 are the fewest")
+    for r in rows:
+        assert bench_tables.ratio_cells([r])[2].endswith("~") == (r.method != NONE)
+    enough = [slower(r, 0.5) for r in rows if r.method != NONE]
+    assert not any(bench_tables.ratio_cells([r])[6].endswith("~") for r in enough)
 
 
 def test_one_token_has_a_verdict_of_its_own(tmp_path):

@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 
 import pytest
-from tokprune.eval.breakeven import FOREVER, GAIN, LOSS, NOISE, Times, by_output_length, by_size, interval, rank, ratio
+from tokprune.eval.breakeven import (
+    FOREVER,
+    GAIN,
+    LOSS,
+    MIXED,
+    NOISE,
+    Times,
+    by_output_length,
+    by_size,
+    interval,
+    rank,
+    ratio,
+)
 
 ROUNDS = 6
 JITTER = (0.98, 0.99, 1.0, 1.01, 1.02, 1.03)
@@ -92,10 +104,35 @@ def test_lengths_above_the_longest_measured_are_marked():
     assert everywhere.in_words(2) == "gains at every output length"
 
 
-def test_one_round_says_nothing():
-    assert interval([0.5]).coverage == 0
-    assert ratio([0.5], [1.0]).state == NOISE
-    assert by_output_length(Times([0.5], [0.05]), Times([1.0], [0.1])).low is None
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_few_rounds_say_nothing(n):
+    """Of two that chance alone makes, every second pair agrees."""
+    assert interval([0.5] * n).coverage == 1 - 2 / 2**n
+    assert ratio([0.5] * n, [1.0] * n).state == ratio([1.5] * n, [1.0] * n).state == NOISE
+    verdict = by_output_length(Times([0.5] * n, [0.05] * n), Times([1.0] * n, [0.1] * n))
+    assert (verdict.low, verdict.beyond) == (None, NOISE)
+    assert ratio([0.5] * 6, [1.0] * 6).state == GAIN
+
+
+@pytest.mark.parametrize(("first", "token"), [([1.5] * 6, [0.09, 0.11] * 3), ([0.9, 1.1] * 3, [0.11] * 6)])
+def test_a_loss_at_some_lengths_is_not_hidden_by_noise_at_others(first, token):
+    verdict = by_output_length(Times(first, token), Times([1.0] * ROUNDS, [0.1] * ROUNDS))
+    assert (verdict.low, verdict.beyond) == (None, MIXED)
+    assert str(verdict).endswith("it costs time at some output lengths, at others no difference is measurable")
+
+
+def test_gains_with_a_gap():
+    """One of nine rounds may say otherwise: another one does for short outputs than for long ones."""
+    bare = Times([1.0] * 9, [0.1] * 9)
+    pruned = Times([0.5] * 7 + [0.925, 1.375], [0.09] * 7 + [0.11, 0.09])
+    verdict = by_output_length(pruned, bare)
+    assert (verdict.low, verdict.high, verdict.again) == (1, 8, ((39, FOREVER),))
+    assert str(verdict) == "gains from 1 to 8 tokens, from 39 on; elsewhere, no difference is measurable"
+    assert "extrapolated" in verdict.in_words(38)
+    assert "extrapolated" not in verdict.in_words(39)
+    for n in range(1, 100):
+        totals = [[f + (n - 1) * t for f, t in zip(x.first, x.token, strict=True)] for x in (pruned, bare)]
+        assert (ratio(*totals).state == GAIN) == (n <= 8 or n >= 39), n
 
 
 @pytest.mark.parametrize(
@@ -105,7 +142,8 @@ def test_one_round_says_nothing():
         ({1: NOISE, 8: GAIN}, "gains from batch size 8 on (measured: 1, 8); at 1 no difference measurable"),
         ({1: LOSS, 2: GAIN, 8: NOISE}, "gains at batch size 2 (measured: 1, 2, 8); at 1 it costs time, at 8 no diff"),
         ({1: LOSS, 8: LOSS}, "nothing is gained at any batch size measured (1, 8): it costs time"),
-        ({1: LOSS, 8: NOISE}, "nothing is gained at any batch size measured (1, 8): no difference measurable"),
+        ({1: NOISE, 8: NOISE}, "nothing is gained at any batch size measured (1, 8): no difference measurable"),
+        ({1: LOSS, 8: NOISE}, "nothing is gained at any batch size measured (1, 8): at 1 it costs time, at 8 no diff"),
     ],
 )
 def test_sizes_at_which_pruning_gains(states, says):

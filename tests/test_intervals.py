@@ -16,9 +16,12 @@ def test_wilson_interval_by_hand():
 
 
 def test_paired_interval_is_the_published_one():
-    """Bonett and Price 2012, by hand: (b - c) / (n + 2) with a half added to both."""
-    middle, half = 8 / 102, 1.959964 * ((17 - 64 / 102) ** 0.5) / 102
+    """Bonett and Price 2012, by hand: (b - c) / (n + 2) with one added to both; half of one is Agresti and Min's."""
+    middle, half = 8 / 102, 1.959964 * ((18 - 64 / 102) ** 0.5) / 102
     assert Paired(100, 12, 4).interval == pytest.approx((middle - half, middle + half), abs=1e-6)
+    # Bentur et al. 2009, the example of Fagerland, Lydersen and Laake's comparison (2014): 1 and 7 of 21.
+    assert Paired(21, 1, 7).interval == pytest.approx((-0.508359, -0.013380), abs=1e-6)
+    assert Paired(3, 3, 0).interval[1] == 1  # cut off where no difference is
     low, high = Paired(10, 0, 0).interval
     assert low < 0 < high
 

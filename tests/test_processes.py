@@ -16,7 +16,9 @@ import pytest
 from tokprune.eval.folder import RunFolder
 from tokprune.eval.processes import Processes, launched_alone
 from tokprune.eval.rows import BatchTime, Costs, SampleRow
+from typer.testing import CliRunner
 
+from tokprune.cli import app
 from tokprune.errors import RunError
 
 RUN = ["compare", "--task", "findit", "--limit", "24", "--batch-size", "4", "--methods", "none,uniform,fastv,random"]
@@ -177,6 +179,31 @@ def test_answers_of_another_run_are_refused(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"tasks": {"t": 1}, "configurations": ["b"]}))
     with pytest.raises(RunError, match="answers of another run"):
         RunFolder(tmp_path, {"tasks": {"t": 1}, "configurations": ["b"]})
+
+
+def test_copies_that_somebody_made_are_left_alone(tmp_path):
+    folder = RunFolder(tmp_path, SETTINGS)
+    folder.add(("t", "none", 0), [answer("0", 0)], times(0, 1))
+    folder.close()
+    for name in ("samples.old.jsonl", "times.before.jsonl", "samples.1.copy.jsonl"):
+        (tmp_path / name).write_text("mine\n")
+    RunFolder(tmp_path, SETTINGS).close()
+    RunFolder(tmp_path, SETTINGS, overwrite=True).close()
+    assert (tmp_path / "samples.old.jsonl").read_text() == "mine\n"
+    assert len(list(tmp_path.glob("*.*.jsonl"))) == 3
+
+
+def test_answers_that_did_not_arrive_are_missed(tmp_path, monkeypatch):
+    """Rows of a part of the questions would look like rows of all of them."""
+    real = RunFolder.gather
+    monkeypatch.setattr(RunFolder, "gather", lambda self: self.times.pop(min(self.times)) and None)
+    command = [*RUN, "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, RunError)
+    assert "1 batches of findit are not in" in str(done.exception)
+    assert not (tmp_path / "rows.jsonl").exists()
+    monkeypatch.setattr(RunFolder, "gather", real)
+    assert CliRunner().invoke(app, command).exit_code == 0
 
 
 def test_overwrite_removes_parts(tmp_path):

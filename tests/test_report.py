@@ -616,3 +616,41 @@ def test_question_that_is_gone_and_method_that_fails_are_named_beside_the_rest(c
 def test_budgets_in_words():
     half, flops = row("a", 10, 0.5, keep_ratio=0.5), row("a", 10, 0.5, flops_ratio=0.5)
     assert [findings.in_words(budget(r)) for r in (half, flops, row("a", 10, 0.5))] == ["keep 0.5", "FLOPs 0.5", ""]
+
+
+def told(method: str, value: float, difference: float | None = None, keep: float | None = None) -> Row:
+    """A row of 800 questions whose difference is known to two points."""
+    empty = {**dict.fromkeys(Row.__dataclass_fields__), "by_kind": {}, "costs": Costs(), "n_samples": 800}
+    known = {"model": "m", "task": "t", "method": method, "value": value, "low": value - 0.02, "high": value + 0.02}
+    spread = {} if difference is None else dict(difference_low=difference - 0.02, difference_high=difference + 0.02)
+    return Row(**empty | known | spread | {"difference": difference, "keep_ratio": keep})
+
+
+@pytest.mark.parametrize(
+    ("blind", "question_only", "says"),
+    [
+        (0.2, 0.3, "stands clear of them"),
+        (0.59, 0.3, "inside the noise"),
+        (0.8, 0.3, "is not measurably better than blind: this task cannot tell methods apart"),
+        (
+            0.2,
+            0.9,
+            "is not measurably better than the most frequent training answer: this task cannot tell methods apart",
+        ),
+        (0.2, 0.59, "is not measurably better than the most frequent training answer"),
+    ],
+)
+def test_floors_that_the_unpruned_model_does_not_pass_are_a_warning(blind, question_only, says):
+    floors = findings.findings([told("none", 0.6), told("blind", blind, blind - 0.6)], question_only)[0]
+    assert says in floors.text
+    assert floors.is_warning == (blind != 0.2 or question_only > 0.3)
+
+
+def test_methods_better_than_unpruned_are_named_and_nearest_is_nearest():
+    bare = [told("none", 0.6), told("blind", 0.2, -0.4)]
+    apart = findings.findings([*bare, told("a", 0.75, 0.15, 0.25), told("b", 0.55, -0.05, 0.25)], None)[1].text
+    assert "nearest is b, " in apart
+    assert apart.endswith("More than noise better than unpruned: a.")
+    one = findings.findings([*bare, told("a", 0.75, 0.15, 0.25), told("b", 0.59, -0.01, 0.25)], None)[1].text
+    assert one.startswith("Best of those not distinguishable from unpruned: b")
+    assert one.endswith("More than noise better than unpruned: a.")
