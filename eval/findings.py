@@ -31,7 +31,7 @@ def headline(rows: Sequence[Row]) -> str:
         return f"{first.model} was not run unpruned, so nothing here says what pruning costs."
     return (
         f"Unpruned, {first.model} answers {_percent(bare.value)} of {bare.n_samples} questions right, "
-        f"95{NBSP}% interval {_percent(bare.low)} to {_percent(bare.high)}."
+        f"95{NBSP}% interval {_percent(bare.ends[0])} to {_percent(bare.ends[1])}."
     )
 
 

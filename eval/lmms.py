@@ -204,9 +204,10 @@ def _write(suite: Suite, folder: RunFolder, found: dict[Config, list[TaskResult]
 
 def _show(suite: Suite, found: dict[Config, list[TaskResult]], console: Console) -> None:
     rows = lmms_scores.rows(suite.model, found, suite.sources)
-    for task, metric in dict.fromkeys((row.task, row.metric) for row in rows):
-        own = [row for row in rows if (row.task, row.metric) == (task, metric)]
-        console.print(table(f"{task}, {metric}", own, None))
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        name = task if own[0].metric in task else f"{task}, {own[0].metric}"
+        console.print(table(name, own, None))
 
 
 def _there(folder: Path) -> list[TaskResult] | None:

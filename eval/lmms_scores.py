@@ -187,6 +187,8 @@ class Source:
 def rows(model: str, found: dict[Config, list[TaskResult]], sources: dict[str, Source]) -> list[Row]:
     """One row a task, metric and configuration, with its difference from the unpruned run.
 
+    Metrics behind a task's first one have their name in that of the task, so that tables and plots keep them apart.
+
     Args:
         model: as it was typed.
         found: what every configuration came to, the unpruned one first.
@@ -197,7 +199,8 @@ def rows(model: str, found: dict[Config, list[TaskResult]], sources: dict[str, S
     for config, results in found.items():
         for result in results:
             source = sources.get(result.name, Source(result.name))
-            made += [_row(model, config, result, metric, source, bare.get(result.name)) for metric in result.scores]
+            for metric in result.scores:
+                made.append(_row(model, config, result, metric, source, bare.get(result.name)))
     return made
 
 
@@ -215,7 +218,7 @@ def _row(model: str, config: Config, result: TaskResult, metric: str, source: So
         keep_ratio=config.keep_ratio,
         flops_ratio=config.flops_ratio,
         **{name: mean(line[name] for line in lines) for name in COUNTS},
-        task=source.name,
+        task=source.name if metric == next(iter(result.scores)) else f"{source.name}, {metric}",
         split=result.split,
         n_samples=len(lines),
         metric=metric,

@@ -175,7 +175,7 @@ def _draw(canvas, rows: Sequence[Row], floors: Mapping[str, float], axis: Axis, 
     shown, notes = points(rows), {}
     for row in shown:
         if row.method == NONE:
-            canvas.axhspan(row.low, row.high, color=_GREY, alpha=0.13, linewidth=0, zorder=0.5)
+            canvas.axhspan(*row.ends, color=_GREY, alpha=0.13, linewidth=0, zorder=0.5)
     lines: dict[str, list[Row]] = defaultdict(list)
     for row in shown:
         lines[row.method].append(row)
@@ -194,7 +194,7 @@ def _draw(canvas, rows: Sequence[Row], floors: Mapping[str, float], axis: Axis, 
         canvas.plot([axis.of(r) for r in mine], [r.value for r in mine], color=look.colour, linewidth=0.8, alpha=0.5)
         for row in mine:
             x, gid = axis.of(row) or 0, f"p{len(notes)}"
-            spread = [[max(row.value - row.low, 0)], [max(row.high - row.value, 0)]]  # rounding
+            spread = [[max(row.value - row.ends[0], 0)], [max(row.ends[1] - row.value, 0)]]  # rounding
             canvas.errorbar(x, row.value, spread, fmt="none", ecolor=look.colour, elinewidth=0.8, alpha=0.45)
             canvas.plot([x], [row.value], **look.line, linestyle="", zorder=3, gid=gid)
             notes[gid] = f"{described(row)}: {accuracy(row)}; {axis.name} {x:.4g}{' %' if '%' in axis.label else ''}"
@@ -204,7 +204,7 @@ def _draw(canvas, rows: Sequence[Row], floors: Mapping[str, float], axis: Axis, 
 
 def _frame(canvas, shown: Sequence[Row], floors: Mapping[str, float], axis: Axis) -> None:
     """Limits by the points; floors as lines where they are within, and named where they lie below."""
-    low, high = min(r.low for r in shown), max(r.high for r in shown)
+    low, high = min(r.ends[0] for r in shown), max(r.ends[1] for r in shown)
     margin = max(0.04 * (high - low), 0.005)
     within = {name: value for name, value in floors.items() if value >= low - 0.1}
     for name, value in within.items():

@@ -200,6 +200,11 @@ class Row:
     p_value: float | None = None
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """Of the interval; the value itself where none is known."""
+        return self.value if self.low is None else self.low, self.value if self.high is None else self.high
+
+    @property
     def is_noise(self) -> bool:
         """Whether the 95 % interval of the difference from the unpruned run holds zero."""
         return self.difference_low is not None and self.difference_low <= 0 <= (self.difference_high or 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from tokprune.eval import lmms, lmms_scores, rows, tables
 from tokprune.eval.lmms import Suite, reason
 from tokprune.eval.lmms_export import export, exported_name
-from tokprune.eval.lmms_scores import Score
+from tokprune.eval.lmms_scores import Score, Source
 from tokprune.eval.rows import Config
 from tokprune.eval.tasks import load_task
 from tokprune.integrations.lmms_eval.options import Options, generation, merged, split_arguments
@@ -227,3 +229,43 @@ def test_rows_without_an_interval_and_beyond_one_are_shown_and_pooled():
     seeds = [rows.Row(**{**vars(s), "low": s.value - 10, "high": s.value + 10}) for s in seeds]
     (pooled,) = rows.pooled(seeds)
     assert (pooled.low, pooled.high) == (1490.5, 1510.5)
+
+
+def test_every_metric_of_a_task_has_rows_of_its_own_and_a_place_in_the_report(tmp_path):
+    """A share, and a score without an interval: tables, plots and the page take both."""
+    line = {
+        **{"request": "generate_until", "answer": "yes", "stopped": True, "n_images": 1, "batch_size": 1, "rank": 0},
+        **{"n_visual_before": 10, "n_visual_after": 5, "n_visual_mean": 5.0, "costs": asdict(rows.Costs())},
+        **{"llm_columns_before": 12, "llm_columns_after": 7, "prefill_s": 0.1, "decode_s_per_token": None},
+        **dict.fromkeys(("revision", "gpu", "peak_bytes")),
+        **dict.fromkeys(("device", "dtype", "attn_implementation", "positions", "torch", "transformers"), "x"),
+        **{"tokprune": "x", "date": "2026-01-01"},
+    }
+    found = {}
+    for config, right in ((Config("none"), (1.0, 1.0)), (Config("vtc_cls", 0.5), (1.0, 0.0))):
+        values = dict(enumerate(right))
+        result = lmms_scores.TaskResult(
+            name="pope",
+            split="test",
+            scores={"acc": Score(sum(right) / 2, None, values), "f1": Score(0.9, None, {})},
+            answers={doc: ("yes", "yes") for doc in values},
+            records={doc: [{**line, "batch": doc}] for doc in values},
+        )
+        found[config] = [result]
+    made = lmms_scores.rows("m", found, {})
+    assert [(r.task, r.metric, r.value) for r in made] == [
+        ("pope", "acc", 1),
+        ("pope, f1", "f1", 0.9),
+        ("pope", "acc", 0.5),
+        ("pope, f1", "f1", 0.9),
+    ]
+    assert [r.difference for r in made] == [None, None, -0.5, None]
+    assert made[1].ends == (0.9, 0.9)
+    samples = [row for config, (r,) in found.items() for row in lmms_scores.sample_rows(config, r, Source("pope"))]
+    for name, written in (("rows.jsonl", made), ("samples.jsonl", samples)):
+        (tmp_path / name).write_text("".join(json.dumps(asdict(row)) + "\n" for row in written))
+    (tmp_path / "times.jsonl").write_text("")
+    (tmp_path / "run.json").write_text("{}")
+    done = tokprune_cli("report", str(tmp_path))
+    assert (done.code, done.err) == (0, "")
+    assert "pope, f1" in (tmp_path / "report.html").read_text()
