@@ -9,6 +9,7 @@ from counter import counted
 
 import tokprune
 from tokprune.flops import Ops
+from tokprune.shapes import shape_from_config
 
 
 @pytest.mark.parametrize("kind", ["clip", "llava_next", "internvl"])
@@ -75,6 +76,21 @@ def test_flops_ratio_keeps_the_most_that_it_pays_for(spec, scope):
     assert 1 < n < 36
     assert cost(n)[0] <= 0.8 * whole * 1.001  # text behind the picture is not all of the text
     assert cost(n + 1)[0] > 0.8 * whole * 0.97
+
+
+def test_flops_ratio_is_solved_beside_the_text_it_is_told():
+    """By hand from the ledger: two layers see all of a picture."""
+    model, most = tiny.model(), tiny.N_VISUAL
+    shape, kept = shape_from_config(model.config), []
+    for n_text in (4, 32, 64):
+        with tokprune.attach(model, "fastv:layer=2", flops_ratio=0.8, flops_text=n_text) as attachment:
+            model(**tiny.batch())
+            (n_kept,) = {image.n_kept for image in attachment.report.images}
+        whole = shape.read(most + n_text).llm.flops
+        left = {n: shape.read([most + n_text] * 2 + [n + n_text] * 3).llm.flops for n in range(1, most + 1)}
+        assert n_kept == max(n for n, cost in left.items() if cost <= 0.8 * whole)
+        kept.append(n_kept)
+    assert len(set(kept)) == 3
 
 
 def test_flops_ratio_out_of_reach_names_the_least():
