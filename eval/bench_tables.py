@@ -12,7 +12,8 @@ from .cells import PHASES, Row
 from .rows import NONE
 
 NOTES = (
-    'Phases add up to the first token in every round; "rest" is what is none of them. "~": the interval holds 1, or '
+    "Phases add up to the first token in every round (on a GPU of a run of their own, since reading them waits for the "
+    'device); "rest" is what is none of them. "~": the interval holds 1, or '
     "there are fewer than six rounds: no difference to the bare model is measurable.",
     "KV MiB are measured in the cache; the ratios under FLOPs and KV are the ledger's, and FLOPs say little about "
     "decoding, which reads all weights for every token. Memory is the peak above what was in use before a run.",

@@ -68,7 +68,7 @@ def matched(
     ]
     reasons: dict[str, str] = {}
     for task, samples in tasks:
-        reasons |= runner.out_of_reach(task, samples[0], same)
+        reasons |= runner.out_of_reach(task, samples, same)
     return [c for c in same if c.label not in reasons], reasons
 
 

@@ -21,7 +21,7 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 
 def percentile(ordered: Sequence[float], q: float) -> float:
     """The nearest-rank percentile of an ascending list."""
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else math.nan
+    return ordered[max(0, math.ceil(q * len(ordered)) - 1)] if ordered else math.nan
 
 
 @dataclass(frozen=True)

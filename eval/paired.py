@@ -41,8 +41,10 @@ def differences(folder: Path, first: str, second: str) -> list[Difference]:
     """One a task of a run; labels are those of the run's rows, such as globalcom2@0.1.
 
     Raises:
-        RunError: no such run, or no such configurations in it.
+        RunError: no such run, one that is not finished, or no such configurations in it.
     """
+    if (folder / "samples.jsonl").exists() and not (folder / "rows.jsonl").exists():
+        raise RunError(f"the run in {folder} is not finished; type its tokprune compare again to go on with it")
     try:
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -72,4 +72,4 @@ class Processes:
 
 def launched_alone() -> bool:
     """Whether accelerate's launcher started this process and no other, as `--cpu --num_processes 2` does."""
-    return "WORLD_SIZE" not in os.environ and any(name.startswith("ACCELERATE_") for name in os.environ)
+    return "WORLD_SIZE" not in os.environ and "ACCELERATE_DYNAMO_BACKEND" in os.environ

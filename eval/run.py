@@ -93,15 +93,22 @@ class Runner:
                 reasons[config.method] = str(error)
         return reasons
 
-    def out_of_reach(self, task: Task, sample: Sample, configs: Sequence[Config]) -> dict[str, str]:
-        """Labels of configurations whose budget in FLOPs this model cannot be held to, with the reason."""
-        asked, reasons = self.asked(self.prepare(task, [sample], [sample.image_id])), {}
-        for config in configs:
-            if config.flops_ratio is not None:
-                try:
-                    self.answer(asked.inputs, config, (0,), max_new_tokens=1)
-                except BudgetError as error:
-                    reasons[config.label] = str(error)
+    def out_of_reach(self, task: Task, samples: Sequence[Sample], configs: Sequence[Config]) -> dict[str, str]:
+        """Labels of configurations whose budget in FLOPs this model cannot be held to, with the reason.
+
+        What is in reach depends on the layout of a picture, so one of every size is tried.
+        """
+        pictures = {s.image_id: s for s in samples}
+        sizes = {task.image(image_id).size: sample for image_id, sample in pictures.items()}
+        reasons: dict[str, str] = {}
+        for sample in sizes.values():
+            inputs = self.prepare(task, [sample], [sample.image_id])
+            for config in configs:
+                if config.flops_ratio is not None and config.label not in reasons:
+                    try:
+                        self.answer(inputs, config, (0,), max_new_tokens=1)
+                    except BudgetError as error:
+                        reasons[config.label] = str(error)
         return reasons
 
     def text_tokens(self, samples: Sequence[Sample]) -> int:
@@ -133,7 +140,14 @@ class Runner:
         images = [[_scaled(task.image(i), scale)] for i in image_ids]
         text = [self.prompt(s.question) for s in samples]
         inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
-        return inputs.to(self.model.device, self.model.dtype)
+        return inputs.to(self.device, self.model.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; weights of a model spread by `device_map` may lie elsewhere between passes."""
+        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
+        placed = getattr(hook, "execution_device", None)
+        return self.model.device if placed is None else torch.device(placed)
 
     @functools.cached_property
     def shape(self) -> Shape | None:
@@ -146,7 +160,7 @@ class Runner:
     def fingerprint(self) -> str:
         """A checksum of the weights' names, shapes and some of their values: tells checkpoints apart."""
         total = 0
-        for name, weight in self.model.state_dict().items():
+        for name, weight in _weights(self.model):
             head = weight.flatten()[:256].float().cpu().numpy().tobytes()
             total = zlib.crc32(f"{name} {tuple(weight.shape)}".encode() + head, total)
         return f"{total:08x}"
@@ -292,6 +306,20 @@ class Asked:
     columns: list[int]
     n_visual: list[int]
     crops: list[int]
+
+
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights, fetched one module at a time where they are offloaded."""
+    if not any(p.is_meta for p in model.parameters()):
+        yield from model.state_dict().items()
+        return
+    from accelerate.utils import align_module_device
+
+    kept = set(model.state_dict())
+    for prefix, module in model.named_modules():
+        with align_module_device(module):
+            own = (*module.named_parameters(prefix, recurse=False), *module.named_buffers(prefix, recurse=False))
+            yield from ((name, weight.detach()) for name, weight in own if name in kept)
 
 
 def _stop_ids(model: torch.nn.Module) -> set[int]:

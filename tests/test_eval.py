@@ -276,6 +276,41 @@ def test_matched_flops_are_what_methods_really_spend(runner):
             assert config.flops_ratio - 0.02 < sum(ratios) / len(ratios) < config.flops_ratio + 0.01
 
 
+def test_offloaded_weights_change_neither_fingerprint_nor_answers(runner):
+    from accelerate import cpu_offload
+
+    spread = Runner.load(str(EMBEDDED_MODEL))
+    cpu_offload(spread.model)
+    assert spread.model.device.type == "meta"
+    assert spread.fingerprint() != Runner.load("tiny-llava-next").fingerprint()
+    task = load_task("findit")
+    samples = stratified(task.samples(), 4)
+    configs = [Config("none"), Config("fastv", 0.25)]
+    answers = [[r.answer for _, rows, _ in x.run(task, samples, configs) for r in rows] for x in (runner, spread)]
+    assert answers[0] == answers[1]
+    changed = Runner.load(str(EMBEDDED_MODEL))
+    with torch.no_grad():
+        changed.model.lm_head.weight[0, 0] += 1
+    cpu_offload(changed.model)
+    assert changed.fingerprint() != spread.fingerprint()
+
+
+def test_reach_is_tried_on_every_size_of_picture(tmp_path):
+    """A wide picture has fewer crops than a large one, and text weighs more beside it."""
+    from PIL import Image
+
+    lines = []
+    for name, size in (("large", (300, 300)), ("small", (40, 40))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+        lines.append(f'{{"file_name": "{name}.png", "question": "what color is it?", "answer": "red"}}')
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    task, next_ = load_task(str(tmp_path)), Runner.load("tiny-llava-next")
+    configs = [Config("uniform", flops_ratio=r / 1000, flops_text=9) for r in range(10, 60, 2)]
+    reasons = [set(next_.out_of_reach(task, part, configs)) for part in ([s] for s in task.samples())]
+    assert reasons[0] != reasons[1]
+    assert set(next_.out_of_reach(task, task.samples(), configs)) == reasons[0] | reasons[1]
+
+
 def test_kinds_cover_the_task():
     assert {s.kind for s in FindIt(n_scenes=20).samples()} == set(KINDS)
 

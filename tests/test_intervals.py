@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tokprune.eval import rows
-from tokprune.eval.intervals import Paired, paired, wilson
+from tokprune.eval.intervals import Paired, paired, percentile, wilson
 
 
 def test_wilson_interval_by_hand():
@@ -68,3 +68,8 @@ def test_seeds_have_the_mean_difference():
     (row,) = rows.pooled(seeds)
     assert (row.difference, row.difference_low) == pytest.approx((-0.2, -1.2))
     assert row.p_value is None
+
+
+def test_percentiles_by_nearest_rank():
+    assert [percentile([1, 2, 3, 4, 5], q) for q in (0.0, 0.2, 0.21, 0.5, 0.8, 1.0)] == [1, 1, 2, 3, 4, 5]
+    assert percentile([7], 0.2) == percentile([7], 0.8) == 7

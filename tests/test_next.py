@@ -253,6 +253,12 @@ def test_compare_by_name_and_pairs(tmp_path):
         paired.differences(tmp_path / "nothing", "none", "prumerge")
 
 
+def test_pairs_of_an_unfinished_run_are_refused(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"task": "t", "config": "none", "sam')
+    with pytest.raises(RunError, match="is not finished; type its tokprune compare again"):
+        paired.differences(tmp_path, "none", "prumerge")
+
+
 def test_paired_command_refuses_in_one_line(tmp_path):
     import typer
 

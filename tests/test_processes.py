@@ -228,7 +228,7 @@ def test_a_process_alone_waits_for_nobody(monkeypatch):
     assert (alone.index, alone.n, alone.is_main, alone.told("x")) == (0, 1, True, "x")
     alone.wait()
     alone.end()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert launched_alone()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not launched_alone()

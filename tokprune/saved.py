@@ -74,7 +74,7 @@ class Saved:
     versions: dict[str, str]
 
     def check(self, adapter: Any) -> None:
-        """Raise SavedError where it was saved from a model of another kind or size."""
+        """Raise SavedError where it was saved from a model of another family, depth or width."""
         here = facts_of(adapter)
         if here != self.model:
             raise SavedError(
