@@ -178,6 +178,8 @@ def _paid(row: Row, bare: Row) -> str:
     text = f"Selection costs {_ms(selection)} ms; prefill is {_saved(bare.prefill_ms['p50'] - row.prefill_ms['p50'])}"
     if row.token_ms is None or bare.token_ms is None:
         return text + "."
+    if row.token_ratio is None or Interval(**row.token_ratio).state == NOISE:
+        return f"{text}, of the tokens behind it no difference is measurable."
     return f"{text}, each token behind it {_saved(bare.token_ms['p50'] - row.token_ms['p50'])}."
 
 

@@ -112,7 +112,7 @@ class Verdict:
         if self.high == FOREVER:
             return f"gains from {self.low} tokens on; below, {outside}"
         if self.low == 1:
-            return f"gains up to {self.high:.0f} tokens; beyond, {outside}"
+            return f"gains up to {self.high:.0f} token{'s' * (self.high > 1)}; beyond, {outside}"
         return f"gains from {self.low} to {self.high:.0f} tokens; outside, {outside}"
 
 

@@ -100,7 +100,7 @@ def _check_ratio(name: str, ratio: Any) -> None:
     number = isinstance(ratio, Real) and not isinstance(ratio, bool)
     if not number or not 0 < float(ratio) <= 1:
         hint = ""
-        if number and 1 < float(ratio) <= 100:
+        if number and 2 <= float(ratio) <= 100:
             hint = f" Did you mean {name}={ratio / 100:g}?"
         raise BudgetError(f"{name}={ratio!r} is not a fraction in (0, 1].{hint} A count goes in keep_tokens=.")
 

@@ -215,7 +215,7 @@ def report(
             f"cannot write {error.filename or folder}: {error.strerror or error}; name another file with --out, or "
             "make room in the folder"
         ) from error
-    typer.echo(f"{out or folder / 'report.html'}; table.md and table.csv are in {folder}")
+    typer.echo(f"{out or folder / 'report.html'} is written; table.md and table.csv are in {folder}")
 
 
 @app.command()
