@@ -36,10 +36,10 @@ def test_ratio_is_rounded_half_up_within_one_and_all(ratio, n_visual, n_keep):
 @pytest.mark.parametrize("spec", ["fopru", "fastv", "uniform+visual_exit"])
 def test_flops_of_a_model_whose_cost_is_not_known_are_refused(spec):
     built, label = build_method(spec)
-    stages = stages_of(built, label, (None, None, 0.5), "llm", None)
+    stages = stages_of(built, label, (None, None, 0.5), ("llm", 64), None)
     with pytest.raises(BudgetError, match="are not known; use keep_ratio or keep_tokens"):
         stages.check(Decoder(8), None)
-    stages_of(built, label, (0.5, None, None), "llm", None).check(Decoder(8), None)
+    stages_of(built, label, (0.5, None, None), ("llm", 64), None).check(Decoder(8), None)
 
 
 def test_tokens_above_all_clamp():
