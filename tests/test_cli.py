@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -17,26 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import jsonl, tokprune_cli
 from PIL import Image
 from tokprune.eval.run import EMBEDDED_MODEL
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
-from tokprune import cli, compaction, selection
+from tokprune import compaction, selection
 from tokprune.budget import Budget
 from tokprune.types import Stage, grid_layout
-
-
-def tokprune_cli(*arguments: str) -> subprocess.CompletedProcess:
-    """The console script with these arguments, in this process: starting one takes seconds."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["tokprune", *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        sys.argv = before
-    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def test_console_script_starts_as_a_process():
@@ -126,10 +113,6 @@ def test_cli_model_that_is_no_supported_family(tmp_path):
 TIMES = ("prefill_ms_p20", "prefill_ms_p50", "prefill_ms_p80", "prefill_ratio", "decode_ms_per_token_p50", "date")
 RUN = ["--task", "findit", "--limit", "24", "--methods", "none,vtc_cls,blind", "--keep", "0.25", "--batch-size", "4"]
 N_ANSWERS = 4 * 24
-
-
-def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def without_times(rows: list[dict]) -> list[dict]:

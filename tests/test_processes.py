@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import jsonl
 from tokprune.eval.folder import RunFolder
 from tokprune.eval.processes import Processes, launched_alone
 from tokprune.eval.rows import BatchTime, Costs, SampleRow
@@ -46,10 +47,6 @@ LAUNCHERS = {
 def launch(launcher: list[str], out: Path, *options: str) -> subprocess.CompletedProcess:
     command = [*launcher, "-m", "tokprune.eval", *RUN, *options, "--out", str(out)]
     return subprocess.run(command, env=ENV, capture_output=True, text=True, check=False, timeout=600)
-
-
-def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from tokprune.errors import OptionError, RunError, TaskError
 def test_without_lmms_eval_the_command_says_what_to_type(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     done = tokprune_cli("eval", "--suite", "lmms-eval", "--tasks", "findit", "--out", str(tmp_path / "out"))
-    assert done.code == 2
-    (line,) = done.err.splitlines()
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert line.startswith("tokprune: lmms-eval not installed; type pip install 'tokprune[lmms-eval]'")
     assert "--no-deps lmms-eval" in line
     assert not (tmp_path / "out").exists()
@@ -267,5 +267,5 @@ def test_every_metric_of_a_task_has_rows_of_its_own_and_a_place_in_the_report(tm
     (tmp_path / "times.jsonl").write_text("")
     (tmp_path / "run.json").write_text("{}")
     done = tokprune_cli("report", str(tmp_path))
-    assert (done.code, done.err) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "")
     assert "pope, f1" in (tmp_path / "report.html").read_text()

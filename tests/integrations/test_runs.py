@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from commands import lines, tokprune_cli
+from commands import jsonl, tokprune_cli
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_requests import MODEL, asked, lmms_eval
@@ -26,8 +26,8 @@ from tokprune.errors import RunError
 )
 def test_a_run_that_fails_is_one_clear_error(tmp_path, arguments, status, message):
     done = tokprune_cli(*asked(tmp_path, *arguments, methods="none"))
-    assert done.code == 2
-    (line,) = done.err.splitlines()
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert line.startswith(f"tokprune: lmms-eval did not finish none (it ended with {status}): ")
     assert message in line
     assert str(tmp_path / "lmms-eval") in line
@@ -45,8 +45,8 @@ def test_wrong_options_end_before_a_run(tmp_path):
         (("--tasks", "pope", "--include-path", "/no/such"), "is no folder"),
     ):
         done = tokprune_cli(*asked(tmp_path, *arguments))
-        assert done.code == 2
-        assert message in done.err
+        assert done.returncode == 2
+        assert message in done.stderr
     assert not (tmp_path / "lmms-eval").exists()
 
 
@@ -64,7 +64,7 @@ def test_two_processes_share_the_documents(findit, tmp_path, load):
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
     )
     assert done.returncode == 0, done.stderr
-    ranks = [lines(path) for path in sorted(tmp_path.glob("record.rank*.jsonl"))]
+    ranks = [jsonl(path) for path in sorted(tmp_path.glob("record.rank*.jsonl"))]
     n = len(findit[1])
     assert [len(rank) for rank in ranks] == [n // 2, n // 2]
     assert {line["world_size"] for rank in ranks for line in rank} == {2}
@@ -141,7 +141,7 @@ def test_multiple_choice_takes_the_likeliest_answer(findit, tmp_path, load):
     found = simple_evaluate(model=lm, tasks=["choices"], task_manager=manager, bootstrap_iters=0)
     assert found["results"]["choices"]["acc,none"] == 1
     assert found["results"]["choices"]["exact_match,none"] > 0.8
-    recorded = lines(tmp_path / "record.jsonl")
+    recorded = jsonl(tmp_path / "record.jsonl")
     assert len(recorded) == 6 * 3
     for doc in range(6):
         losses = {r["answer"]: r["loss"] for r in recorded if r["doc_id"] == doc}

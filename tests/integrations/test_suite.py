@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import lines, tokprune_cli
+from commands import jsonl, tokprune_cli
 from lmms_requests import N_SAMPLES as N
 from lmms_requests import asked
 from tokprune.eval import lmms, lmms_scores
@@ -46,8 +46,8 @@ def config_of(label: str) -> Config:
 
 def test_rows_are_what_lmms_eval_says(ran):
     out, done = ran
-    assert (done.code, done.err) == (0, "")
-    rows = [Row.read(line) for line in lines(out / "rows.jsonl")]
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [Row.read(line) for line in jsonl(out / "rows.jsonl")]
     assert [r.config for r in rows] == LABELS
     for row in rows:
         theirs = results_of(out, row.config)["results"]["tokprune_findit"]
@@ -68,16 +68,16 @@ def test_rows_are_what_lmms_eval_says(ran):
 
 def test_the_table_and_lmms_evals_own_are_shown(ran):
     _, done = ran
-    assert done.out.count("|tokprune_findit|none  |     0|exact_match|") == len(LABELS)
-    assert "144 -> 36" in done.out
-    assert "findit, exact_match: 24 questions of the test split, tiny-llava" in " ".join(done.out.split())
+    assert done.stdout.count("|tokprune_findit|none  |     0|exact_match|") == len(LABELS)
+    assert "144 -> 36" in done.stdout
+    assert "findit, exact_match: 24 questions of the test split, tiny-llava" in " ".join(done.stdout.split())
 
 
 def test_every_answer_and_count_is_that_of_our_own_harness(ran, runner, findit):
     """Runner answers the same questions; only the salts of the seeded method are others, and so its answers."""
     out, _ = ran
     task, samples = findit
-    theirs = {(r["config"], r["sample"]): r for r in lines(out / "samples.jsonl")}
+    theirs = {(r["config"], r["sample"]): r for r in jsonl(out / "samples.jsonl")}
     assert len(theirs) == len(LABELS) * N
     compared = ("answer", "right", "expected", "kind", "stopped", "n_visual_before", "n_visual_after", "n_visual_mean")
     compared += ("llm_columns_before", "llm_columns_after")
@@ -100,8 +100,8 @@ def test_what_is_there_is_not_run_again(ran):
     before = {path: path.stat().st_mtime_ns for path in (out / "lmms-eval").rglob("*") if path.is_file()}
     rows = (out / "rows.jsonl").read_text()
     done = tokprune_cli(*asked(out))
-    assert done.code == 0, done.err
-    assert " ".join(done.out.split()).count("is not run again") == len(LABELS)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(done.stdout.split()).count("is not run again") == len(LABELS)
     assert {path: path.stat().st_mtime_ns for path in (out / "lmms-eval").rglob("*") if path.is_file()} == before
     assert (out / "rows.jsonl").read_text() == rows
 
@@ -112,31 +112,31 @@ def test_a_configuration_that_was_cut_off_is_run_again_and_no_other(again):
     (record,) = fastv.glob("record*.jsonl")
     record.write_text("".join(f"{line}\n" for line in record.read_text().splitlines()[:-1]))
     log, other = (fastv / "log.txt").stat().st_mtime_ns, (vtc / "log.txt").stat().st_mtime_ns
-    rows = lines(out / "rows.jsonl")
+    rows = jsonl(out / "rows.jsonl")
     done = tokprune_cli(*asked(out))
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     assert (fastv / "log.txt").stat().st_mtime_ns > log
     assert (vtc / "log.txt").stat().st_mtime_ns == other
-    assert [r["value"] for r in lines(out / "rows.jsonl")] == [r["value"] for r in rows]
+    assert [r["value"] for r in jsonl(out / "rows.jsonl")] == [r["value"] for r in rows]
 
 
 def test_other_settings_are_refused(ran):
     out, _ = ran
     done = tokprune_cli(*asked(out, "--batch-size", "4"))
-    assert done.code == 2
-    assert "holds a run with other settings (batch_size: 8 there, 4 now)" in done.err
+    assert done.returncode == 2
+    assert "holds a run with other settings (batch_size: 8 there, 4 now)" in done.stderr
 
 
 def test_overwrite_starts_over(again):
     arguments = asked(again, "--limit", "2", "--batch-size", "2", methods="none")
     (log,) = (again / "lmms-eval").glob("none*/log.txt")
     before = log.read_text()
-    assert tokprune_cli(*arguments).code == 2
+    assert tokprune_cli(*arguments).returncode == 2
     assert log.read_text() == before
     done = tokprune_cli(*arguments, "--overwrite")
-    assert done.code == 0, done.err
+    assert done.returncode == 0, done.stderr
     assert log.read_text() != before
-    (row,) = lines(again / "rows.jsonl")
+    (row,) = jsonl(again / "rows.jsonl")
     assert (row["config"], row["n_samples"], row["batch_size"]) == ("none", 2, 2)
     assert [path.name for path in (again / "lmms-eval").iterdir()] == [log.parent.name]
 
@@ -147,12 +147,12 @@ def test_overwrite_starts_over(again):
 def test_a_bad_option_is_one_clear_error_and_what_ran_before_is_kept(again):
     """An option that only the model can refuse; the plug-in ends lmms-eval with one line."""
     done = tokprune_cli(*asked(again, methods="fastv:layer=99"))
-    assert done.code == 2
-    (line,) = done.err.splitlines()
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert "lmms-eval did not finish fastv:layer=99@0.25 (it ended with 1): " in line
     assert "layer" in line.split("ended with 1)")[1]
-    assert "none is in" in " ".join(done.out.split())
-    assert [r["config"] for r in lines(again / "rows.jsonl")] == ["none"]
+    assert "none is in" in " ".join(done.stdout.split())
+    assert [r["config"] for r in jsonl(again / "rows.jsonl")] == ["none"]
     (log,) = (again / "lmms-eval").glob("fastv-layer*/log.txt")
     said = log.read_text().splitlines()
     assert "Traceback (most recent call last):" not in said
