@@ -1,13 +1,18 @@
 # `make demo` and `make test` do all of their own set-up from a fresh clone.
 PYTHON ?= python3
 VENV := .venv
-OLDEST := .venv-oldest
+# Releases of transformers that the laws run on beside the pinned one: the oldest supported and the previous minor.
+OLDEST := 4.57.6
+PREVIOUS := 5.23.0
+LAWS := tests/contract tests/golden tests/test_attention.py tests/test_flops.py tests/test_flops_cuts.py \
+  tests/test_exits.py
 INTEGRATIONS := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check fix wheel test-oldest test-integrations clean
+.PHONY: setup demo test check fix wheel test-oldest test-versions test-latest test-integrations clean
+.PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
 
@@ -18,12 +23,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
-$(OLDEST)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python $(PIP) -c constraints.txt torch
-	grep -E '^(torch|numpy|pillow|accelerate|matplotlib|typer|rich|easy-vqa|filelock|jinja2|optuna|psutil|pytest|pytest-xdist|peft)==' \
-	  constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt transformers==4.57.6 -e '.[dev]'
+# One environment a release; what transformers pins itself is left to it.
+.venv-%/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP) -c constraints.txt torch
+	grep -vE '^(transformers|tokenizers|safetensors|huggingface-hub|datasets)==' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python $(PIP) -c .venv-$*/constraints.txt transformers==$* -e '.[dev]'
 	touch $@
 
 demo: setup
@@ -42,10 +47,20 @@ fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The laws on the oldest supported transformers, in an environment of its own.
-test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest -n 2 tests/contract tests/golden tests/test_attention.py \
-	  tests/test_flops.py tests/test_flops_cuts.py tests/test_exits.py
+# The laws on one release of transformers, in an environment of its own: make laws-5.20.0
+laws-%: .venv-%/ready
+	.venv-$*/bin/python -m pytest -n 2 $(LAWS)
+
+test-oldest: laws-$(OLDEST)
+
+test-versions: setup
+	$(BIN)/python -m pytest -n 2 $(LAWS)
+	$(MAKE) laws-$(PREVIOUS)
+	$(MAKE) laws-$(OLDEST)
+
+# The newest release that the registry has.
+test-latest: setup
+	$(MAKE) laws-$$($(BIN)/python -m pip index versions transformers 2> /dev/null | sed -n 's/^transformers (\(.*\))$$/\1/p')
 
 # lmms-eval itself. Its own list of dependencies takes gigabytes and a torchvision, of which this needs nothing.
 $(INTEGRATIONS)/ready: pyproject.toml constraints-integrations.txt
@@ -73,4 +88,4 @@ wheel: setup
 	   assert (r.EMBEDDED_MODEL / 'model.safetensors').is_file(); print('wheel ok')"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(INTEGRATIONS) .venv-wheel build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf $(VENV) .venv-*  build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

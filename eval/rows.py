@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import tokprune
+from tokprune.compat import attention_implementation
 from tokprune.flops import Ops, Shape
 
 from .intervals import paired, percentile, wilson
@@ -231,7 +232,7 @@ def conditions(model: torch.nn.Module) -> dict[str, Any]:
         "gpu": device_name(device) if device.type == "cuda" else None,
         "device": device_name(device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": config._attn_implementation,
+        "attn_implementation": attention_implementation(model),
         "positions": "auto",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

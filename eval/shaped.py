@@ -19,6 +19,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from tokprune.compat import features_of
 from tokprune.errors import RunError
 from tokprune.flops import Shape
 from tokprune.shapes import KNOWN, known_shape, shape_from_config
@@ -324,7 +325,7 @@ def placeholders(model: Any, pixels: dict[str, torch.Tensor]) -> int:
     """
     values = pixels["pixel_values"].to(model.device, model.dtype)
     out = model.model.get_image_features(**{**pixels, "pixel_values": values})
-    return sum(map(len, getattr(out, "pooler_output", out)))
+    return sum(map(len, features_of(out)))
 
 
 def prompt(config: Any, n_visual: int, n_text: int, pixels: dict[str, torch.Tensor], rows: int) -> dict:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import tokprune
+from tokprune.compat import attention_implementation, cache_of
 from tokprune.report import Report
 from tokprune.spans import PARTS, Parts, listen, span
 
@@ -135,11 +136,11 @@ def _once(model: Any, inputs: dict, config: Config, new_tokens: int, phases: boo
 
         def first_pass_ended(module, args, out) -> None:
             if not seen:  # behind the first tick: what this takes is a few microseconds of the second token
-                seen.update(cache=Cache.of(out.past_key_values), seconds=dict(parts.seconds), counts=dict(parts.counts))
+                seen.update(cache=Cache.of(cache_of(out)), seconds=dict(parts.seconds), counts=dict(parts.counts))
 
         stack.callback(model.register_forward_hook(first_pass_ended).remove)
         out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        attn = model.model.language_model.config._attn_implementation
+        attn = attention_implementation(model.model.language_model)
         report = attachment.report if attachment else None
     first = Phases(watch.prefill_s, seen["seconds"], seen["counts"])
     n_new = out.shape[1] - inputs["input_ids"].shape[1]

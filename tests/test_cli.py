@@ -23,6 +23,7 @@ from tokprune.eval.tasks.findit import FindIt
 import tokprune
 from tokprune import compaction, selection
 from tokprune.budget import Budget
+from tokprune.compat import cache_of
 from tokprune.types import Stage, grid_layout
 
 
@@ -487,7 +488,7 @@ def test_doctor_finds_a_healthy_installation():
 def in_generate_alone(before):
     """Compaction that works in a plain forward and does nothing in generate."""
     return lambda self, module, args, kwargs: (
-        None if kwargs.get("past_key_values") is not None else before(self, module, args, kwargs)
+        None if cache_of(kwargs) is not None else before(self, module, args, kwargs)
     )
 
 

@@ -71,7 +71,7 @@ def test_decoded_token_equals_the_counter():
         out = model(**inputs, use_cache=True)
         kept = attachment.report.n_prompt_kept
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
-        step = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": out.past_key_values, "attention_mask": mask}
+        step = {"input_ids": torch.tensor([[5], [6]]), **tiny.cached(out.past_key_values), "attention_mask": mask}
         seen = counted(lambda: model(**step))
     assert shape.decode(kept, rows=2).flops == within_a_percent(seen["all"])
 
@@ -82,7 +82,7 @@ def test_second_turn_and_chunks_count_the_cache_they_read():
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         turn = tiny.batch(((1,),), seed=9)
         turn["attention_mask"] = torch.cat([inputs["attention_mask"], turn["attention_mask"]], 1)
-        seen = counted(lambda: prefill(model, {**turn, "past_key_values": out.past_key_values}))
+        seen = counted(lambda: prefill(model, {**turn, **tiny.cached(out.past_key_values)}))
         assert attachment.report.ledger.prefill.flops == within_a_percent(seen["all"])
 
 

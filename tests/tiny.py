@@ -10,6 +10,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from transformers import (
     CLIPVisionConfig,
     InternVLConfig,
@@ -27,6 +29,7 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 IMAGE, VIDEO, PAD, EOS, VOCAB = 90, 91, 0, 2, 99
 SUPPRESSED = [IMAGE, VIDEO, EOS]  # a random model must not emit placeholders, and runs are compared at full length
 SIDE, PATCH = 24, 4
@@ -242,6 +245,11 @@ def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED, kind="clip") -> d
     dtype = inputs["pixel_values"].dtype if "pixel_values" in inputs else torch.float32
     single = {"input_ids": inputs["input_ids"][r][mask][None], "attention_mask": mask[mask][None].long()}
     return single | pixels(kind, [list(layout[r])], dtype)
+
+
+def cached(cache) -> dict:
+    """A cache as this release's keyword."""
+    return {CACHE: cache}
 
 
 def generate(model, inputs, **options) -> torch.Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from . import ops
 from .between import Between
 from .budget import REFERENCE_TEXT, Scope
-from .caches import past_length
 from .call import Call, Local, repeated_salts
 from .compaction import Compaction, Ran, without_marks
+from .compat import cache_of, past_length, replace_features, warn_if_untested
 from .compatibility import checked_signals
 from .cuts import DecoderSelector
 from .errors import (
@@ -87,6 +87,7 @@ def attach(
     built, label = build_method(method, options)
     stages = stages_of(built, label, (keep_ratio, keep_tokens, flops_ratio), (flops_scope, flops_text), replay)
     adapter = adapter_for(model)
+    warn_if_untested()
     one_of("positions", positions, ("auto", "contiguous", "original"))
     one_of("newlines", newlines, get_args(Newlines))
     positions = adapter.default_positions if positions == "auto" else positions
@@ -265,7 +266,7 @@ class Attachment(NotCopyable):
                     return None
                 self._local.call = None
                 raise
-        elif past_length(kwargs.get("past_key_values")) or not self._comes_again(call, embeds):
+        elif past_length(cache_of(kwargs)) or not self._comes_again(call, embeds):
             return None
         if not call.touched:
             return None
@@ -320,7 +321,7 @@ class Attachment(NotCopyable):
 
     def _before_head(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Assisted decoding proposes tokens behind the prompt already in its first pass, and asks for their logits."""
-        cache, asked = kwargs.get("past_key_values"), kwargs.get("logits_to_keep")
+        cache, asked = cache_of(kwargs), kwargs.get("logits_to_keep")
         proposes = cache is not None and not past_length(cache) and isinstance(asked, int) and asked > 1
         self._local.n_candidates = asked - 1 if proposes and asked else 0
 
@@ -333,19 +334,14 @@ class Attachment(NotCopyable):
         if passed is None or passed.shape[1] <= 1:
             return
         self._local.masks = placeholders(ids, embeds, self.adapter.placeholder_ids, self.adapter.base)
-        if ids is not None and kwargs.get("past_key_values") is not None:
+        if ids is not None and cache_of(kwargs) is not None:
             # generate() of older releases repeats the pictures of every beam and encodes them here.
             self._local.rows = ids
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out) -> Any:
         """Take the marks out of the features that the model hands back."""
         self._local.masks, self._local.rows = {}, None
-        if isinstance(out, tuple):
-            return tuple(map(without_marks, out))
-        for field in ("image_hidden_states", "video_hidden_states"):
-            if getattr(out, field, None) is not None:
-                out[field] = without_marks(out[field])
-        return None
+        return replace_features(out, without_marks)
 
     def flags(self) -> dict[str, Tensor]:
         """Scalars for the one synchronisation of a prefill."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .caches import LAYERS_STATE, past_length, refuse_unsupported
+from . import compat
 from .compaction import Columns, Compaction, NewColumns
 from .errors import NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
@@ -141,12 +141,12 @@ class Between(NotCopyable):
     @span("cut")
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._local.current = None
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        embeds, cache = kwargs.get("inputs_embeds"), compat.cache_of(kwargs)
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if x is None:
             return
-        past, mask = past_length(cache), kwargs.get("attention_mask")
-        old = getattr(cache, LAYERS_STATE, None) or (None,) * self.n_layers
+        past, mask = compat.past_length(cache), kwargs.get("attention_mask")
+        old = getattr(cache, compat.LAYERS_STATE, None) or (None,) * self.n_layers
         if any(old[: self.first]):
             raise UnsupportedCacheError("layers of this cache were cut by another attachment; start a new cache")
         cutting = False
@@ -154,7 +154,7 @@ class Between(NotCopyable):
             cutting = self.chooser.begin(self._entry(embeds, mask, past))
         if not cutting and not any(old):
             return
-        refuse_unsupported(cache, mask)
+        compat.refuse_unsupported(cache, mask)
         if cutting:
             self._refuse(module, kwargs)
         elif any(c is not None and len(c.source) != len(x) for c in old):
@@ -186,9 +186,9 @@ class Between(NotCopyable):
         this, self._local.current = self._local.current, None
         if this is None:
             return None
-        cache = out.get("past_key_values") if isinstance(out, Mapping) else this.cache
+        cache = compat.cache_of(out) if isinstance(out, Mapping) else this.cache
         if cache is not None:
-            setattr(cache, LAYERS_STATE, tuple(this.new))
+            setattr(cache, compat.LAYERS_STATE, tuple(this.new))
         if this.cutting:
             uncut: list[list[int]] = [[]] * self.first
             lengths = [this.n] * self.first + this.lengths
@@ -278,10 +278,8 @@ class Between(NotCopyable):
 
     def _take_back(self, this: _Pass, i: int, n_past: int) -> None:
         """Cut a layer's cache that was left too long; only before the layer has run in this pass."""
-        layer = this.cache.layers[i]
-        excess = layer.get_seq_length() - n_past
-        if excess > 0:  # transformers cuts all layers to one length, which is above a pruned layer's
-            layer.crop(-excess)
+        # transformers cuts all layers to one length, which is above a pruned layer's
+        compat.crop_layer(this.cache, i, n_past)
 
     def _columns(self, this: _Pass, i: int, old: Columns | None) -> Columns:
         """What the layer's cache holds behind this pass."""
@@ -320,7 +318,7 @@ class Between(NotCopyable):
 
     @property
     def _attention(self) -> str:
-        return getattr(self.language_model.config, "_attn_implementation", "") or ""
+        return compat.attention_implementation(self.language_model)
 
     def _rotary(self, this: _Pass, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         kept = this.kept
@@ -382,7 +380,7 @@ class _Here:
         if not this.past:
             return None
         old, n_past = self.between._history(this, layer)
-        keys = this.cache.layers[layer].keys[:, :, :n_past]
+        keys = compat.cached_keys(this.cache, layer)[:, :, :n_past]
         mask = None if this.mask is None else this.mask[:, : this.past]
         if old is not None:
             mask = old.inner_mask(mask, this.past)

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .caches import LAYERS_STATE, past_length, refuse_unsupported
+from .compat import LAYERS_STATE, cache_of, crop_cache, past_length, positions_of_4, refuse_unsupported
 from .errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
 from .ops import forward_fill, gather_columns, right_align
 from .spans import span
@@ -44,8 +44,8 @@ def find_marks(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def without_marks(features: Any) -> Any:
-    """Features, or a list of them, with zeros in place of marked rows; anything else as it is."""
-    if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
+    """Features, or lists and tuples of them, with zeros in place of marked rows; anything else as it is."""
+    if type(features) in (list, tuple):
         return type(features)(without_marks(f) for f in features)
     if not (isinstance(features, Tensor) and features.is_floating_point()):
         return features
@@ -205,7 +205,7 @@ class Compaction(NotCopyable):
     @span("shorten")
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         self._local.current = this = _Pass(cache)
         embeds = kwargs.get("inputs_embeds")
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
@@ -275,9 +275,7 @@ class Compaction(NotCopyable):
             # Gapped positions without mask and cache are taken for several packed sequences.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
         short["attention_mask"] = inner
-        if kwargs.get("cache_position") is not None:  # transformers 4
-            short["cache_position"] = torch.arange(past_inner, past_inner + n_inner, device=x.device)
-        return short
+        return short | positions_of_4(kwargs, past_inner, n_inner, x.device)
 
     @span("shorten")
     def after(self, module: nn.Module, args: tuple, kwargs: dict, out):
@@ -285,7 +283,7 @@ class Compaction(NotCopyable):
         this, self._local.current = self._local.current, None
         if this is None or this.columns is None:
             return None
-        cache = out.get("past_key_values") if isinstance(out, Mapping) else this.cache
+        cache = cache_of(out) if isinstance(out, Mapping) else this.cache
         if cache is not None:
             setattr(cache, _STATE, this.columns)
         if this.new is None:
@@ -385,5 +383,5 @@ def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: i
             f"{past + excess + n_new}; pass a mask over all tokens before pruning"
         )
     if excess > 0:
-        cache.crop(-excess)
+        crop_cache(cache, excess)
     return past, columns.shortened(past)

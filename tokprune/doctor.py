@@ -12,11 +12,13 @@ import torch
 
 import tokprune
 
+from .compat import NEWEST, OLDEST, features_of, is_newer_than_tested, torchvision_fault
 from .types import Count, Stage
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lmms-eval", "flash-attn")
 QUESTIONS = ("is there a red ring?", "what color is the shape that is not in the top left of the image?")
 KEEP = 0.25
+REINSTALL = "type pip uninstall torchvision, or install the build that matches your torch"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    found["tested on"] = f"transformers {OLDEST} to {NEWEST}"
+    if is_newer_than_tested(found["transformers"]):
+        found["tested on"] += f"; {found['transformers']} is newer: trust the checks below"
+    fault = torchvision_fault()
+    if fault is not None:
+        found["torchvision"] = f"cannot be imported, and so transformers cannot load models ({fault}); {REINSTALL}"
     cuda = torch.cuda.is_available()
     found["device"] = torch.cuda.get_device_name(0) if cuda else f"cpu, {torch.get_num_threads()} threads"
     found["models"] = ", ".join(tokprune.list_models())
@@ -122,7 +130,7 @@ def _differs(model, inputs: dict, kept: list, logits: torch.Tensor, built: tokpr
         ids = inputs["input_ids"][row][real]
         embeds = model.get_input_embeddings()(ids)
         features = model.model.get_image_features(inputs["pixel_values"][row : row + 1])
-        features = getattr(features, "pooler_output", features)[0]
+        features = features_of(features)[0]
         visual = (ids == model.config.image_token_id).nonzero()[:, 0]
         columns = torch.ones_like(ids, dtype=torch.bool)
         columns[visual] = False

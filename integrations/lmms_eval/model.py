@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import tokprune
+from tokprune.compat import as_cache, cache_of
 from tokprune.errors import RunError, TokPruneError
 
 from .options import Options, Until, cut, generation, merged, split_arguments
@@ -246,7 +247,7 @@ class TokPrune(lmms):
         logits = [first.logits[:, -1:]]
         if wanted.shape[1] > 1:
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(wanted[:, 1:])], 1)
-            rest = self.model(input_ids=wanted[:, :-1], attention_mask=mask, past_key_values=first.past_key_values)
+            rest = self.model(input_ids=wanted[:, :-1], attention_mask=mask, **as_cache(self.model, cache_of(first)))
             logits.append(rest.logits)
         chances = torch.cat(logits, 1).float().log_softmax(-1)[0]
         loss = -chances.gather(1, wanted[0, :, None]).mean().item()

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tokprune.compat import is_compiled
 from tokprune.errors import UnsupportedModelError
 from tokprune.registry import Registry
 
@@ -44,8 +45,7 @@ def _unwrapped(model: Any) -> nn.Module:
         raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
     for part in model.modules():
         name = type(part).__name__
-        compiled = part._compiled_call_impl is not None or hasattr(part.forward, "_torchdynamo_orig_callable")
-        if name == "OptimizedModule" or compiled:
+        if is_compiled(part):
             raise UnsupportedModelError("the model is compiled; attach first and compile nothing inside it")
         if name.startswith(("FullyShardedDataParallel", "FSDP")):
             raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune import attention
+from tokprune.compat import attention_implementation, features_of, with_features
 from tokprune.errors import NotCopyable, TokPruneError, UnsupportedModelError
 from tokprune.flops import Shape
 from tokprune.shapes import shape_from_config
@@ -132,7 +133,7 @@ class ModelAdapter:
 
     def check_attention(self, positions: str) -> None:
         """Raise where the language model's attention implementation cannot serve a shorter sequence."""
-        implementation = getattr(self.language_model.config, "_attn_implementation", "") or ""
+        implementation = attention_implementation(self.language_model)
         if "flex" in implementation:
             raise UnsupportedModelError(
                 "flex attention masks cannot be shortened; load with attn_implementation='sdpa'"
@@ -203,21 +204,13 @@ class ModelAdapter:
 
 
 def split_features(out: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """What an encode function returned, as one (N, D) an image, and how to put new ones back.
+    """What an encode function returned, as one (N, D) an image, and how to put new ones back."""
+    given = features_of(out)
 
-    Releases 5 return an output object whose `pooler_output` holds the features, releases 4 the features.
-    """
-    if hasattr(out, "pooler_output"):
-        kind = type(out.pooler_output)
+    def put_back(features: list[Tensor]) -> Any:
+        return with_features(out, torch.stack(features) if isinstance(given, Tensor) else type(given)(features))
 
-        def put_back(features: list[Tensor]):
-            out.pooler_output = torch.stack(features) if kind is Tensor else kind(features)
-            return out
-
-        return list(out.pooler_output), put_back
-    if isinstance(out, Tensor):
-        return list(out), torch.stack
-    return list(out), type(out)
+    return list(given), put_back
 
 
 class SignalTap(NotCopyable):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokprune.compat import has_rotary, rotate
 from tokprune.errors import NotCopyable, UnsupportedModelError
 
 Rotary = tuple[Tensor, Tensor]
@@ -54,10 +54,8 @@ class Attention:
 
     def _rotated(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(G, R, H, d) as attention sees it, (G, H, R, d)."""
-        rotate = sys.modules[type(self.module).__module__].apply_rotary_pos_emb
         cos, sin = (t[rows[:, None] if len(t) > 1 else 0, columns] for t in self.rotary)
-        x = x.transpose(1, 2)
-        return rotate(x, x, cos, sin)[0]
+        return rotate(self.module, x.transpose(1, 2), cos, sin)
 
 
 class DecoderTap(NotCopyable):
@@ -73,9 +71,8 @@ class DecoderTap(NotCopyable):
     def check(self) -> None:
         """Raise where the layers are built otherwise."""
         attention = getattr(self.layers[0], "self_attn", None)
-        module = sys.modules[type(attention).__module__]
         parts = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "scaling", "head_dim"))
-        if not parts or not hasattr(module, "apply_rotary_pos_emb") or not hasattr(self.layers[0], "input_layernorm"):
+        if not parts or not has_rotary(attention) or not hasattr(self.layers[0], "input_layernorm"):
             raise UnsupportedModelError(
                 f"attention scores of {type(self.layers[0]).__name__} cannot be computed: it has no q_proj and k_proj "
                 "with a rotary embedding. Use a method that acts before the language model, such as 'vtc_cls'"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
+from tokprune.compat import anyres_grid, n_anyres_crops, pack_image_features
 from tokprune.types import NEWLINE, Layout
 
 from .llava import Llava
@@ -62,24 +61,16 @@ class LlavaNext(Llava):
         return None
 
     def _n_crops(self, size: tuple[int, int]) -> int:
-        config = self.base.config
-        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        return n_anyres_crops(self.base, size)
 
     def _pack(self, crops: list[Tensor], sizes: Any, aspect_ratio: str | None) -> list[Tensor]:
-        pack, channels = self.base.pack_image_features, crops[0].shape[-1]
-        options: dict[str, Any] = {"image_newline": crops[0].new_full((channels,), torch.nan)}
-        takes = inspect.signature(pack).parameters
-        if "vision_feature_select_strategy" in takes:
-            options["vision_feature_select_strategy"] = self.base.config.vision_feature_select_strategy
-        if "vision_aspect_ratio" in takes:
-            options["vision_aspect_ratio"] = aspect_ratio
-        return list(pack(crops, sizes, **options)[0])
+        newline = crops[0].new_full((crops[0].shape[-1],), torch.nan)
+        return pack_image_features(self.base, crops, sizes, newline, aspect_ratio)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - an adapter lives as long as its attachment
     def _layout(self, size: tuple[int, int], tiled: bool, aspect_ratio: str | None) -> Layout:
-        config, side = self.base.config, self.side
-        grid = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        grid = tuple(grid) if tiled else (0, 0)
+        side = self.side
+        grid = anyres_grid(self.base, size) if tiled else (0, 0)
         packed = self._pack([_coordinates(side, *grid)], torch.tensor([size]), aspect_ratio)[0]
         return _read_layout(packed.tolist(), side, grid)
 

@@ -375,9 +375,9 @@ def test_second_turn_on_a_pruned_cache_equals_one_pass(positions):
     with tokprune.attach(model, "vtc_cls", keep_ratio=0.3, positions=positions):
         cache = model(**first, use_cache=True).past_key_values
         n = first["input_ids"].shape[1]
-        one = model(input_ids=text, past_key_values=cache, attention_mask=torch.ones(1, n + 3).long()).logits
+        one = model(input_ids=text, **tiny.cached(cache), attention_mask=torch.ones(1, n + 3).long()).logits
         two = model(
-            input_ids=image, pixel_values=picture, past_key_values=cache, attention_mask=torch.ones(1, n + 42).long()
+            input_ids=image, pixel_values=picture, **tiny.cached(cache), attention_mask=torch.ones(1, n + 42).long()
         ).logits
         pixels = torch.cat([first["pixel_values"], picture])
         whole = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits
@@ -397,7 +397,7 @@ def test_decoding_by_hand_needs_neither_mask_nor_positions():
             logits = out.logits[0, -1].clone()
             logits[tiny.SUPPRESSED] = -torch.inf
             tokens.append(int(logits.argmax()))
-            out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=torch.tensor([tokens[-1:]]), **tiny.cached(out.past_key_values), use_cache=True)
     assert tokens == want
 
 
@@ -410,10 +410,10 @@ def test_prompt_fed_again_on_a_pruned_cache_is_refused():
         cache = model(**inputs, use_cache=True).past_key_values
         with pytest.raises(tokprune.TokPruneError, match="only the new input_ids"):
             n = cache.get_seq_length()
-            model(input_ids=more[:, n:], past_key_values=cache, attention_mask=torch.ones_like(more))
+            model(input_ids=more[:, n:], **tiny.cached(cache), attention_mask=torch.ones_like(more))
         with pytest.raises(tokprune.TokPruneError, match="only the new input_ids"):
             places = torch.arange(n, more.shape[1])[None]
-            model(input_ids=more[:, n:], past_key_values=cache, position_ids=places)
+            model(input_ids=more[:, n:], **tiny.cached(cache), position_ids=places)
 
 
 @policies
@@ -427,7 +427,7 @@ def test_end_of_a_prompt_fed_again_is_taken_back(positions):
         cache = model(**inputs, use_cache=True).past_key_values
         n = cache.get_seq_length()
         assert n == inputs["input_ids"].shape[1] - 16
-        again = model(input_ids=more[:, n:], past_key_values=cache, attention_mask=torch.ones_like(more)).logits
+        again = model(input_ids=more[:, n:], **tiny.cached(cache), attention_mask=torch.ones_like(more)).logits
         whole = model(**{**inputs, "input_ids": more, "attention_mask": torch.ones_like(more)}).logits
     assert (again - whole[:, n:]).abs().max() < 1e-9
 
@@ -440,7 +440,7 @@ def test_mask_that_covers_too_much_is_refused():
         cache = model(**inputs, use_cache=True).past_key_values
         with pytest.raises(tokprune.TokPruneError, match="mask over all tokens"):
             mask = torch.ones(1, inputs["input_ids"].shape[1] + 20).long()
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=mask)
+            model(input_ids=torch.tensor([[5]]), **tiny.cached(cache), attention_mask=mask)
 
 
 @torch.no_grad()
@@ -451,7 +451,7 @@ def test_batch_of_the_cache_must_not_change():
         cache = model(**inputs, use_cache=True).past_key_values
         cache.batch_repeat_interleave(2)
         with pytest.raises(tokprune.TokPruneError, match="new cache when the batch changes"):
-            model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5], [6]]), **tiny.cached(cache))
 
 
 @torch.no_grad()

@@ -281,7 +281,7 @@ def test_second_turn_with_another_image_selects_that_image_alone():
         with tokprune.attach(model, method, keep_ratio=0.3) as attachment:
             cache = model(**first, use_cache=True).past_key_values
             mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
-            model(**{**second, "attention_mask": mask}, past_key_values=cache)
+            model(**{**second, "attention_mask": mask}, **tiny.cached(cache))
             (image,) = attachment.report.images
         assert len(image.layout.crop) == tiny.n_rows(kind, 1)
         assert 0 < image.n_kept < image.n_visual

@@ -397,8 +397,8 @@ def test_sliding_window_cache_is_refused(warm):
     cache = DynamicCache()
     cache.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(5)]
     with tokprune.attach(warm, "vtc_cls", keep_ratio=0.3):
-        with pytest.raises(errors.UnsupportedCacheError, match="DynamicSlidingWindowLayer"):
-            warm(**tiny.row(tiny.batch(), 0), past_key_values=cache)
+        with pytest.raises(errors.UnsupportedCacheError, match="sliding_window"):
+            warm(**tiny.row(tiny.batch(), 0), **tiny.cached(cache))
 
 
 @torch.no_grad()
@@ -407,7 +407,7 @@ def test_ready_made_mask_is_refused(warm):
     n = inputs["input_ids"].shape[1]
     inputs["attention_mask"] = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
     with tokprune.attach(warm, "vtc_cls", keep_ratio=0.3):
-        with pytest.raises(errors.UnsupportedCacheError, match="2-D mask"):
+        with pytest.raises(errors.UnsupportedCacheError, match="2-D attention_mask"):
             warm(**inputs)
 
 
@@ -438,9 +438,9 @@ def test_paused_serves_pruned_caches_and_refuses_marks(warm):
         mask = torch.ones(1, inputs["input_ids"].shape[1] + 2).long()
         cache = warm(**inputs, use_cache=True).past_key_values
         spare = copy.deepcopy(cache)
-        want = warm(input_ids=new, past_key_values=cache, attention_mask=mask).logits
+        want = warm(input_ids=new, **tiny.cached(cache), attention_mask=mask).logits
         with attachment.paused():
-            got = warm(input_ids=new, past_key_values=spare, attention_mask=mask).logits
+            got = warm(input_ids=new, **tiny.cached(spare), attention_mask=mask).logits
         features = warm.model.get_image_features(inputs["pixel_values"])
         features = torch.cat(list(getattr(features, "pooler_output", features)))
         embeds = warm.get_input_embeddings()(inputs["input_ids"])

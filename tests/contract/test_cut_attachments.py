@@ -168,7 +168,7 @@ def test_batch_of_a_cut_cache_must_not_change():
         cache = model(**inputs, use_cache=True).past_key_values
         cache.batch_repeat_interleave(2)
         with pytest.raises(tokprune.TokPruneError, match="new cache"):
-            model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5], [6]]), **tiny.cached(cache))
 
 
 @torch.no_grad()
@@ -179,8 +179,8 @@ def test_copied_cache_decodes_the_same():
     with tokprune.attach(model, "pyramiddrop", keep_ratio=0.3):
         cache = model(**inputs, use_cache=True).past_key_values
         again = copy.deepcopy(cache)
-        one = model(input_ids=token, past_key_values=cache).logits
-        assert torch.equal(model(input_ids=token, past_key_values=again).logits, one)
+        one = model(input_ids=token, **tiny.cached(cache)).logits
+        assert torch.equal(model(input_ids=token, **tiny.cached(again)).logits, one)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def test_second_turn_scores_share_the_softmax_with_what_is_cached():
     assert not torch.equal(want, alone.topk(11).indices.sort().values)  # the past matters
     with tokprune.attach(model, "fastv:layer=2", keep_ratio=0.3) as attachment:
         cache = model(**first, use_cache=True).past_key_values
-        model(**said(image, n), pixel_values=picture, past_key_values=cache)
+        model(**said(image, n), pixel_values=picture, **tiny.cached(cache))
         assert torch.equal(attachment.kept[0][2], want)
 
 
@@ -77,7 +77,7 @@ def test_turns_of_a_padded_batch_equal_the_rows_alone(spec):
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
             outs.append(
-                model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **more).logits[
+                model(input_ids=ids, attention_mask=mask, position_ids=positions, **tiny.cached(cache), **more).logits[
                     :, -1
                 ]
             )
@@ -107,7 +107,7 @@ def test_equal_second_turns_of_different_conversations_stay_apart():
     def last(rows):
         cache = model(input_ids=first[rows], use_cache=True).past_key_values
         return model(
-            **said(second[rows], 5), pixel_values=picture.repeat(len(rows), 1, 1, 1), past_key_values=cache
+            **said(second[rows], 5), pixel_values=picture.repeat(len(rows), 1, 1, 1), **tiny.cached(cache)
         ).logits[:, -1]
 
     with tokprune.attach(model, "fastv:layer=3", keep_ratio=0.3):
@@ -142,7 +142,7 @@ def test_cut_cache_of_another_batch_is_refused():
         cache = model(**inputs, use_cache=True).past_key_values
         cache.batch_select_indices(torch.tensor([0, 1]))
         with pytest.raises(tokprune.TokPruneError, match="another batch"):
-            model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5], [6]]), **tiny.cached(cache))
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def test_cut_cache_cropped_into_the_picture_is_refused():
             b, n = len(inputs["input_ids"]), inputs["input_ids"].shape[1]
             mask = torch.cat([inputs["attention_mask"][:, : n - n_less], torch.ones(b, 1).long()], 1)
             with pytest.raises(tokprune.TokPruneError, match="start a new cache"):
-                model(input_ids=torch.full((b, 1), 5), attention_mask=mask, past_key_values=cache)
+                model(input_ids=torch.full((b, 1), 5), attention_mask=mask, **tiny.cached(cache))
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def test_candidates_that_were_refused_leave_every_layer():
 
     def go(cache, ids, past):
         return model(
-            input_ids=ids, attention_mask=torch.ones(1, past + ids.shape[1]).long(), past_key_values=cache
+            input_ids=ids, attention_mask=torch.ones(1, past + ids.shape[1]).long(), **tiny.cached(cache)
         ).logits
 
     with tokprune.attach(model, "pyramiddrop", keep_ratio=0.3):
@@ -213,7 +213,7 @@ def test_attention_of_a_second_turn_is_the_bare_models():
             pixel_values=picture,
             attention_mask=mask,
             position_ids=positions[:, n:],
-            past_key_values=cache,
+            **tiny.cached(cache),
         )
         got = SEEN[0][:, 0]
     for r in range(3):

@@ -342,9 +342,9 @@ def test_second_turn_on_a_cut_cache_equals_masked_recomputing(spec):
     with attach(model, "clip", spec, positions="original") as attachment:
         cache = model(**first, use_cache=True).past_key_values
         kept = attachment.kept
-        one = model(input_ids=text, past_key_values=cache, attention_mask=torch.ones(1, n + 3).long()).logits
+        one = model(input_ids=text, **tiny.cached(cache), attention_mask=torch.ones(1, n + 3).long()).logits
         two = model(
-            input_ids=image, pixel_values=picture, past_key_values=cache, attention_mask=torch.ones(1, n + 42).long()
+            input_ids=image, pixel_values=picture, **tiny.cached(cache), attention_mask=torch.ones(1, n + 42).long()
         ).logits
         kept = kept + attachment.kept
     ids = torch.cat([first["input_ids"], text, image], 1)
@@ -364,10 +364,10 @@ def test_cut_cache_is_served_while_paused_and_after_detaching_is_not_needed():
     n = inputs["input_ids"].shape[1]
     more = dict(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(1, n + 2).long())
     with attach(model, "clip", "fastv") as attachment:
-        want = model(**more, past_key_values=model(**inputs, use_cache=True).past_key_values).logits
+        want = model(**more, **tiny.cached(model(**inputs, use_cache=True).past_key_values)).logits
         cache = model(**inputs, use_cache=True).past_key_values
         with attachment.paused():
-            got = model(**more, past_key_values=cache).logits
+            got = model(**more, **tiny.cached(cache)).logits
             assert torch.equal(model(**inputs).logits, tokprune_free(model, inputs))
     assert torch.equal(got, want)
 
