@@ -11,6 +11,7 @@ from tokprune.integrations.transformers.base import SignalTap
 from tokprune.integrations.transformers.llava import Llava
 
 from tokprune import attention
+from tokprune.hooks import Hooks
 from tokprune.types import Kind, Signal
 
 FORMS = ("softmax", "logits")
@@ -59,8 +60,8 @@ def test_tap_equals_the_towers_own_attention_maps(tower):
     signals = frozenset(Signal(kind, layers) for kind in kinds)
     model, pixels = tiny.model(tower), tiny.pictures(3)
     tap = SignalTap(Llava(model), signals)
-    with contextlib.ExitStack() as stack:
-        tap.install(stack)
+    with contextlib.closing(Hooks(model)) as hooks:
+        tap.install(hooks)
         tap.open()
         model.model.vision_tower(pixels)
         collected = tap.close()
@@ -77,8 +78,8 @@ def test_tap_equals_the_towers_own_attention_maps(tower):
 def test_tap_notices_a_layer_that_did_not_run():
     model = tiny.fresh_model()
     tap = SignalTap(Llava(model), frozenset({Signal(Kind.CLS_ROW, (3,))}))
-    with contextlib.ExitStack() as stack:
-        tap.install(stack)
+    with contextlib.closing(Hooks(model)) as hooks:
+        tap.install(hooks)
         tap.open()
         with pytest.raises(ValueError, match=r"layers \[3\] did not run"):
             tap.close()

@@ -422,7 +422,7 @@ def test_one_read_from_the_device_at_every_candidate_layer(tmp_path, monkeypatch
     dyvte = gate_file(tmp_path / "gate.safetensors", model)
     for spec, n_layers in ((dyvte, 4), ("visual_exit:threshold=0.0001", 3), ("visual_exit:layer=2", 1)):
         with tokprune.attach(model, spec) as attachment:
-            cutter = attachment._cutter
+            cutter = attachment._observer.cutter
             reads, cut, inside = [], cutter.cut, []
 
             def spied(layer, hidden, here, cut=cut, inside=inside, reads=reads):

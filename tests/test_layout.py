@@ -23,7 +23,7 @@ FOLDERS = {
     "tokprune.eval": ROOT / "eval",
 }
 GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
-GROUND |= {"call", "compat", "schedule", "gates", "spans"}
+GROUND |= {"call", "compat", "hooks", "schedule", "gates", "spans"}
 CLI_NAMES = ("cli", "counting", "doctor", "eval.__main__", "experiments", "loading", "terminal")
 CLI = tuple(f"tokprune.{name}" for name in CLI_NAMES)
 

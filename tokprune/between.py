@@ -9,7 +9,6 @@ method and no model family.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from . import compat
 from .compaction import Columns, Compaction, NewColumns
 from .errors import NotCopyable, TokPruneError, UnsupportedCacheError
+from .hooks import Hooks
 from .ops import forward_fill, gather_columns, right_align
 from .spans import span
 
@@ -84,7 +84,7 @@ class Chooser(Protocol):
 
 
 @dataclass
-class _Pass:
+class _Layers:
     """One pass through the layers."""
 
     cache: Any
@@ -124,23 +124,25 @@ class Between(NotCopyable):
         self.language_model, self.compaction, self.chooser, self.first = language_model, compaction, chooser, first
         compaction.serves_cut_layers = True
         self.n_layers = len(language_model.layers)  # type: ignore[arg-type]
-        self._local = _Passes()
 
-    def install(self, stack) -> None:
-        """Register the hooks, the compaction's among them, which runs first and ends last; the stack removes them."""
-        module = self.language_model
-        stack.callback(module.register_forward_hook(self._leave, with_kwargs=True).remove)
-        self.compaction.install(stack)
-        stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+    def install(self, hooks: Hooks) -> None:
+        """Register the hooks, the compaction's among them, which runs first and ends last."""
+        module: Any = self.language_model
+        hooks.after(module, self._leave)
+        self.compaction.install(hooks)
+        hooks.before(module, self._enter)
+        hooks.count(module.layers)
         for i in range(self.first, self.n_layers):
-            hook = functools.partial(self._layer, i)
-            stack.callback(module.layers[i].register_forward_pre_hook(hook, with_kwargs=True).remove)  # type: ignore
+            hooks.before(module.layers[i], functools.partial(self._layer, i))
+
+    @property
+    def _pass(self) -> Any:
+        return self.compaction.observer.passes.current
 
     # ------------------------------------------------------------------------------- the language model
 
     @span("cut")
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._local.current = None
         embeds, cache = kwargs.get("inputs_embeds"), compat.cache_of(kwargs)
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if x is None:
@@ -159,7 +161,7 @@ class Between(NotCopyable):
             self._refuse(module, kwargs)
         elif any(c is not None and len(c.source) != len(x) for c in old):
             raise UnsupportedCacheError("the cache was pruned with another batch; start a new cache")
-        self._local.current = _Pass(cache, past, x.shape[1], mask, cutting, old, list(old))
+        self._pass.layers = _Layers(cache, past, x.shape[1], mask, cutting, old, list(old))
 
     def _entry(self, embeds: Tensor, mask: Any, past: int) -> Entry:
         new = self.compaction.new_columns
@@ -183,7 +185,7 @@ class Between(NotCopyable):
 
     @span("cut")
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, out):
-        this, self._local.current = self._local.current, None
+        this = self._pass.layers
         if this is None:
             return None
         cache = compat.cache_of(out) if isinstance(out, Mapping) else this.cache
@@ -204,7 +206,7 @@ class Between(NotCopyable):
     # ------------------------------------------------------------------------------- one decoder layer
 
     def _layer(self, i: int, module: nn.Module, args: tuple, kwargs: dict):
-        this = self._local.current
+        this = self._pass.layers
         if this is None:
             return None
         if not this.cutting:
@@ -212,7 +214,7 @@ class Between(NotCopyable):
         return self._cut(this, i, args, kwargs)
 
     @span("cut")
-    def _cut(self, this: _Pass, i: int, args: tuple, kwargs: dict):
+    def _cut(self, this: _Layers, i: int, args: tuple, kwargs: dict):
         """A layer of a pass with cuts: which columns it sees."""
         hidden = args[0] if args else kwargs["hidden_states"]
         if i in self.chooser.layers:
@@ -235,7 +237,7 @@ class Between(NotCopyable):
             return (hidden, *args[1:]), {**kwargs, **changed}
         return args, {**kwargs, **changed, "hidden_states": hidden}
 
-    def _serve(self, this: _Pass, i: int, args: tuple, kwargs: dict):
+    def _serve(self, this: _Layers, i: int, args: tuple, kwargs: dict):
         """A pass without cuts on a cache with some, every step of decoding: what a stage needs is made once."""
         before, mask = this.old[i], kwargs.get("attention_mask")
         if before is None:
@@ -251,7 +253,7 @@ class Between(NotCopyable):
         this.new[i] = columns
         return (args, {**kwargs, **changed}) if changed else None
 
-    def _gather(self, this: _Pass, cut: Cut) -> Tensor:
+    def _gather(self, this: _Layers, cut: Cut) -> Tensor:
         """Hidden states of what stays, right-aligned."""
         longest = max(cut.lengths)
         source, valid = right_align(cut.keep, longest)
@@ -264,7 +266,7 @@ class Between(NotCopyable):
         this.row_lengths = cut.lengths
         return hidden
 
-    def _history(self, this: _Pass, i: int) -> tuple[Columns | None, int]:
+    def _history(self, this: _Layers, i: int) -> tuple[Columns | None, int]:
         """What a layer's cache holds of earlier passes, cut back where candidates were taken back, and how much."""
         old = this.old[i]
         if old is None:
@@ -276,12 +278,12 @@ class Between(NotCopyable):
         old = this.once((old,), lambda: old.shortened(this.past))
         return old, old.source.shape[1] + this.past - old.n_outer
 
-    def _take_back(self, this: _Pass, i: int, n_past: int) -> None:
+    def _take_back(self, this: _Layers, i: int, n_past: int) -> None:
         """Cut a layer's cache that was left too long; only before the layer has run in this pass."""
         # transformers cuts all layers to one length, which is above a pruned layer's
         compat.crop_layer(this.cache, i, n_past)
 
-    def _columns(self, this: _Pass, i: int, old: Columns | None) -> Columns:
+    def _columns(self, this: _Layers, i: int, old: Columns | None) -> Columns:
         """What the layer's cache holds behind this pass."""
         if this.kept is None:
             this.new[i] = old
@@ -295,7 +297,7 @@ class Between(NotCopyable):
         columns = this.new[i] = this.once((old, kept), extended)
         return columns
 
-    def _keywords(self, this: _Pass, columns: Columns, kwargs: Mapping, hidden: Tensor) -> dict[str, Any]:
+    def _keywords(self, this: _Layers, columns: Columns, kwargs: Mapping, hidden: Tensor) -> dict[str, Any]:
         """What the layer has to be called with instead."""
         changed: dict[str, Any] = {}
         mask = kwargs.get("attention_mask")
@@ -320,13 +322,13 @@ class Between(NotCopyable):
     def _attention(self) -> str:
         return compat.attention_implementation(self.language_model)
 
-    def _rotary(self, this: _Pass, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotary(self, this: _Layers, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         kept = this.kept
         if kept is None:
             return pair
         return this.once((pair, kept), lambda: tuple(gather_columns(t, kept.source, -2) for t in pair))
 
-    def _mask(self, this: _Pass, columns: Columns, mask: Any, hidden: Tensor) -> Any:
+    def _mask(self, this: _Layers, columns: Columns, mask: Any, hidden: Tensor) -> Any:
         """The mask of a layer, from the one that transformers made for all."""
         total = this.past + this.n
         if mask is None and columns.all_valid:
@@ -367,7 +369,7 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 class _Here:
     """The layer that a chooser is asked at."""
 
-    def __init__(self, between: Between, this: _Pass, kwargs: Mapping):
+    def __init__(self, between: Between, this: _Layers, kwargs: Mapping):
         self.between, self.this, self.kwargs = between, this, kwargs
 
     def rotary(self) -> tuple[Tensor, Tensor]:
@@ -386,9 +388,3 @@ class _Here:
             mask = old.inner_mask(mask, this.past)
         visible = torch.ones(len(keys), n_past, device=keys.device) if mask is None else mask
         return keys, visible.to(keys.device).bool()
-
-
-class _Passes(threading.local):
-    """The pass under way in this thread."""
-
-    current: _Pass | None = None

@@ -1,8 +1,7 @@
-"""The state of one call of an attached model, and of one thread."""
+"""What one call of an attached model did."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -31,17 +30,6 @@ class Call:
     clamped: bool = False
     ran: bool = False
     rows: Tensor | None = None  # input_ids whose rows may be beam copies
-
-
-class Local(threading.local):
-    """State of one attachment in one thread."""
-
-    call: Call | None = None
-    paused: int = 0
-    masks: Mapping[str, Tensor] = {}  # placeholders of this pass by encode function, (B, S) bool
-    rows: Tensor | None = None
-    facts: Mapping[str, int] = {}
-    n_candidates: int = 0  # columns behind the prompt that assisted decoding proposes in the same pass
 
 
 def repeated_salts(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ model family.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 
 from .compat import LAYERS_STATE, cache_of, crop_cache, past_length, positions_of_4, refuse_unsupported
 from .errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
+from .hooks import Hooks
 from .ops import forward_fill, gather_columns, right_align
+from .passes import Pass, Passes
 from .spans import span
 
 Positions = Literal["contiguous", "original"]
@@ -121,6 +122,11 @@ class Columns:
         return mask.gather(1, source.to(mask.device)) * valid.to(mask)
 
 
+def columns_on(cache: Any) -> Columns | None:
+    """What a cache holds, where it was pruned before the language model."""
+    return getattr(cache, _STATE, None)
+
+
 @dataclass(frozen=True)
 class NewColumns:
     """The columns of one forward pass that stay.
@@ -155,8 +161,10 @@ class Ran:
     lengths: Tensor | None = None
 
 
-class Observer(Protocol):
-    """Who is told what happens; the attachment."""
+class Watcher(Protocol):
+    """Who is told what happens."""
+
+    passes: Passes
 
     def flags(self) -> Mapping[str, Tensor]:
         """Truths and counts, scalars on the device, to be read in the one synchronisation of a prefill."""
@@ -169,7 +177,7 @@ class Observer(Protocol):
 
 
 @dataclass
-class _Pass:
+class _Shortening:
     """One forward pass of the language model, between its two hooks."""
 
     cache: Any
@@ -186,34 +194,41 @@ class Compaction(NotCopyable):
         observer: told the facts of every prefill.
     """
 
-    def __init__(self, language_model: nn.Module, positions: Positions, observer: Observer):
+    def __init__(self, language_model: nn.Module, positions: Positions, observer: Watcher):
         self.language_model, self.positions, self.observer = language_model, positions, observer
         self.serves_cut_layers = False
-        self._local = _Passes()
 
-    def install(self, stack) -> None:
-        """Register the hooks; the stack removes them."""
-        module = self.language_model
-        stack.callback(module.register_forward_pre_hook(self.before, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(self.after, with_kwargs=True).remove)
+    def install(self, hooks: Hooks) -> None:
+        """Register the hooks."""
+        hooks.before(self.language_model, self.before)
+        hooks.after(self.language_model, self.after)
 
     @property
     def new_columns(self) -> NewColumns | None:
         """What stays of the pass under way in this thread; None where nothing of it is marked."""
-        return self._local.current.new if self._local.current else None
+        this = self._pass.shortening
+        return this.new if this else None
+
+    @property
+    def _pass(self) -> Pass:
+        """The pass under way."""
+        this = self.observer.passes.current
+        if this is None:
+            raise TokPruneError("the language model's hooks run outside of a pass; call attachment.detach()")
+        return this
 
     @span("shorten")
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
         cache = cache_of(kwargs)
-        self._local.current = this = _Pass(cache)
+        self._pass.shortening = this = _Shortening(cache)
         embeds = kwargs.get("inputs_embeds")
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if x is None:
             return None
         if not self.serves_cut_layers and hasattr(cache, LAYERS_STATE):
             raise UnsupportedCacheError("layers of this cache were cut by another attachment; start a new cache")
-        columns = getattr(cache, _STATE, None)
+        columns = columns_on(cache)
         n_new, past_inner = x.shape[1], past_length(cache)
         is_prefill = n_new > 1 or past_inner == 0
         seen = None
@@ -250,7 +265,7 @@ class Compaction(NotCopyable):
         read = dict(zip(flags, values[3:], strict=True))
         return _Seen(keep, marked, longest, shortest, keep.shape[1] - last_dropped, read)
 
-    def _short(self, kwargs: dict, x: Tensor, before: Columns, this: _Pass, past: int) -> dict:
+    def _short(self, kwargs: dict, x: Tensor, before: Columns, this: _Shortening, past: int) -> dict:
         """The keywords for the short sequence."""
         short, new, n_new, cache = dict(kwargs), this.new, x.shape[1], this.cache
         position_ids = kwargs.get("position_ids")
@@ -280,7 +295,7 @@ class Compaction(NotCopyable):
     @span("shorten")
     def after(self, module: nn.Module, args: tuple, kwargs: dict, out):
         """Forward hook: note the columns on the cache, and expand the hidden states to the user's length."""
-        this, self._local.current = self._local.current, None
+        this = self._pass.shortening
         if this is None or this.columns is None:
             return None
         cache = cache_of(out) if isinstance(out, Mapping) else this.cache
@@ -293,12 +308,6 @@ class Compaction(NotCopyable):
             return (gather_columns(out[0], fill, 1), *out[1:])
         out["last_hidden_state"] = gather_columns(out["last_hidden_state"], fill, 1)
         return out
-
-
-class _Passes(threading.local):
-    """The pass under way in this thread."""
-
-    current: _Pass | None = None
 
 
 @dataclass(frozen=True)

@@ -197,15 +197,10 @@ def has_rotary(attention: Any) -> bool:
     return hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has a hold on this very module, in any of its four ways."""
-    forward = getattr(module, "forward", None)
-    return (
-        type(module).__name__ == "OptimizedModule"
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(forward, "_torchdynamo_orig_callable")
-        or hasattr(getattr(forward, "__func__", None), "_torchdynamo_orig_callable")
-    )
+def forget_compiled_code() -> None:
+    """Let torch.compile trace everything anew: code that it made before does not notice hooks that come or go."""
+    if "torch._dynamo" in sys.modules and sys.modules["torch._dynamo"].convert_frame.input_codes.seen:
+        torch.compiler.reset()
 
 
 def pack_image_features(base: Any, crops: list[Tensor], sizes: Any, newline: Tensor, ratio: str | None) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,10 +13,11 @@ from torch import Tensor
 from . import ops
 from .between import Cut, Entry, Here
 from .budget import REFERENCE_TEXT, Budget
-from .call import Call, Local
+from .call import Call
 from .errors import BudgetError, NothingPrunedError
 from .flops import Ops, Widths, decoder_signals
 from .methods.decoder import ExitMethod
+from .passes import Pass
 from .plan import PADDING, Plan, Shown, make_plan, owners
 from .prompt import same_places
 from .report import by_layer
@@ -27,12 +27,6 @@ from .stages import Stages
 from .types import Count, Decoder, Kind, Layout, VisualTokens
 
 WITH_TEXT = {Kind.LM_TEXT_ROWS, Kind.LM_TEXT_KEYS, Kind.LM_TEXT_STATES, Kind.LM_TEXT_EMBEDS}
-
-
-class _Plans(threading.local):
-    """The pass under way in this thread."""
-
-    current: Plan | None = None
 
 
 class DecoderSelector:
@@ -61,7 +55,7 @@ class DecoderSelector:
             self.cut_layers = tuple(sorted({layer for kept in self.replay.kept for layer in kept if layer}))
         self.reads = {} if self.replay else {layer: self.method.reads(layer) for layer in self.cut_layers}
         self.tapped = frozenset(at for b, signals in self.reads.items() for s in signals for at in s.layers if at < b)
-        self.tap = DecoderTap(adapter.language_model)
+        self.tap = DecoderTap(adapter.language_model, owner.passes)
         if any(s.layers for signals in self.reads.values() for s in signals):
             self.tap.check()
         # What a layer computed is read at the input of the next one, before anything else is cut there.
@@ -71,12 +65,11 @@ class DecoderSelector:
         self._masses = {at for kind, at in every if kind is Kind.LM_MASS}
         self._reads_embeds = any(kind in (Kind.LM_EMBEDS, Kind.LM_TEXT_EMBEDS) for kind, _ in every)
         self.targets = functools.lru_cache(maxsize=256)(self._targets)
-        self._local = _Plans()
 
     @property
-    def calls(self) -> Local:
-        """What this thread does with the model."""
-        return self.owner._local
+    def now(self) -> Pass:
+        """The pass under way."""
+        return self.owner.passes.current
 
     @property
     def keeps_all(self) -> bool:
@@ -128,10 +121,11 @@ class DecoderSelector:
 
     def begin(self, entry: Entry) -> bool:
         """Find the images of this pass; whether any is cut in it."""
-        self._local.current = None
-        call: Call | None = self.calls.call
-        masks: Mapping[str, Tensor] = self.calls.masks
-        if self.calls.paused or not masks or self.keeps_all:
+        call, masks = self.now.call, self.now.masks
+        if self.owner.paused or self.keeps_all:
+            return False
+        if not masks:
+            self._refuse_unplaced(call, entry)
             return False
         own = torch.stack([m.to(entry.embeds.device) for m in masks.values()]).long()  # (names, B, S)
         embeds, source = entry.embeds, entry.source
@@ -160,7 +154,7 @@ class DecoderSelector:
             call.clamped |= bool(self.budget and self.budget.keep_tokens and self.budget.keep_tokens > image.n)
         if not any(image.targets for image in plan.images):
             return False
-        self._local.current = plan
+        self.now.plan = plan
         self.tap.open(self.tapped)
         return True
 
@@ -174,7 +168,7 @@ class DecoderSelector:
 
     def _prompt_end(self, call: Call, masks: Mapping[str, Tensor], past: int) -> int:
         """Width of the prompt; without a cache it is passed again with what was generated since."""
-        width = next(iter(masks.values())).shape[1] - self.calls.n_candidates
+        width = next(iter(masks.values())).shape[1] - self.now.n_candidates
         if not past and same_places(call.prompt, masks):
             return next(iter(call.prompt.values())).shape[1]
         call.prompt = {name: mask[:, :width] for name, mask in masks.items()}
@@ -196,7 +190,7 @@ class DecoderSelector:
 
     def cut(self, layer: int, hidden: Tensor, here: Here) -> Cut | None:
         """What stays before a layer."""
-        plan = self._local.current
+        plan = self.now.plan
         if plan is None:
             return None
         seen = Seen(self.tap, plan, layer, hidden, here)
@@ -309,8 +303,7 @@ class DecoderSelector:
 
     def end(self, lengths: list[int], past: list[int], rows: list[list[int]]) -> None:
         """Tell the report what ran."""
-        call, plan = self.calls.call, self._local.current
-        self._local.current = None
+        call, plan = self.now.call, self.now.plan
         self.tap.open(frozenset())
         for copy, report in plan.copies if plan else ():
             copy.cuts.update(report.cuts)

@@ -41,6 +41,10 @@ class BadFeaturesError(TokPruneError, RuntimeError):
     """The vision tower or the projector produced NaN."""
 
 
+class ModelChangedError(TokPruneError, RuntimeError):
+    """Parts of the model were replaced after it was attached, so hooks would miss what it runs."""
+
+
 class NotCopyableError(TokPruneError, TypeError):
     """An attached model was copied or pickled."""
 

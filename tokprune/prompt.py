@@ -34,6 +34,25 @@ def placeholders(
     return {name: (embeds == row).all(-1) for name, row in zip(wanted, rows, strict=True)}
 
 
+def matching_rows(embeds: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """(B, S) bool: columns that hold encoded rows, where a caller merged them itself.
+
+    Args:
+        embeds: (B, S, D).
+        features: (N, D) an entry; an entry is found where all of its rows stand behind each other.
+    """
+    found = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    for rows in features:
+        rows, n = rows.to(embeds), len(rows)
+        if n > embeds.shape[1]:
+            continue
+        starts = (embeds[:, : embeds.shape[1] - n + 1] == rows[0]).all(-1)
+        for row, start in starts.nonzero().tolist():
+            if torch.equal(embeds[row, start : start + n], rows):
+                found[row, start : start + n] = True
+    return found
+
+
 @span("select")
 def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> list[Place]:
     """The place of every image; reads the mask from the device.

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from tokprune.compat import is_compiled
 from tokprune.errors import UnsupportedModelError
 from tokprune.registry import Registry
 
@@ -39,14 +38,18 @@ def _unwrapped(model: Any) -> nn.Module:
         raise UnsupportedModelError(
             f"{type(model).__name__} calls copies of the model that hooks do not follow; attach to model.module"
         )
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
     for part in model.modules():
         name = type(part).__name__
-        if is_compiled(part):
-            raise UnsupportedModelError("the model is compiled; attach first and compile nothing inside it")
+        if name == "OptimizedModule":
+            raise UnsupportedModelError(
+                "torch.compile() wrapped a part of the model in another module; use its compile() method, which leaves it "
+                "in place: model.model.language_model.compile()"
+            )
         if name.startswith(("FullyShardedDataParallel", "FSDP")):
             raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")
     return model

@@ -22,6 +22,7 @@ from tokprune import attention
 from tokprune.compat import attention_implementation, features_of, with_features
 from tokprune.errors import NotCopyable, TokPruneError, UnsupportedModelError
 from tokprune.flops import Shape
+from tokprune.hooks import Hooks
 from tokprune.shapes import shape_from_config
 from tokprune.spans import span
 from tokprune.types import Decoder, Kind, Layout, Signal, Tower
@@ -226,30 +227,29 @@ class SignalTap(NotCopyable):
         self.n_special = 1 if adapter.tower.has_cls else 0
         self._local = _Open()
 
-    def install(self, stack) -> None:
-        """Register the hooks; the stack removes them."""
+    def install(self, hooks: Hooks) -> None:
+        """Register the hooks."""
         for layer in sorted({layer for s in self.signals for layer in s.layers}):
             module = self.adapter.attention_module(layer)
             for side in ("q", "k"):
                 # Where queries and keys are normalised, attention sees them after that.
                 projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
                 hook = functools.partial(self._seen, layer, module, side)
-                stack.callback(projection.register_forward_hook(hook).remove)
+                hooks.after(projection, hook)
         if any(s.kind is Kind.CLS_STATE for s in self.signals):
             layer = self.adapter.vision_layers[self.adapter.read_layer]
-            stack.callback(layer.register_forward_hook(self._cls_seen).remove)
+            hooks.after(layer, self._cls_seen)
         if self.states:
-            stack.callback(self.adapter.projector.register_forward_pre_hook(self._states_seen).remove)
+            hooks.before(self.adapter.projector, self._states_seen)
 
     def collect(self, encode: Callable[[], Any]) -> tuple[Any, dict[Signal | str, Tensor]]:
         """What an encode function returns, and what was collected meanwhile."""
+        outer = self._local.rows, self._local.sides
         self.open()
         try:
-            out = encode()
-        except BaseException:
-            self._local.rows, self._local.sides = None, {}
-            raise
-        return out, self.close()
+            return encode(), self.close()
+        finally:
+            self._local.rows, self._local.sides = outer
 
     def open(self) -> None:
         """Start collecting in this thread."""
@@ -279,7 +279,9 @@ class SignalTap(NotCopyable):
         return found | ({"states": rows["states"]} if self.states else {})
 
     @torch.no_grad()
-    def _seen(self, layer: int, module: nn.Module, side: str, projection: nn.Module, args: tuple, out: Tensor):
+    def _seen(
+        self, layer: int, module: nn.Module, side: str, projection: nn.Module, args: tuple, kwargs: dict, out: Tensor
+    ):
         if self._local.rows is None:
             return
         sides = self._local.sides.setdefault(layer, {})
@@ -293,12 +295,12 @@ class SignalTap(NotCopyable):
                 for signal, row in signal_rows(asked, q, k, module.scale, self.n_special):
                     self._local.rows[signal, layer] = row
 
-    def _cls_seen(self, layer: nn.Module, args: tuple, out):
+    def _cls_seen(self, layer: nn.Module, args: tuple, kwargs: dict, out):
         if self._local.rows is not None:
             state = (out[0] if isinstance(out, tuple) else out)[:, 0].float()
             self._local.rows |= {s: state for s in self.signals if s.kind is Kind.CLS_STATE}
 
-    def _states_seen(self, projector: nn.Module, args: tuple):
+    def _states_seen(self, projector: nn.Module, args: tuple, kwargs: dict):
         if self._local.rows is not None:
             self._local.rows["states"] = args[0]
 

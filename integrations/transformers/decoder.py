@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from tokprune.compat import has_rotary, rotate
 from tokprune.errors import NotCopyable, UnsupportedModelError
+from tokprune.hooks import Hooks
+from tokprune.passes import Passes
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -64,9 +65,19 @@ class DecoderTap(NotCopyable):
     Hooks on the projections see what attention sees, whichever implementation runs, and cost no extra product.
     """
 
-    def __init__(self, language_model: nn.Module):
+    def __init__(self, language_model: nn.Module, passes: Passes):
         self.layers: Any = language_model.layers
-        self._local = _Open()
+        self._passes = passes
+
+    @property
+    def _open(self) -> _Open:
+        """What is collected of the pass under way."""
+        this = self._passes.current
+        if this is None:
+            return _Open()
+        if this.tap is None:
+            this.tap = _Open()
+        return this.tap
 
     def check(self) -> None:
         """Raise where the layers are built otherwise."""
@@ -78,23 +89,23 @@ class DecoderTap(NotCopyable):
                 "with a rotary embedding. Use a method that acts before the language model, such as 'vtc_cls'"
             )
 
-    def install(self, stack, layers: Iterable[int]) -> None:
-        """Hook these layers; the stack removes the hooks."""
+    def install(self, hooks: Hooks, layers: Iterable[int]) -> None:
+        """Hook these layers."""
         for layer in layers:
             module = self.layers[layer].self_attn
             enter = functools.partial(self._enter, layer)
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.before(module, enter)
             for side in ("q", "k"):
                 projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
-                stack.callback(projection.register_forward_hook(functools.partial(self._seen, layer, side)).remove)
+                hooks.after(projection, functools.partial(self._seen, layer, side))
 
     def open(self, layers: frozenset[int]) -> None:
-        """Collect from these layers in this thread, until the next time."""
-        self._local.wanted, self._local.seen = layers, {}
+        """Collect from these layers in this pass, until the next time."""
+        self._open.wanted, self._open.seen = layers, {}
 
     def take(self, layer: int) -> Attention:
         """What a layer computed; it is let go."""
-        seen, module = self._local.seen.pop(layer), self.layers[layer].self_attn
+        seen, module = self._open.seen.pop(layer), self.layers[layer].self_attn
         return Attention(module, seen["rotary"], _by_head(module, seen["k"]), _by_head(module, seen["q"]))
 
     def ahead(self, layer: int, hidden: Tensor, rotary: Rotary) -> Attention:
@@ -104,20 +115,23 @@ class DecoderTap(NotCopyable):
         return Attention(module, rotary, _projected(module, "k", states), states=states)
 
     def _enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if layer in self._local.wanted:
+        found = self._open
+        if layer in found.wanted:
             pair = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
-            self._local.seen[layer] = {"rotary": pair}
+            found.seen[layer] = {"rotary": pair}
 
-    def _seen(self, layer: int, side: str, projection: nn.Module, args: tuple, out: Tensor) -> None:
-        if layer in self._local.seen:
-            self._local.seen[layer][side] = out
+    def _seen(self, layer: int, side: str, projection: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+        found = self._open
+        if layer in found.seen:
+            found.seen[layer][side] = out
 
 
-class _Open(threading.local):
-    """What a thread collects."""
+@dataclass
+class _Open:
+    """What a pass collects, and from which layers."""
 
     wanted: frozenset[int] = frozenset()
-    seen: dict[int, dict[str, Any]] = {}
+    seen: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def _by_head(module: Any, x: Tensor) -> Tensor:

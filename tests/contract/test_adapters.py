@@ -401,21 +401,6 @@ def test_decoding_by_hand_needs_neither_mask_nor_positions():
     assert tokens == want
 
 
-@torch.no_grad()
-def test_prompt_fed_again_on_a_pruned_cache_is_refused():
-    model = tiny.model()
-    inputs = tiny.row(tiny.batch(), 0)
-    more = torch.cat([inputs["input_ids"], torch.tensor([[5, 6, 7]])], 1)
-    with tokprune.attach(model, "vtc_cls", keep_ratio=0.3):
-        cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(tokprune.TokPruneError, match="only the new input_ids"):
-            n = cache.get_seq_length()
-            model(input_ids=more[:, n:], **tiny.cached(cache), attention_mask=torch.ones_like(more))
-        with pytest.raises(tokprune.TokPruneError, match="only the new input_ids"):
-            places = torch.arange(n, more.shape[1])[None]
-            model(input_ids=more[:, n:], **tiny.cached(cache), position_ids=places)
-
-
 @policies
 @torch.no_grad()
 def test_end_of_a_prompt_fed_again_is_taken_back(positions):

@@ -602,7 +602,7 @@ def test_autocast_leaves_scores_alone(warm):
     for enabled in (False, True):
         with tokprune.attach(warm, "vtc_cls", keep_ratio=0.25) as attachment:
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                rows = attachment._tap.collect(lambda: warm.model.vision_tower(tiny.pictures(2)))[1]
+                rows = attachment._observer._tap.collect(lambda: warm.model.vision_tower(tiny.pictures(2)))[1]
             kept.append(next(iter(rows.values())))
     assert kept[1].dtype == torch.float32
     assert torch.allclose(kept[0], kept[1], atol=0.05)  # the tower itself ran in half precision

@@ -300,7 +300,7 @@ def test_at_most_one_read_a_cut_and_none_while_decoding(kind, spec, monkeypatch)
     """Counts are known on the host; only which newlines stay has to be read."""
     model, inputs = model_and_batch(kind)
     with attach(model, kind, spec) as attachment:
-        cutter, cuts, decoding = attachment._cutter, [], []
+        cutter, cuts, decoding = attachment._observer.cutter, [], []
         with monkeypatch.context() as patched:
             reads_inside(patched, cutter, "cut", cuts, lambda layer, *_: layer)
             model(**inputs)
@@ -318,11 +318,13 @@ def test_a_read_in_a_cut_is_seen(monkeypatch):
     model, inputs = tiny.model(), tiny.row(tiny.batch(), 0)
     with tokprune.attach(model, "fastv", keep_ratio=0.3) as attachment:
         found = []
-        plain = attachment._cutter.cut
+        plain = attachment._observer.cutter.cut
         monkeypatch.setattr(
-            attachment._cutter, "cut", lambda layer, hidden, here: hidden.sum().item() and plain(layer, hidden, here)
+            attachment._observer.cutter,
+            "cut",
+            lambda layer, hidden, here: hidden.sum().item() and plain(layer, hidden, here),
         )
-        reads_inside(monkeypatch, attachment._cutter, "cut", found, lambda layer, *_: layer)
+        reads_inside(monkeypatch, attachment._observer.cutter, "cut", found, lambda layer, *_: layer)
         model(**inputs)
     assert found
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from tokprune import budget, compaction, flops
+from tokprune import budget, compaction, flops, observer
 from tokprune.methods import METHODS
 from tokprune.types import grid_layout
 
@@ -111,7 +111,7 @@ def leave_everything(self):
 
 EXTENDED = compaction.Columns.extended
 LAYER, AFFORDABLE = flops.Stack.layer, budget.Budget._affordable
-AFTER_PREFILL = attachment.tokprune.Attachment.after_prefill
+AFTER_PREFILL = observer.Observer.after_prefill
 ATTACHMENT = attachment.tokprune.Attachment
 BREAKS = {
     "decode mask": (
@@ -127,7 +127,7 @@ BREAKS = {
         lambda: adapters.test_loss_equals_the_loss_of_the_short_sequence("clip", "contiguous"),
     ),
     "report": (
-        (ATTACHMENT, "after_prefill", one_column_less),
+        (observer.Observer, "after_prefill", one_column_less),
         lambda: adapters.test_report_equals_the_lengths_the_layers_saw("clip", {"keep_ratio": 0.3}),
     ),
     "ledger": (
