@@ -21,7 +21,7 @@ from tokprune.eval.run import EMBEDDED_MODEL
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
-from tokprune import compaction, selection
+from tokprune import columns, compaction, selection
 from tokprune.budget import Budget
 from tokprune.compat import cache_of
 from tokprune.types import Stage, grid_layout
@@ -497,7 +497,7 @@ SABOTAGE = {
     "nothing marked": (selection, "mark_dropped", lambda _: lambda features, keep: features),
     "not in generate": (compaction.Compaction, "before", in_generate_alone),
     "one token kept": (Budget, "n_keep", lambda _: lambda self, n_visual, flops=None, least=1: 1),
-    "padding mask lost": (compaction.Columns, "inner_mask", lambda _: lambda self, mask, n_outer: None),
+    "padding mask lost": (columns.Columns, "inner_mask", lambda _: lambda self, mask, n_outer: None),
     "kept features zeroed": (selection, "mark_dropped", lambda mark: lambda f, keep: mark(torch.zeros_like(f), keep)),
 }
 

@@ -11,76 +11,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import compat
-from .compaction import Columns, Compaction, NewColumns
+from .chooser import Chooser, Cut, Entry
+from .columns import Columns, NewColumns
+from .compaction import Compaction
 from .errors import NotCopyable, TokPruneError, UnsupportedCacheError
 from .hooks import Hooks
 from .ops import forward_fill, gather_columns, right_align
 from .spans import span
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What enters the language model in one pass, behind the compaction before it.
-
-    Args:
-        embeds: (B, S, D).
-        valid: (B, S) bool; False is padding.
-        source: (B, S) the user's columns, or None where they are the same.
-        past: columns before these in layer 0.
-    """
-
-    embeds: Tensor
-    valid: Tensor
-    source: Tensor | None
-    past: int
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What stays before a layer.
-
-    Args:
-        hidden: (B, K, D) hidden states, changed where a method merges.
-        keep: (B, K) bool; False also for padding.
-        lengths: columns that stay, by row, known on the host.
-        n_tail: how many of the last columns of this pass stay in every row, at least.
-    """
-
-    hidden: Tensor
-    keep: Tensor
-    lengths: list[int]
-    n_tail: int
-
-
-class Here(Protocol):
-    """What a chooser may ask about the layer that it is asked at."""
-
-    def rotary(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the columns that are here, (B or 1, K, d)."""
-
-    def cached(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys of earlier passes in a layer, (B, H, P, d), and which of them are no padding, (B, P)."""
-
-
-class Chooser(Protocol):
-    """Who decides what stays."""
-
-    layers: frozenset[int]
-
-    def begin(self, entry: Entry) -> bool:
-        """Called with every pass over a prompt; whether something is to be cut in it."""
-
-    def cut(self, layer: int, hidden: Tensor, here: Here) -> Cut | None:
-        """Asked before each of `layers`; None leaves all columns."""
-
-    def end(self, lengths: list[int], past: list[int], rows: list[list[int]]) -> None:
-        """Called behind a pass with cuts: columns by layer, cached ones before, and behind a cut those of every row."""
 
 
 @dataclass
@@ -94,6 +37,7 @@ class _Layers:
     cutting: bool
     old: tuple[Columns | None, ...]
     new: list[Columns | None]
+    origin: Tensor | None  # (B, 1) positions of the rows' first tokens, where padding counts as positions
     kept: NewColumns | None = None  # of this pass, at the layer that is reached
     lengths: list[int] = field(default_factory=list)
     past_lengths: list[int] = field(default_factory=list)
@@ -142,12 +86,12 @@ class Between(NotCopyable):
     # ------------------------------------------------------------------------------- the language model
 
     @span("cut")
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         embeds, cache = kwargs.get("inputs_embeds"), compat.cache_of(kwargs)
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if x is None:
-            return
-        past, mask = compat.past_length(cache), kwargs.get("attention_mask")
+            return None
+        past, mask = compat.past_length(cache), self.compaction.mask_of(kwargs)
         old = getattr(cache, compat.LAYERS_STATE, None) or (None,) * self.n_layers
         if any(old[: self.first]):
             raise UnsupportedCacheError("layers of this cache were cut by another attachment; start a new cache")
@@ -155,13 +99,18 @@ class Between(NotCopyable):
         if embeds is not None and (x.shape[1] > 1 or past == 0):
             cutting = self.chooser.begin(self._entry(embeds, mask, past))
         if not cutting and not any(old):
-            return
+            return None
         compat.refuse_unsupported(cache, mask)
         if cutting:
             self._refuse(module, kwargs)
         elif any(c is not None and len(c.source) != len(x) for c in old):
             raise UnsupportedCacheError("the cache was pruned with another batch; start a new cache")
-        self._pass.layers = _Layers(cache, past, x.shape[1], mask, cutting, old, list(old))
+        self._pass.layers = _Layers(cache, past, x.shape[1], mask, cutting, old, list(old), self.compaction.origin())
+        given = kwargs.get("attention_mask")
+        if cutting and given is mask:
+            ready = compat.without_blind_rows(module, mask, x.shape[1], x.dtype)
+            return None if ready is mask else (args, {**kwargs, "attention_mask": ready})
+        return None
 
     def _entry(self, embeds: Tensor, mask: Any, past: int) -> Entry:
         new = self.compaction.new_columns
@@ -375,6 +324,15 @@ class _Here:
     def rotary(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the columns that are here."""
         return self.between._rotary(self.this, self.kwargs["position_embeddings"])
+
+    def alone(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same as if every row were alone, without padding before it."""
+        origin = self.this.origin
+        if origin is None:
+            return pair
+        (cos, sin), (c, s) = pair, compat.rotary(self.between.language_model, pair[0], origin)
+        length = (c.square() + s.square()).sqrt()  # cosines and sines may be scaled
+        return (cos * c + sin * s) / length, (sin * c - cos * s) / length
 
     def cached(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Keys of earlier passes in a layer and which of them are no padding."""

@@ -28,12 +28,21 @@ class Call:
     by_name: dict[str, range] = field(default_factory=dict)  # places in `images` by encode function
     prompt: Mapping[str, Tensor] = field(default_factory=dict)  # placeholders of the prompt in which layers were cut
     clamped: bool = False
+    by_hand: bool = False  # begun by an encode of the user, outside of any generate or forward
     ran: bool = False
     rows: Tensor | None = None  # input_ids whose rows may be beam copies
 
 
-def repeated_salts(salts: tuple[int, ...], n_images: int) -> tuple[int, ...]:
-    """One salt an image; each repeated in place where beams repeat the pictures."""
+def repeated_salts(salts: tuple[int, ...], n_images: int, before: int = 0) -> tuple[int, ...]:
+    """One salt an image; each repeated in place where beams repeat the pictures.
+
+    Args:
+        salts: one for all, or one an image, videos behind the images.
+        n_images: that were encoded together.
+        before: images of the call that were encoded before.
+    """
+    if salts and n_images % len(salts) and before + n_images <= len(salts):
+        return salts[before : before + n_images]
     if not salts or n_images % len(salts):
         raise OptionError(
             f"{len(salts)} salts for {n_images} images; set attachment.salts to one an image, or to one for all"

@@ -13,12 +13,14 @@ model family.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from . import compat
+from .columns import Columns, NewColumns, columns_on, find_marks, note_columns
 from .compat import LAYERS_STATE, cache_of, crop_cache, past_length, positions_of_4, refuse_unsupported
 from .errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
 from .hooks import Hooks
@@ -27,123 +29,6 @@ from .passes import Pass, Passes
 from .spans import span
 
 Positions = Literal["contiguous", "original"]
-_STATE = "_tokprune_columns"
-
-
-def mark_dropped(features: Tensor, keep: Tensor) -> Tensor:
-    """Features, (..., N, D), whose dropped rows carry the mark; keep is (..., N) bool."""
-    mark = features.new_zeros(features.shape[-1])
-    mark[0] = float("nan")
-    return torch.where(keep[..., None], features, mark)
-
-
-def find_marks(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows of (..., D) carry the mark, and which hold any other NaN; both (...) bool."""
-    nan_rows = features.isnan().any(-1)
-    marked = features[..., 0].isnan() & (features[..., 1:] == 0).all(-1)
-    return marked, nan_rows & ~marked
-
-
-def without_marks(features: Any) -> Any:
-    """Features, or lists and tuples of them, with zeros in place of marked rows; anything else as it is."""
-    if type(features) in (list, tuple):
-        return type(features)(without_marks(f) for f in features)
-    if not (isinstance(features, Tensor) and features.is_floating_point()):
-        return features
-    return features.masked_fill(find_marks(features)[0][..., None], 0)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which of the user's columns ("outer") the stored ones ("inner") are; behind n_outer they run one to one.
-
-    Args:
-        source: (B, K) outer column of every inner one.
-        valid: (B, K); False for the padding of rows shorter than the longest.
-        n_outer: outer columns described so far.
-        all_valid: no padding anywhere.
-        shift: (B, 1) how far contiguous positions have moved.
-        n_tail: how many of the last columns are one to one in every row.
-    """
-
-    source: Tensor
-    valid: Tensor
-    n_outer: int
-    all_valid: bool
-    shift: Tensor
-    n_tail: int
-
-    @classmethod
-    def identity(cls, batch: int, n_outer: int, device: torch.device) -> Columns:
-        """Nothing dropped in the first n_outer columns."""
-        source = torch.arange(n_outer, device=device).expand(batch, n_outer)
-        shift = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        return cls(source, torch.ones_like(source, dtype=torch.bool), n_outer, True, shift, n_outer)
-
-    @property
-    def n_dropped(self) -> int:
-        """Columns by which the cache is shorter."""
-        return self.n_outer - self.source.shape[1]
-
-    def up_to(self, n_outer: int) -> tuple[Tensor, Tensor]:
-        """Source and valid, continued one to one up to an outer length."""
-        batch = self.source.shape[0]
-        tail = torch.arange(self.n_outer, n_outer, device=self.source.device).expand(batch, -1)
-        valid = torch.cat([self.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
-        return torch.cat([self.source, tail], 1), valid
-
-    def extended(self, past: int, new: NewColumns) -> Columns:
-        """With a block behind `past` outer columns."""
-        source, valid = self.up_to(past)
-        return Columns(
-            source=torch.cat([source, new.source + past], 1),
-            valid=torch.cat([valid, new.valid], 1),
-            n_outer=past + new.n_outer,
-            all_valid=self.all_valid and new.all_valid,
-            shift=self.shift + new.n_marked,
-            n_tail=new.n_tail,
-        )
-
-    def shortened(self, n_outer: int) -> Columns:
-        """Without the last columns; they must be one to one."""
-        n_less = max(self.n_outer - n_outer, 0)
-        if n_less == 0:
-            return self
-        source, valid = self.source[:, :-n_less], self.valid[:, :-n_less]
-        return replace(self, source=source, valid=valid, n_outer=n_outer, n_tail=self.n_tail - n_less)
-
-    def inner_mask(self, mask: Tensor | None, n_outer: int) -> Tensor | None:
-        """A (B, n_outer) mask, or None for all ones, over the inner columns; None where nothing is masked."""
-        if mask is None and self.all_valid:
-            return None
-        source, valid = self.up_to(n_outer)
-        if mask is None:
-            return valid.long()
-        return mask.gather(1, source.to(mask.device)) * valid.to(mask)
-
-
-def columns_on(cache: Any) -> Columns | None:
-    """What a cache holds, where it was pruned before the language model."""
-    return getattr(cache, _STATE, None)
-
-
-@dataclass(frozen=True)
-class NewColumns:
-    """The columns of one forward pass that stay.
-
-    Args:
-        source, valid, n_outer, all_valid, n_tail: as in `Columns`, of this pass alone.
-        marked_before: (B, K) marked columns before every kept one.
-        n_marked: (B, 1) marked columns of every row.
-    """
-
-    source: Tensor
-    valid: Tensor
-    n_outer: int
-    all_valid: bool
-    n_tail: int
-    marked_before: Tensor
-    n_marked: Tensor
 
 
 # ---------------------------------------------------------------------------------------- the hooks
@@ -183,6 +68,9 @@ class _Shortening:
     cache: Any
     new: NewColumns | None = None
     columns: Columns | None = None  # with the new ones
+    given: Any = None  # the caller's mask
+    numbered: bool = True  # whether the caller gave positions
+    mask: Tensor | None = None  # (B, inner columns), what the language model is told of padding
 
 
 class Compaction(NotCopyable):
@@ -209,6 +97,18 @@ class Compaction(NotCopyable):
         this = self._pass.shortening
         return this.new if this else None
 
+    def mask_of(self, kwargs: Mapping) -> Any:
+        """The (B, S) mask of the pass under way, or what the caller passed where nothing was dropped."""
+        this = self._pass.shortening
+        return kwargs.get("attention_mask") if this is None or this.columns is None else this.mask
+
+    def origin(self) -> Tensor | None:
+        """(B, 1) padding before the rows of the pass under way, where it counts as positions; else None."""
+        this = self._pass.shortening
+        if this is None or this.numbered or not isinstance(this.given, Tensor) or this.given.ndim != 2:
+            return None
+        return this.given.long().argmax(1, keepdim=True)
+
     @property
     def _pass(self) -> Pass:
         """The pass under way."""
@@ -221,7 +121,8 @@ class Compaction(NotCopyable):
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
         cache = cache_of(kwargs)
-        self._pass.shortening = this = _Shortening(cache)
+        this = _Shortening(cache, given=kwargs.get("attention_mask"), numbered=kwargs.get("position_ids") is not None)
+        self._pass.shortening = this
         embeds = kwargs.get("inputs_embeds")
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if x is None:
@@ -258,7 +159,9 @@ class Compaction(NotCopyable):
             keep = keep & mask[:, -embeds.shape[1] :].to(keep.device).bool()  # squeezes padding out, too
         lengths = keep.sum(1)
         places = torch.arange(1, keep.shape[1] + 1, device=keep.device)
-        flags = {**self.observer.flags(), "marked": marked.any(), "bad": bad.any()}
+        # Rows of which this part of a prompt is padding alone hold nothing, either, and nothing was taken from them.
+        emptied = (marked.any(1) & (lengths == 0)).any()
+        flags = {**self.observer.flags(), "marked": marked.any(), "bad": bad.any(), "emptied": emptied}
         numbers = [lengths.amax(), lengths.amin(), places.masked_fill(keep, 0).amax()]
         values = torch.stack([*numbers, *(f.to(lengths) for f in flags.values())]).tolist()
         longest, shortest, last_dropped = values[:3]
@@ -289,7 +192,8 @@ class Compaction(NotCopyable):
         if inner is None and self.positions == "original":
             # Gapped positions without mask and cache are taken for several packed sequences.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
-        short["attention_mask"] = inner
+        this.mask = inner
+        short["attention_mask"] = compat.without_blind_rows(self.language_model, inner, n_inner, x.dtype)
         return short | positions_of_4(kwargs, past_inner, n_inner, x.device)
 
     @span("shorten")
@@ -300,7 +204,7 @@ class Compaction(NotCopyable):
             return None
         cache = cache_of(out) if isinstance(out, Mapping) else this.cache
         if cache is not None:
-            setattr(cache, _STATE, this.columns)
+            note_columns(cache, this.columns)
         if this.new is None:
             return None
         fill = forward_fill(this.new.source, this.new.valid, this.new.n_outer)
@@ -341,7 +245,7 @@ def _known_columns(columns: Columns | None, x: Tensor, past_inner: int) -> Colum
 def _refuse_unusable(seen: _Seen, past_inner: int) -> None:
     if seen.flags["bad"]:
         raise BadFeaturesError("the vision tower or the embeddings produced NaN; run them in float32 or bfloat16")
-    if not seen.any_marked or seen.shortest:
+    if not seen.any_marked or not seen.flags["emptied"]:
         return
     if past_inner:
         raise TokPruneError(

@@ -187,6 +187,26 @@ def attention_implementation(module: Any) -> str:
     return getattr(module.config, "_attn_implementation", "") or ""
 
 
+def rotary(language_model: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (B, n, d), that a language model turns queries and keys by, at positions (B, n)."""
+    return language_model.rotary_emb(like, positions)
+
+
+def without_blind_rows(module: Any, mask: Tensor | None, n_new: int, dtype: torch.dtype) -> Tensor | None:
+    """A mask (B, P + n_new) with which padding is not NaN.
+
+    Eager attention takes its softmax in float32, where float64's least number is an infinity: a row that sees nothing
+    becomes NaN, and spreads. There the mask is made ready, (B, 1, n_new, P + n_new), and padding sees everything.
+    """
+    if mask is None or n_new == 1 or dtype != torch.float64 or attention_implementation(module) != "eager":
+        return mask
+    valid = mask.bool()
+    past = mask.shape[1] - n_new
+    causal = torch.ones(n_new, mask.shape[1], dtype=torch.bool, device=mask.device).tril(past)
+    seen = (causal & valid[:, None]) | ~valid[:, past:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
 def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (B, H, S, d) of an attention module, turned by its own rotary embedding."""
     return sys.modules[type(attention).__module__].apply_rotary_pos_emb(x, x, cos, sin)[0]

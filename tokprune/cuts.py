@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .between import Cut, Entry, Here
 from .budget import REFERENCE_TEXT, Budget
 from .call import Call
+from .chooser import Cut, Entry, Here
 from .errors import BudgetError, NothingPrunedError
 from .flops import Ops, Widths, decoder_signals
 from .methods.decoder import ExitMethod

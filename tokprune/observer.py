@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import ops
 from .between import Between
 from .call import Call, repeated_salts
-from .compaction import Compaction, Ran, without_marks
+from .columns import without_marks
+from .compaction import Compaction, Ran
 from .compat import cache_of, past_length, replace_features
 from .cuts import DecoderSelector
 from .errors import BadFeaturesError, NotCopyable, NothingPrunedError, OptionError, TokPruneError
@@ -101,8 +102,9 @@ class Observer(NotCopyable):
 
     def _generate(self, original: Callable, *args, **kwargs) -> Any:
         """Note that the passes to come are one call of the user."""
-        prompt = next((x for x in (*args[:1], *map(kwargs.get, PROMPTS)) if isinstance(x, Tensor)), None)
-        with self.passes.generating(None if prompt is None or prompt.ndim < 2 else prompt.shape[1]):
+        found = (x for x in (*args[:1], *map(kwargs.get, PROMPTS)) if isinstance(x, Tensor) and x.ndim > 1)
+        n_rows, n_prompt = next(found, torch.empty(0, 0)).shape[:2]
+        with self.passes.generating(n_rows or None, n_prompt or None, _brings_features(kwargs)):
             return original(*args, **kwargs)
 
     def _begin(self, context: Context) -> Call:
@@ -113,6 +115,7 @@ class Observer(NotCopyable):
 
     def _enter(self, level: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         this = self.passes.enter(level)
+        this.joins |= _brings_features(kwargs)
         cache, asked, generation = cache_of(kwargs), kwargs.get("logits_to_keep"), this.generation
         if level != HEAD or generation is None or generation.n_prompt is None or not isinstance(asked, int):
             return
@@ -128,16 +131,17 @@ class Observer(NotCopyable):
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Count the prompt's placeholders, on the device; take what the cache holds already out of the prompt."""
         this = self.passes.enter(BASE)
+        this.joins |= _brings_features(kwargs)
         passed = _passed(args, kwargs)
         if passed is None or passed.shape[1] <= 1:
             return None
-        again = given_again(args, kwargs)
+        again = given_again(args, kwargs, tuple(self.adapter.placeholder_ids.values()))
         if again is not None:
             this.n_again, args, kwargs = again.n, again.args, again.kwargs
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         this.by_hand = ids is None
         this.masks = placeholders(ids, embeds, self.adapter.placeholder_ids, self.adapter.base)
-        if ids is not None and cache_of(kwargs) is not None:
+        if ids is not None and this.generation is not None and this.generation.n_rows not in (None, len(ids)):
             # generate() of older releases repeats the pictures of every beam and encodes them here.
             this.rows = ids
         return None if again is None else (args, kwargs)
@@ -172,7 +176,9 @@ class Observer(NotCopyable):
                 return out
             images = by_image(self.adapter, encoded)
             start = len(call.images)
-            marked, _ = self.selector.prune(images, repeated_salts(tuple(self.salts), len(images.features)), call)
+            marked, _ = self.selector.prune(
+                images, repeated_salts(tuple(self.salts), len(images.features), start), call
+            )
             call.by_name[name] = range(start, len(call.images))
         except BaseException:
             context.call = None  # what was half encoded must not be taken for the next call's
@@ -184,8 +190,10 @@ class Observer(NotCopyable):
 
     def _call_of_encode(self, name: str, context: Context) -> Call:
         call, this = context.call, self.passes.current
-        if call is None or call.ran or name in call.encoded:
+        joins = self.passes.joins
+        if call is None or call.ran or name in call.encoded or (call.by_hand and joins is False):
             call = self._begin(context)
+            call.by_hand = joins is None
         call.encoded.add(name)
         if this is not None and this.rows is not None:
             call.rows = this.rows
@@ -202,7 +210,8 @@ class Observer(NotCopyable):
                 self._find_pictures(this, call, embeds)
                 self._select_late(this, call, embeds, kwargs.get("attention_mask"))
             except BaseException as error:
-                if self._keeps_all and isinstance(error, TokPruneError):
+                keeps_all = self._keeps_all and (self.cutter is None or self.cutter.keeps_all)
+                if keeps_all and isinstance(error, TokPruneError):
                     call.pending = []  # a part of a prompt of which everything is kept
                     return None
                 this.context.call = None
@@ -248,12 +257,14 @@ class Observer(NotCopyable):
             for signal in self.signals:
                 if signal.kind is Kind.TEXT_EMBEDS:
                     rows = [p.rows[0] for p in places]
-                    end = embeds.shape[1] - this.n_candidates
+                    n_behind = this.n_candidates
+                    end = embeds.shape[1] - n_behind
                     inside = [mask[:, :end] for mask in masks.values()]
-                    valid = None if attention_mask is None else attention_mask[:, :end]
+                    valid = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - n_behind]
                     text = text_of(embeds[:, :end], inside, valid, rows)
                     images.signals[signal] = list(text.to(images.features[0].device))
-            salts, start = repeated_salts(tuple(self.salts), len(places)), len(call.images)
+            start = len(call.images)
+            salts = repeated_salts(tuple(self.salts), len(places), start)
             marked, _ = self.selector.prune(images, salts, call)
             call.by_name[encoded.name] = range(start, len(call.images))
             call.marks += zip(places, marked, images.features, strict=True)
@@ -336,6 +347,11 @@ def _passed(args: tuple, kwargs: Mapping) -> Tensor | None:
     """What a call of the model is about: ids, or embeddings."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     return ids if ids is not None else kwargs.get("inputs_embeds")
+
+
+def _brings_features(kwargs: Mapping) -> bool:
+    """Whether a call is given pictures that the caller encoded."""
+    return any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
 
 
 def _comes_again(this: Pass, call: Call, embeds: Tensor) -> bool:

@@ -62,6 +62,7 @@ class Pass:
         rows: input_ids whose rows may be beam copies.
         facts: read from the device in the one synchronisation of a prefill.
         by_hand: whether the caller made the embeddings.
+        joins: whether it was given pictures that the caller encoded.
         n_candidates: columns behind the prompt that assisted decoding proposes in the same pass.
         n_again: leading columns that the cache holds already.
         aside: the call of a pass that a generation makes beside its own.
@@ -75,6 +76,7 @@ class Pass:
     rows: Tensor | None = None
     facts: Mapping[str, int] = field(default_factory=dict)
     by_hand: bool = False
+    joins: bool = False
     n_candidates: int = 0
     n_again: int = 0
     aside: Call | None = None
@@ -97,11 +99,14 @@ class Generation:
 
     Args:
         inside: calls of its passes.
-        n_prompt: columns of its prompt; None where they are not known.
+        n_rows, n_prompt: rows and columns of its prompt; None where they are not known.
+        joins: whether it was given pictures that the caller encoded.
     """
 
     inside: Context
+    n_rows: int | None
     n_prompt: int | None
+    joins: bool
 
 
 @dataclass
@@ -137,6 +142,12 @@ class Passes(threading.local):
         return self._inside
 
     @property
+    def joins(self) -> bool | None:
+        """Whether what is under way was given pictures that the caller encoded; None where nothing is."""
+        top = self._top
+        return top.joins if isinstance(top, Pass | Generation) else None
+
+    @property
     def _inside(self) -> Context:
         """Calls to which a forward that is entered now belongs."""
         return self.calls if self._top is None else self._top.inside
@@ -165,13 +176,13 @@ class Passes(threading.local):
         return this
 
     @contextlib.contextmanager
-    def generating(self, n_prompt: int | None) -> Iterator[None]:
+    def generating(self, n_rows: int | None, n_prompt: int | None, joins: bool) -> Iterator[None]:
         """A generation of the user runs."""
         self._forget_dead()
         context = Context() if isinstance(self._top, Generation) else self._inside
         context.main = None
         try:
-            with self._pushed(Generation(context, n_prompt)):
+            with self._pushed(Generation(context, n_rows, n_prompt, joins)):
                 yield
         finally:
             context.call, context.main = context.shown, None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .between import Entry
 from .call import Call
+from .chooser import Entry
 from .prompt import places_of
 from .report import ImageReport
 from .types import Layout

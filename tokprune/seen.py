@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention, ops
-from .between import Here
+from .chooser import Here
 from .errors import TokPruneError
 from .plan import PADDING, TEXT, Plan, Shown
 from .types import Kind, Signal
@@ -76,6 +76,12 @@ class Seen:
             )
         return self.attentions[layer]
 
+    def keys_alone(self, layer: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """(G, n, H, d) float32 keys at columns (G, n); what they are alone, beside no padding, which turns them."""
+        found = self.attention(layer)
+        found = replace(found, rotary=self.here.alone(found.rotary))
+        return found.keys(rows, columns).transpose(1, 2).float()
+
     def attended(self, layer: int, rows: Tensor, columns: Tensor) -> Tensor:
         """(G, R, K) attention of some columns to all of this pass, mean over heads; cached ones share the softmax."""
         found, plan = self.attention(layer), self.plan
@@ -109,9 +115,9 @@ class Seen:
             found = self.attended(s.layers[0], rows, self.text(rows, group, s.text))
             return found.gather(2, columns[:, None].expand(-1, found.shape[1], -1))
         if s.kind is Kind.LM_KEYS:
-            return self.attention(s.layers[0]).keys(rows, columns).transpose(1, 2).float()
+            return self.keys_alone(s.layers[0], rows, columns)
         if s.kind is Kind.LM_TEXT_KEYS:
-            return self.attention(s.layers[0]).keys(rows, self.text(rows, group, s.text)).transpose(1, 2).float()
+            return self.keys_alone(s.layers[0], rows, self.text(rows, group, s.text))
         if s.kind is Kind.LM_TEXT_STATES:
             return self.hidden[rows[:, None], self.text(rows, group, s.text)].float()
         if s.kind is Kind.LM_FIRST_STATE:

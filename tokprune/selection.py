@@ -13,7 +13,7 @@ from torch import Tensor
 from . import ops
 from .budget import Budget
 from .call import Call
-from .compaction import mark_dropped
+from .columns import mark_dropped
 from .errors import BudgetError, UnsupportedModelError
 from .flops import Ops, SelectionCost
 from .report import ImageReport

@@ -6,14 +6,14 @@ dropped, so it passes as many tokens again as were dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compaction import columns_on
+from .columns import columns_on
 from .compat import cache_of, past_length
 
 BY_COLUMN = ("position_ids", "cache_position", "token_type_ids", "mm_token_type_ids")
@@ -34,10 +34,10 @@ class Again:
 
     @staticmethod
     def expanded(out: Any, n: int) -> Any:
-        """The model's output with the hidden states of the first new token in their places."""
+        """The model's output with NaN for the hidden states that were not computed again."""
 
         def longer(states: Tensor) -> Tensor:
-            return torch.cat([states[:, :1].expand(-1, n, -1), states], 1)
+            return torch.cat([states.new_full((len(states), n, states.shape[2]), torch.nan), states], 1)
 
         if isinstance(out, tuple):
             return (longer(out[0]), *out[1:])
@@ -45,10 +45,15 @@ class Again:
         return out
 
 
-def given_again(args: tuple, kwargs: Mapping[str, Any]) -> Again | None:
+def given_again(args: tuple, kwargs: Mapping[str, Any], placeholders: Sequence[int]) -> Again | None:
     """The call without what the cache holds; None where the user passes new tokens alone.
 
-    Tokens at the end that lie one to one in the cache are left: those are taken back from the cache instead.
+    Text at the end of what the cache holds is left in the call: it is taken back from the cache instead.
+
+    Args:
+        args: of a call of the model.
+        kwargs: of the same; the cache is one of them.
+        placeholders: ids that stand for visual tokens.
     """
     cache = cache_of(kwargs)
     columns = columns_on(cache)
@@ -65,7 +70,9 @@ def given_again(args: tuple, kwargs: Mapping[str, Any]) -> Again | None:
     else:
         return None
     n = columns.n_dropped
-    if past != past_length(cache) or past >= columns.n_outer - columns.n_tail or n_new <= n:
+    if past != past_length(cache) or n_new <= n:
+        return None
+    if ids is not None and past >= columns.n_outer - columns.n_tail and not _any_of(ids[:, :n], placeholders):
         return None
     rest = {k: v[..., n:] for k, v in kwargs.items() if k in BY_COLUMN and v is not None and v.shape[-1] == n_new}
     if embeds is not None:
@@ -73,3 +80,7 @@ def given_again(args: tuple, kwargs: Mapping[str, Any]) -> Again | None:
     if "input_ids" in kwargs:
         return Again(n, args, {**kwargs, **rest, "input_ids": ids[:, n:]})
     return Again(n, (ids[:, n:], *args[1:]), {**kwargs, **rest})
+
+
+def _any_of(ids: Tensor, wanted: Sequence[int]) -> bool:
+    return bool(torch.isin(ids, torch.tensor(wanted, device=ids.device)).any())

@@ -47,8 +47,8 @@ def _unwrapped(model: Any) -> nn.Module:
         name = type(part).__name__
         if name == "OptimizedModule":
             raise UnsupportedModelError(
-                "torch.compile() wrapped a part of the model in another module; use its compile() method, which leaves it "
-                "in place: model.model.language_model.compile()"
+                "torch.compile() put a part of the model into another module; use its compile() method instead, as in "
+                "model.model.language_model.compile()"
             )
         if name.startswith(("FullyShardedDataParallel", "FSDP")):
             raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")

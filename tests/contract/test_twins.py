@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from tokprune import budget, compaction, flops, observer
+from tokprune import budget, columns, compaction, flops, observer
 from tokprune.methods import METHODS
 from tokprune.types import grid_layout
 
@@ -109,17 +109,17 @@ def leave_everything(self):
     pass
 
 
-EXTENDED = compaction.Columns.extended
+EXTENDED = columns.Columns.extended
 LAYER, AFFORDABLE = flops.Stack.layer, budget.Budget._affordable
 AFTER_PREFILL = observer.Observer.after_prefill
 ATTACHMENT = attachment.tokprune.Attachment
 BREAKS = {
     "decode mask": (
-        (compaction.Columns, "inner_mask", mask_left_long),
+        (columns.Columns, "inner_mask", mask_left_long),
         lambda: adapters.test_batch_equals_its_rows_one_by_one("clip", "contiguous", "greedy"),
     ),
     "decode positions": (
-        (compaction.Columns, "extended", positions_without_shift),
+        (columns.Columns, "extended", positions_without_shift),
         lambda: adapters.test_cached_generation_equals_recomputing_the_short_sequence("clip", "sdpa", "contiguous"),
     ),
     "expansion": (

@@ -1,0 +1,132 @@
+"""Marks of dropped tokens, and which of the user's columns the language model and its cache hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STATE = "_tokprune_columns"  # on a cache: what it holds
+
+
+def mark_dropped(features: Tensor, keep: Tensor) -> Tensor:
+    """Features, (..., N, D), whose dropped rows carry the mark; keep is (..., N) bool."""
+    mark = features.new_zeros(features.shape[-1])
+    mark[0] = float("nan")
+    return torch.where(keep[..., None], features, mark)
+
+
+def find_marks(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of (..., D) carry the mark, and which hold any other NaN; both (...) bool."""
+    nan_rows = features.isnan().any(-1)
+    marked = features[..., 0].isnan() & (features[..., 1:] == 0).all(-1)
+    return marked, nan_rows & ~marked
+
+
+def without_marks(features: Any) -> Any:
+    """Features, or lists and tuples of them, with zeros in place of marked rows; anything else as it is."""
+    if type(features) in (list, tuple):
+        return type(features)(without_marks(f) for f in features)
+    if not (isinstance(features, Tensor) and features.is_floating_point()):
+        return features
+    return features.masked_fill(find_marks(features)[0][..., None], 0)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which of the user's columns ("outer") the stored ones ("inner") are; behind n_outer they run one to one.
+
+    Args:
+        source: (B, K) outer column of every inner one.
+        valid: (B, K); False for the padding of rows shorter than the longest.
+        n_outer: outer columns described so far.
+        all_valid: no padding anywhere.
+        shift: (B, 1) how far contiguous positions have moved.
+        n_tail: how many of the last columns are one to one in every row.
+    """
+
+    source: Tensor
+    valid: Tensor
+    n_outer: int
+    all_valid: bool
+    shift: Tensor
+    n_tail: int
+
+    @classmethod
+    def identity(cls, batch: int, n_outer: int, device: torch.device) -> Columns:
+        """Nothing dropped in the first n_outer columns."""
+        source = torch.arange(n_outer, device=device).expand(batch, n_outer)
+        shift = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        return cls(source, torch.ones_like(source, dtype=torch.bool), n_outer, True, shift, n_outer)
+
+    @property
+    def n_dropped(self) -> int:
+        """Columns by which the cache is shorter."""
+        return self.n_outer - self.source.shape[1]
+
+    def up_to(self, n_outer: int) -> tuple[Tensor, Tensor]:
+        """Source and valid, continued one to one up to an outer length."""
+        batch = self.source.shape[0]
+        tail = torch.arange(self.n_outer, n_outer, device=self.source.device).expand(batch, -1)
+        valid = torch.cat([self.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
+        return torch.cat([self.source, tail], 1), valid
+
+    def extended(self, past: int, new: NewColumns) -> Columns:
+        """With a block behind `past` outer columns."""
+        source, valid = self.up_to(past)
+        return Columns(
+            source=torch.cat([source, new.source + past], 1),
+            valid=torch.cat([valid, new.valid], 1),
+            n_outer=past + new.n_outer,
+            all_valid=self.all_valid and new.all_valid,
+            shift=self.shift + new.n_marked,
+            n_tail=new.n_tail,
+        )
+
+    def shortened(self, n_outer: int) -> Columns:
+        """Without the last columns; they must be one to one."""
+        n_less = max(self.n_outer - n_outer, 0)
+        if n_less == 0:
+            return self
+        source, valid = self.source[:, :-n_less], self.valid[:, :-n_less]
+        return replace(self, source=source, valid=valid, n_outer=n_outer, n_tail=self.n_tail - n_less)
+
+    def inner_mask(self, mask: Tensor | None, n_outer: int) -> Tensor | None:
+        """A (B, n_outer) mask, or None for all ones, over the inner columns; None where nothing is masked."""
+        if mask is None and self.all_valid:
+            return None
+        source, valid = self.up_to(n_outer)
+        if mask is None:
+            return valid.long()
+        return mask.gather(1, source.to(mask.device)) * valid.to(mask)
+
+
+def columns_on(cache: Any) -> Columns | None:
+    """What a cache holds, where it was pruned before the language model."""
+    return getattr(cache, _STATE, None)
+
+
+@dataclass(frozen=True)
+class NewColumns:
+    """The columns of one forward pass that stay.
+
+    Args:
+        source, valid, n_outer, all_valid, n_tail: as in `Columns`, of this pass alone.
+        marked_before: (B, K) marked columns before every kept one.
+        n_marked: (B, 1) marked columns of every row.
+    """
+
+    source: Tensor
+    valid: Tensor
+    n_outer: int
+    all_valid: bool
+    n_tail: int
+    marked_before: Tensor
+    n_marked: Tensor
+
+
+def note_columns(cache: Any, columns: Columns) -> None:
+    """Write on a cache what it holds."""
+    setattr(cache, _STATE, columns)
