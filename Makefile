@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check fix wheel test-oldest test-versions test-latest test-integrations clean
+.PHONY: setup demo test check fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -73,6 +73,10 @@ $(INTEGRATIONS)/ready: pyproject.toml constraints-integrations.txt
 
 test-integrations: $(INTEGRATIONS)/ready
 	$(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadfile tests/integrations
+
+# torch.compile and attach in every order; `make laws-...` and `make test` run a part of it.
+test-compiled: setup
+	COMPILED=all $(BIN)/python -m pytest -n 2 -v tests/contract/test_compiled.py
 
 # The built wheel, imported from outside the repository.
 wheel: setup

@@ -215,16 +215,6 @@ def wrapped_in_parallel():
     return torch.nn.DataParallel(tiny.fresh_model())
 
 
-def compiled():
-    return torch.compile(tiny.fresh_model())
-
-
-def compiled_inside():
-    model = tiny.fresh_model()
-    model.model.language_model.compile()
-    return model
-
-
 def text_only():
     config = LlamaConfig(
         vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
@@ -246,8 +236,6 @@ def unknown_tower():
 
 REFUSED_MODELS = {
     wrapped_in_parallel: "model.module",
-    compiled: "compiled",
-    compiled_inside: "compiled",
     text_only: "Supported: internvl, llava",
     Plain: "not a transformers model",
     dict: "takes a transformers model",
@@ -613,13 +601,6 @@ def test_method_object_is_checked_like_a_specification():
 
     with pytest.raises(errors.OptionError, match="'rank', 'row'"):
         FoPru(strategy="rnak")
-
-
-def test_compiled_forward_is_refused():
-    model = tiny.fresh_model()
-    model.forward = torch.compile(model.forward)
-    with pytest.raises(errors.UnsupportedModelError, match="compiled"):
-        tokprune.attach(model, "uniform", keep_ratio=0.3)
 
 
 @torch.no_grad()
