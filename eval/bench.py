@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tokprune.errors import MissingSignalError, RunError
 from . import shaped
 from .bench_tables import NOTES, RANDOM, REAL, conditions_line, sentences, tables
 from .cells import Cell, Row, Subject
+from .locks import alone_at, refuse_busy
 from .models import EMBEDDED
 from .rows import NONE, Config
 from .run import Runner
@@ -129,6 +130,7 @@ class Bench:
         """
         s = self.settings
         s.check()
+        refuse_busy(self.out)
         self._refuse_rows()
         configs = configurations(s.methods or METHODS, s.keep)
         if len(configs) == 1:
@@ -136,7 +138,13 @@ class Bench:
         subjects = self._subjects(configs)
         if not s.methods:
             configs = self._runnable(subjects[0], configs)
-        self._begin()
+        with self._begun():
+            self._sweep(subjects, configs)
+        return self.rows
+
+    def _sweep(self, subjects: list[Subject], configs: list[Config]) -> None:
+        """All cells, with a bar."""
+        s = self.settings
         n_runs = len(subjects) * len(s.batch_sizes) * (s.rounds + s.warmup) * len(configs)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
@@ -144,7 +152,6 @@ class Bench:
             for subject in self._built(subjects):
                 for size in s.batch_sizes:
                     self._measure(Cell(s, subject, size, configs), lambda: progress.advance(bar))
-        return self.rows
 
     def _measure(self, cell: Cell, advance: Callable[[], None]) -> None:
         """One cell, interrupted or not, by its whole rounds. Its reports, which hold the model, are let go here."""
@@ -164,21 +171,27 @@ class Bench:
                 f"{self.out} holds rows of an earlier run; name another file with --out, or type --overwrite"
             )
 
-    def _begin(self) -> None:
-        """An empty file, once it is known that the sweep can be run."""
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """An empty file of this process alone, once it is known that the sweep can be run."""
+        with alone_at(self.out):
+            self._refuse_rows()  # of another process, that has come to its end meanwhile
+            with self._writing("name another with --out"):
+                self.out.write_text("", encoding="utf-8")
+            yield
+
+    @contextmanager
+    def _writing(self, instead: str) -> Iterator[None]:
+        """One line where the file cannot be written."""
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.out.write_text("", encoding="utf-8")
+            yield
         except OSError as error:
-            raise RunError(f"cannot write {self.out}: {error.strerror or error}; name another with --out") from error
+            raise RunError(f"cannot write {self.out}: {error.strerror or error}; {instead}") from error
 
     def _write(self, rows: list[Row]) -> None:
         self.rows += rows
-        try:
-            with self.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-        except OSError as error:
-            raise RunError(f"cannot write {self.out}: {error.strerror or error}; make room") from error
+        with self._writing("make room"), self.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
     # ------------------------------------------------------------------------------- what is measured
 

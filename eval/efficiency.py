@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokprune
+from tokprune.files import write_text
 from tokprune.spans import listen
 
 from .intervals import percentile
@@ -149,7 +150,7 @@ def main(
         )
     Console(width=110).print(table)
     if out:
-        out.write_text("".join(json.dumps(asdict(cost)) + "\n" for cost in costs), encoding="utf-8")
+        write_text(out, "".join(json.dumps(asdict(cost)) + "\n" for cost in costs))
 
 
 if __name__ == "__main__":

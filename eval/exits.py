@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from tokprune.errors import RunError
+from tokprune.files import write_text
 from tokprune.flops import Shape
 from tokprune.gates import read_gates
 from tokprune.report import ImageReport, Report
@@ -161,7 +162,7 @@ def main(
     loaded = load_task(task)
     exits = Exits(Runner.load(model), model, loaded, chosen_samples(loaded, limit), batch_size)
     rows = exits.rows(gate, THRESHOLDS, Console(markup=False, width=160))
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 import tokprune
 from tokprune.errors import TaskError
 from tokprune.explain import dimmed, enlarged, seen, side_by_side, stacked
+from tokprune.files import write_text
 from tokprune.report import ImageReport, Report
 from tokprune.types import Layout
 
@@ -151,12 +151,7 @@ class Explained:
         Raises:
             OSError: it cannot be written.
         """
-        partial = Path(f"{path}.writing")
-        try:
-            partial.write_text(json.dumps(self.to_dict(**asked), indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, json.dumps(self.to_dict(**asked), indent=1) + "\n")
 
 
 Methods = Sequence[tuple[str, dict[str, Any]]]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import zlib
 from collections import Counter
@@ -32,14 +31,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table as RichTable
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tokprune
 from tokprune.errors import RunError
+from tokprune.files import write_tensors
 from tokprune.gates import Gates, Weights, gate_features, gate_logits, write_gates
 from tokprune.types import Decoder
 
+from .locks import alone_at
 from .run import Runner
 from .tasks import Sample, Task
 
@@ -181,7 +181,7 @@ class Fit:
         out: the gate file to write.
 
     Raises:
-        RunError: `out` is there, or OUT.partial is of another fit.
+        RunError: `out` is there, or the task has no training split.
     """
 
     every = 20  # batches through the model between two checkpoints; ten times as many steps
@@ -189,8 +189,7 @@ class Fit:
     def __init__(self, runner: Runner, model_name: str, task: Task, settings: Settings, out: Path):
         self.runner, self.settings, self.out = runner, settings, out
         self.partial = Path(f"{out}.partial")
-        if out.exists():
-            raise RunError(f"{out} is there already; remove it, or name another file with --out")
+        self._refuse_gate()
         self.task, *parts = training_part(task, settings)
         self.samples, self.n_fit = parts[0] + parts[1], len(parts[0])
         with tokprune.attach(runner.model, "visual_exit:layer=1") as attachment:
@@ -209,7 +208,10 @@ class Fit:
             torch.manual_seed(settings.seed)
             self.gates = nn.ModuleList(self._gate() for _ in range(self.decoder.n_layers - 1)).to(runner.model.device)
         self.optimiser = torch.optim.AdamW(self.gates.parameters(), lr=settings.lr)
-        self._go_on()
+
+    def _refuse_gate(self) -> None:
+        if self.out.exists():
+            raise RunError(f"{self.out} is there already; remove it, or name another file with --out")
 
     def _gate(self) -> nn.Module:
         first = nn.Linear(2 * self.decoder.width, self.settings.hidden, bias=False)
@@ -221,7 +223,17 @@ class Fit:
         return first.weight, last.weight
 
     def run(self, console: Console) -> Gates:
-        """Observe, train, validate, write, and show what came out."""
+        """Observe, train, validate, write, and show what came out.
+
+        Raises:
+            RunError: another process writes to `out`, it is there, or OUT.partial is of another fit.
+        """
+        with alone_at(self.out):
+            self._refuse_gate()  # of another process, that has come to its end meanwhile
+            self._go_on()
+            return self._run(console)
+
+    def _run(self, console: Console) -> Gates:
         size, done = self.settings.batch_size, sum(map(len, self.seen))
         if done or self.step:
             console.print(f"going on from {self.partial}: {done} questions seen, {self.step} steps done")
@@ -267,17 +279,15 @@ class Fit:
 
     def _save(self) -> None:
         """Everything so far, at once or not at all."""
-        tensors = {f"gate.{name}": w.detach() for name, w in self.gates.named_parameters()}
+        tensors = {f"gate.{name}": w for name, w in self.gates.named_parameters()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{name}": x for name, x in state.items()}
         seen = Seen.joined(self.seen)
         tensors |= {f"seen.{name}": x for name, x in vars(seen).items()}
-        new = Path(f"{self.partial}.new")
         metadata = {"facts": json.dumps(self.facts), "step": str(self.step)}
         try:
-            save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, new, metadata)
-            os.replace(new, self.partial)
-        except (OSError, SafetensorError) as error:
+            write_tensors(self.partial, tensors, metadata)
+        except OSError as error:
             raise RunError(
                 f"cannot write {self.partial}: {error}; make room, or name another file with --out"
             ) from error

@@ -19,10 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from tokprune.errors import RunError
+from tokprune.files import write_text
 
+from .locks import hold
 from .processes import Processes
 from .rows import BatchTime, Costs, SampleRow
 
@@ -31,6 +33,7 @@ Key = tuple[str, str, int]  # task, configuration, batch
 REPORT = ("report.html", "table.md", "table.csv", "pictures.jsonl")
 ALONE = Processes()
 _ANSWERS = ("samples.jsonl", "times.jsonl")
+FILES = ("run.json", "rows.jsonl", *_ANSWERS, "accuracy.png", "table.md", "table.csv", "pictures.jsonl", ".lock")
 _PART = re.compile(r"(samples|times)\.[1-9][0-9]*\.jsonl")  # a copy that somebody made is none
 
 
@@ -73,12 +76,13 @@ class RunFolder:
     def _open(self, overwrite: bool) -> None:
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
+            hold(self._lock, self.path)
             with contextlib.ExitStack() as stack:
                 stack.callback(self.close)
                 if overwrite:
                     self.clear()
                 self._check(self.settings)
+                self._clean()
                 self._read()
                 self._write("run.json", [json.dumps(self.settings, indent=1)])
                 self._rewrite()
@@ -125,11 +129,11 @@ class RunFolder:
                 "room and type the same command again, or name another folder with --out"
             ) from error
 
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(f"another process writes to {self.path}; name another folder with --out") from error
+    def _clean(self) -> None:
+        """Remove what a kill left of files that were just being written."""
+        for name in ("run.json", "rows.jsonl", *_ANSWERS):
+            for path in self.path.glob(f".{name}.*.writing"):
+                path.unlink()
 
     def _own(self, name: str) -> str:
         stem, _, suffix = name.partition(".")
@@ -207,12 +211,7 @@ class RunFolder:
             raise
 
     def _write(self, name: str, lines: Iterable[str]) -> None:
-        partial = self.path / f".{name}.partial"
-        try:
-            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            os.replace(partial, self.path / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(self.path / name, "".join(line + "\n" for line in lines))
 
 
 def _key(part: BatchTime | SampleRow) -> Key:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from tokprune.errors import RunError
+from tokprune.files import write_text
 
 from .intervals import paired
 
@@ -86,7 +87,7 @@ def main(
             f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], p = {d.p_value:.2g}, n = {d.n_samples}"
         )
     if out:
-        out.write_text("".join(json.dumps(asdict(d)) + "\n" for d in found), encoding="utf-8")
+        write_text(out, "".join(json.dumps(asdict(d)) + "\n" for d in found))
 
 
 def _two_by_two(labels: Sequence[str]) -> list[tuple[str, str]]:

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from tokprune.files import replacing
+
 from .rows import DOWNSAMPLE, NONE, SHUFFLED, Row, pooled
 from .tables import accuracy, budget
 
@@ -257,7 +259,8 @@ def write_png(rows: Sequence[Row], question_only: Mapping[str, float | None], pa
         legend = figure.legend(handles=_handles(looks, floors), loc="outside lower center", ncols=2 * n_columns)
         for text in legend.get_texts():
             text.set_parse_math(False)
-        figure.savefig(path, dpi=150, format="png")
+        with replacing(path) as new:
+            figure.savefig(new, dpi=150, format="png")
 
 
 def _handles(looks: Mapping[str, Style], floors: Collection[str]) -> list[Line2D]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +14,11 @@ import jinja2
 from markupsafe import Markup, escape
 
 from tokprune.errors import RunError
+from tokprune.files import write_text
 
 from .exports import csv_table, markdown_tables
 from .findings import findings, headline, in_words
+from .folder import FILES
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
 from .models import EMBEDDED
 from .pareto import FLOORS, QUESTION_ONLY, described, keys, plots, styles
@@ -66,23 +67,36 @@ def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path |
     """Write report and tables of a finished run; pictures are drawn where they are not stored yet.
 
     Args:
-        path: the folder of the run; tables and pictures go there.
+        path: the folder of the run; without `out`, tables and pictures go there.
         artist: makes what draws pictures; None where the model is not at hand.
-        out: the HTML file, `report.html` in the folder by default.
+        out: the only file that is written, a page of HTML; `report.html` in the folder, and what lies beside it, by
+            default.
 
     Raises:
-        RunError: `Run.read` says why.
+        RunError: `Run.read` says why, or `out` is a file that the run needs.
     """
+    if out is not None:
+        _check_apart(path, out)
     run = Run.read(path)
     found = changes(run.samples)
     chosen = shown(run.rows, found)
     answers = [s for _, some in chosen for s in some]
     drawn = pictures(answers, run.pictures, artist(run) if artist else None)
-    if artist:
-        _write(path / "pictures.jsonl", "".join(json.dumps(asdict(p)) + "\n" for p in drawn.values()))
-    _write(path / "table.md", markdown_tables(run.rows, run.question_only))
-    _write(path / "table.csv", csv_table(run.rows, run.question_only))
-    _write(out or path / "report.html", page(run, found, chosen, drawn))
+    files = {out or path / "report.html": page(run, found, chosen, drawn)}
+    if out is None and artist:
+        files[path / "pictures.jsonl"] = "".join(json.dumps(asdict(p)) + "\n" for p in drawn.values())
+    if out is None:
+        files[path / "table.md"] = markdown_tables(run.rows, run.question_only)
+        files[path / "table.csv"] = csv_table(run.rows, run.question_only)
+    for file, text in files.items():
+        write_text(file, text, "replace")
+
+
+def _check_apart(path: Path, out: Path) -> None:
+    """Raise RunError where the page would be written over a file of the run."""
+    for name in FILES:
+        if (path / name).exists() and out.exists() and out.samefile(path / name):
+            raise RunError(f"--out {out} is {name} of the run, which would be lost; name another file with --out")
 
 
 def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], drawn: dict) -> str:
@@ -340,13 +354,3 @@ def _settings(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RunError(f"{path} cannot be read; start over with tokprune compare --overwrite") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """A whole file at once: it is there complete, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import tokprune
+from tokprune.files import write_text
 from tokprune.spans import listen
 
 from .efficiency import CLIP_LARGE
@@ -154,7 +155,7 @@ def main(
     console.print(table)
     console.print(f"one decoder layer on the unpruned prompt: {first.layer_s:.2f} s")
     if out:
-        out.write_text("".join(json.dumps(asdict(t)) + "\n" for t in times), encoding="utf-8")
+        write_text(out, "".join(json.dumps(asdict(t)) + "\n" for t in times))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from tokprune.errors import RunError
+from tokprune.files import write_text
+
+from .locks import hold
 
 Counts = Mapping[int, int]  # visual tokens left from a layer on, of the largest picture; empty is the bare model
 
@@ -66,9 +69,7 @@ class Trials:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(f"{self.path}.lock")
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(f"another process writes to {self.path}; name another file with --out") from error
+            hold(self._lock, self.path)
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -135,12 +136,7 @@ class Trials:
                 )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        partial = Path(f"{self.path}.writing")
-        try:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _short(value: Any) -> str:

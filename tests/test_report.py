@@ -362,6 +362,42 @@ def test_overwriting_removes_reports_and_pictures(copy):
     assert {p.name for p in copy.iterdir()} == {".lock", "run.json", "samples.jsonl", "times.jsonl"}
 
 
+def state_of(folder: Path) -> dict:
+    """Of every file and of the folder itself: bytes, and when they were changed."""
+    return {p.name: (p.is_file() and p.read_bytes(), p.stat().st_mtime_ns) for p in (folder, *folder.iterdir())}
+
+
+@pytest.mark.parametrize("what", ["nothing drawn", "drawn", "no tables there"])
+def test_with_out_nothing_in_the_folder_changes(what, copy, compared, tmp_path):
+    out = tmp_path / "elsewhere" / "page.html"
+    out.parent.mkdir()
+    if what != "nothing drawn":
+        (copy / "pictures.jsonl").unlink()
+    if what == "no tables there":
+        for name in ("table.md", "table.csv", "report.html", "accuracy.png"):
+            (copy / name).unlink()
+    before = state_of(copy)
+    pictures = ["--pictures"] if what == "drawn" else []
+    done = tokprune_cli("report", str(copy), "--out", str(out), *pictures)
+    assert done.returncode == 0, done.stderr
+    assert state_of(copy) == before
+    assert [p.name for p in out.parent.iterdir()] == ["page.html"]
+    assert (out.read_bytes() == (compared / "report.html").read_bytes()) == (what != "no tables there")
+    assert "table" not in done.stdout
+
+
+@pytest.mark.parametrize("name", report.FILES[:-1])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_of_the_run_is_not_written_over(name, linked, copy, tmp_path):
+    out = copy / name
+    if linked:
+        out = tmp_path / "link.html"
+        out.symlink_to(copy / name)
+    before = state_of(copy)
+    assert "name another file with --out" in refusal(tokprune_cli("report", str(copy), "--out", str(out)))
+    assert state_of(copy) == before
+
+
 # ---- texts that others wrote
 
 FOLDER = "<b>a$\\q$ & |b"

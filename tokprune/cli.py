@@ -17,6 +17,7 @@ import tokprune
 from . import counting, experiments, terminal
 from .budget import Budget
 from .errors import RunError, TokPruneError
+from .files import replacing
 from .flops import Ledger, Ops
 from .loading import eval_room, load_runner
 
@@ -112,7 +113,8 @@ def explain(
     if out is not None:
         with _writing(out, "--out"):
             sheet = found.sheet()
-            sheet.save(out, format="PNG")
+            with replacing(out) as new:
+                sheet.save(new, format="PNG")
     for line in found.lines:
         typer.echo(line)
     if json is not None:

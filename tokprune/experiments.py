@@ -193,14 +193,15 @@ def _names(text: str) -> list[str]:
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="What tokprune compare --out wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; report.html in the folder by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The only file to write, a page of HTML.")] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Load the model of the run and draw pictures that are not stored.")
     ] = False,
 ) -> None:
     """Write the report of a comparison and its tables again, from what its folder holds.
 
-    The page needs no network; tables go to the folder as table.md and table.csv.
+    The page needs no network. Without --out it goes to the folder as report.html, and the tables beside it as table.md
+    and table.csv; with --out nothing in the folder changes.
     """
     reports = eval_room("report")
 
@@ -213,9 +214,9 @@ def report(
     except OSError as error:
         raise RunError(
             f"cannot write {error.filename or folder}: {error.strerror or error}; name another file with --out, or "
-            "make room in the folder"
+            "make room"
         ) from error
-    typer.echo(f"{out or folder / 'report.html'} is written; table.md and table.csv are in {folder}")
+    typer.echo(f"{out} is written" if out else f"report.html, table.md and table.csv are written in {folder}")
 
 
 @app.command()
@@ -247,7 +248,7 @@ def bench(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start a file over that holds rows.")] = False,
 ) -> None:
     """Measure what pruning saves in time and memory, beside what the ledger predicts, and when it pays."""
-    bench_room = eval_room("bench", needs=("psutil",))
+    bench_room = eval_room("bench", needs=("psutil", "filelock"))
     lists = {
         "batch_sizes": _numbers("--batch-size", batch_size),
         "new_tokens": _numbers("--new-tokens", new_tokens),

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import OptionError
+from .files import write_tensors
 from .types import Decoder
 
 FORMAT = "tokprune gates 1"
@@ -85,12 +85,11 @@ def gate_features(states: Tensor) -> Tensor:
 
 
 def write_gates(path: str | Path, gates: Gates) -> None:
-    """Write a gate file; it is there complete, or not at all.
+    """Write a gate file at once; the same gates give the same bytes.
 
     Raises:
         OSError: it cannot be written.
     """
-    partial = Path(f"{path}.writing")
     decoder = gates.decoder
     metadata = {
         "format": FORMAT,
@@ -102,13 +101,8 @@ def write_gates(path: str | Path, gates: Gates) -> None:
     tensors = {}
     for layer, pair in gates.weights.items():
         for side, weight in zip(("in", "out"), pair, strict=True):
-            tensors[f"gate.{layer}.{side}"] = weight.detach().float().cpu().contiguous()
-    try:
-        save_file(tensors, partial, metadata)
-    except SafetensorError as error:  # how its Rust half reports a full or missing disk
-        partial.unlink(missing_ok=True)
-        raise OSError(str(error)) from error
-    os.replace(partial, path)
+            tensors[f"gate.{layer}.{side}"] = weight.float()
+    write_tensors(path, tensors, metadata)
 
 
 def read_gates(path: str | Path) -> Gates:

@@ -15,6 +15,7 @@ from typing import Any
 
 from .budget import Budget
 from .errors import SavedError
+from .files import replacing
 from .methods import METHODS
 from .methods.base import Method
 from .methods.chain import Chain, Pipeline
@@ -187,11 +188,9 @@ def _budget_of(budget: Any) -> dict[str, Any] | None:
 def _write_file(method: Method, name: str, staging: Path) -> dict[str, str]:
     """The file of a method, under a name that no other content has."""
     partial = staging / "file"
-    partial.touch()
-    mode = partial.stat().st_mode
     try:
-        method.write_file(partial)
-        partial.chmod(mode)  # safetensors makes files that only their owner may read
+        with replacing(partial) as new:
+            method.write_file(new)
         digest, suffix = digest_of(partial), suffix_of(partial)
     except ValueError as error:
         typed = f"{method.needs_file}={getattr(method, method.needs_file)!r}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .errors import OptionError
+from .files import write_text
 from .types import Decoder
 
 PAPER_DEPTH = 32  # decoder layers of the models that papers give layers for
@@ -321,14 +322,9 @@ def write_schedule(path: str | Path, schedule: ScheduleFile) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    partial = Path(f"{path}.writing")
     layers = {str(layer): float(ratio) for layer, ratio in sorted(schedule.layers.items())}
     values = {"format": FORMAT, "version": VERSION, **asdict(schedule), "layers": layers}
-    try:
-        partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_schedule(path: str | Path) -> ScheduleFile:
