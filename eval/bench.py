@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import tokprune
 from tokprune.budget import Budget
-from tokprune.errors import MissingSignalError, RunError
+from tokprune.errors import MissingSignalError, RunError, UnsupportedModelError
 
 from . import shaped
 from .bench_tables import NOTES, RANDOM, REAL, conditions_line, sentences, tables
@@ -34,6 +34,7 @@ from .run import Runner
 
 METHODS = ("uniform", "vtc_cls", "divprune", "fastv")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDEST = 16384  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Settings:
         for option, values in {**numbers, "--text": [self.n_text], "--rounds": [self.rounds]}.items():
             if any(n < 1 for n in values):
                 raise RunError(f"{option} takes whole numbers of at least 1")
+        if max(self.resolutions, default=0) > WIDEST:
+            raise RunError(f"--resolution takes at most {WIDEST} pixels a side")
         if self.n_text < 2 or self.warmup < 0:
             raise RunError("--text takes at least 2 tokens, before the picture and behind it, and --warmup at least 0")
         if self.dtype and self.dtype not in DTYPES:
@@ -238,6 +241,9 @@ class Bench:
             Subject(config, side, processor, shaped.placeholders(model, shaped.encoded(processor, side, 1)), model)
             for side in s.resolutions or (usual,)
         ]
+        longest = max(subject.n_placeholders for subject in subjects) + s.n_text + max(s.new_tokens)
+        with suppress(UnsupportedModelError):  # nobody knows what it needs
+            shaped.refuse_too_large(model, s.torch_device, max(s.batch_sizes), longest, s.model, loaded=True)
         self._check(subjects[0], configs)
         return subjects
 

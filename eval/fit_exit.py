@@ -47,6 +47,7 @@ AGREEMENT, CROSS_ENTROPY = 0.99, 1.03  # the paper's
 WARM_UP = 0.03
 HELD_OUT = 5  # one training picture of so many is for validation
 NEVER = "never"
+WIDEST = 65536
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Settings:
         for name in ("steps", "hidden", "samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} takes a whole number of at least 1")
+        if self.hidden > WIDEST:
+            raise RunError(f"--hidden takes at most {WIDEST}; the paper's is 2048 for 7B")
         if not (self.lr > 0 and self.kl > 0 and math.isfinite(self.lr + self.kl)):
             raise RunError("--lr and --kl take numbers above 0")
 

@@ -78,6 +78,8 @@ class Wanted:
             raise RunError(f"--budget {self.budget:g} is no fraction of the tokens; type --budget 0.25")
         if min(self.samples, self.batch_size, 1 if self.trials is None else self.trials) < 1:
             raise RunError("--samples, --trials and --batch-size take whole numbers of at least 1")
+        if self.seed < 0:
+            raise RunError("--seed takes whole numbers of at least 0")
         try:
             built = tokprune.get_method(self.score)
             fits = built.stage is Stage.DECODER and hasattr(built, "schedule")

@@ -231,7 +231,9 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def refuse_too_large(model: torch.nn.Module, device: torch.device, rows: int, columns: int, name: str) -> None:
+def refuse_too_large(
+    model: torch.nn.Module, device: torch.device, rows: int, columns: int, name: str, loaded: bool = False
+) -> None:
     """Raise where a model and what it computes do not fit the memory that is there.
 
     Args:
@@ -240,11 +242,12 @@ def refuse_too_large(model: torch.nn.Module, device: torch.device, rows: int, co
         rows: of the largest batch.
         columns: of its prompt and what is generated.
         name: for the message.
+        loaded: whether its weights are there already.
 
     Raises:
         RunError: with what is needed, what is there, and what to type.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = 0 if loaded else sum(p.numel() * p.element_size() for p in model.parameters())
     shape, size = shape_from_config(model.config), model.dtype.itemsize
     cache = shape.read(columns, rows=rows, bytes_per_value=size).kv_bytes
     layer = rows * columns * (3 * shape.text.mlp_width + 4 * shape.text.width) * size  # hidden states of one layer
@@ -254,7 +257,7 @@ def refuse_too_large(model: torch.nn.Module, device: torch.device, rows: int, co
         raise RunError(
             f"{name} needs {needed / GIB:.1f} GiB ({weights / GIB:.1f} of weights in "
             f"{str(model.dtype).removeprefix('torch.')}, {cache / GIB:.1f} of KV cache) and {free / GIB:.1f} GiB are "
-            f"free on {device}; {SCALED}"
+            f"free on {device}; {'type a smaller batch, or fewer tokens' if loaded else SCALED}"
         )
 
 

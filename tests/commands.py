@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def tokprune_cli(*arguments: str) -> subprocess.CompletedProcess:
     finally:
         sys.argv = before
     return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def changed(run: Sequence[str], *more: str) -> list[str]:
+    """A command line in which other values, in pairs of option and value, take the place of those that are there."""
+    found = list(run)
+    for option, value in zip(more[::2], more[1::2], strict=True):
+        if option in found:
+            found[found.index(option) + 1] = value
+        else:
+            found += [option, value]
+    return found
 
 
 def jsonl(path: Path) -> list[dict]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import jsonl, tokprune_cli
+from commands import changed, jsonl, tokprune_cli
 from PIL import Image
 from tokprune.eval.run import EMBEDDED_MODEL
 from tokprune.eval.tasks.findit import FindIt
@@ -201,7 +201,7 @@ def refusal(done: subprocess.CompletedProcess) -> str:
 )
 def test_compare_refuses_a_folder_of_other_settings(change, named, uninterrupted):
     before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
-    line = refusal(tokprune_cli("compare", *RUN, *change, "--out", str(uninterrupted)))
+    line = refusal(tokprune_cli("compare", *changed(RUN, *change), "--out", str(uninterrupted)))
     assert f"other settings ({named}:" in line
     assert "--overwrite" in line
     assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before

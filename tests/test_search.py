@@ -13,8 +13,9 @@ from statistics import mean
 
 import pytest
 import torch
+from commands import changed, tokprune_cli
 from PIL import Image
-from test_cli import refusal, tokprune_cli
+from test_cli import refusal
 from tokprune.eval import schedules
 from tokprune.eval.run import EMBEDDED_MODEL, Runner
 from tokprune.eval.search import Wanted, calibration_task
@@ -279,7 +280,7 @@ def test_search_end_to_end_and_after_a_kill(kind, tmp_path, monkeypatch, answere
     monkeypatch.chdir(tmp_path)
     pictures, image = [], FindIt.image
     monkeypatch.setattr(FindIt, "image", lambda self, i: pictures.append(i) or image(self, i))
-    done = tokprune_cli(*SEARCH, *KINDS[kind], "--out", "whole.json")
+    done = tokprune_cli(*changed(SEARCH, *KINDS[kind]), "--out", "whole.json")
     assert done.returncode == 0, done.stderr
     assert pictures
     assert all(i.startswith("validation-") for i in pictures)
@@ -294,7 +295,7 @@ def test_search_end_to_end_and_after_a_kill(kind, tmp_path, monkeypatch, answere
     text = (tmp_path / "whole.json.trials.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut.json.trials.jsonl").write_text("".join(text[:2]) + text[2][:20])
     before = len(answered)
-    done = tokprune_cli(*SEARCH, *KINDS[kind], "--out", "cut.json")
+    done = tokprune_cli(*changed(SEARCH, *KINDS[kind]), "--out", "cut.json")
     assert done.returncode == 0, done.stderr
     assert "1 schedules are in cut.json.trials.jsonl already" in done.stdout
     assert len(answered) - before == 2 * (len(lines) - 2)  # two batches a point; all but the settings and that one
@@ -302,7 +303,7 @@ def test_search_end_to_end_and_after_a_kill(kind, tmp_path, monkeypatch, answere
     assert json.loads((tmp_path / "cut.json").read_text()) == whole
 
     before = len(answered)
-    assert tokprune_cli(*SEARCH, *KINDS[kind], "--out", "cut.json").returncode == 0
+    assert tokprune_cli(*changed(SEARCH, *KINDS[kind]), "--out", "cut.json").returncode == 0
     assert len(answered) == before
     assert json.loads((tmp_path / "cut.json").read_text()) == whole
 
@@ -312,7 +313,7 @@ def trials(out):
 
 
 def test_search_killed_goes_on(tmp_path, answered):
-    run, path = [*SEARCH, "--tolerance", "0.1", "--trials", "4", "--out"], tmp_path / "a.json.trials.jsonl"
+    run, path = [*changed(SEARCH, "--tolerance", "0.1", "--trials", "4"), "--out"], tmp_path / "a.json.trials.jsonl"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "tokprune.cli", *run, str(tmp_path / "a.json")]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -374,7 +375,7 @@ def test_search_answers_bad_input_in_one_line(what, tmp_path):
 
 def test_search_refuses_other_settings_and_foreign_files(tmp_path):
     out = tmp_path / "a.json"
-    run = [*SEARCH, "--trials", "1", "--samples", "2", "--out", str(out)]
+    run = changed(SEARCH, "--trials", "1", "--samples", "2", "--out", str(out))
     out.write_text("mine")
     assert "is there already" in refusal(tokprune_cli(*run, "--tolerance", "0.9"))
     assert tokprune_cli(*run, "--tolerance", "0.9", "--overwrite").returncode == 0

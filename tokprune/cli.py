@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +14,14 @@ import typer
 import tokprune
 
 from . import counting, experiments, terminal
+from .arguments import App, check_most, run
 from .budget import Budget
-from .errors import RunError, TokPruneError
+from .errors import RunError
 from .files import replacing
 from .flops import Ledger, Ops
 from .loading import eval_room, load_runner
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -56,6 +56,8 @@ def flops(
     visual = shape.n_visual if visual is None else visual
     if min(visual, text, 1 if crops is None else crops) < 1:
         raise RunError("--visual, --text and --crops take whole numbers of at least 1")
+    for option, n in (("--visual", visual), ("--text", text), ("--crops", crops or 1)):
+        check_most(option, n, counting.MOST)
     found = counting.kept(shape, method, keep, visual, text)
     columns = [n + text for n in found.by_layer]
     before = shape.picture(visual, crops) + shape.read(visual + text)
@@ -164,20 +166,7 @@ app.add_typer(experiments.app)
 
 def main() -> None:
     """The console script."""
-    try:
-        sys.exit(app(standalone_mode=False))
-    except TokPruneError as error:
-        _fail(str(error))
-    except Exception as error:
-        # Usage errors of the command-line library, which may be vendored: told apart by what they carry.
-        if not hasattr(error, "format_message"):
-            raise
-        _fail(f"{error.format_message()} Type tokprune --help, or tokprune COMMAND --help")
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"tokprune: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    run(app)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from .report import by_layer
 from .shapes import KNOWN, known_shape, shape_from_config
 from .types import Count, Decoder, Kind, Layout, Signal, Stage, Tower, grid_layout
 
+MOST = 10_000_000  # tokens of a kind that are counted one by one
+
 
 @dataclass(frozen=True)
 class Kept:

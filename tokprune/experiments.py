@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from . import terminal
+from .arguments import App, check_most
 from .errors import RunError
 from .loading import EVAL_NEEDS, eval_room, load_runner
 
-app = typer.Typer()
+app = App()
 
 
 @app.command()
@@ -176,6 +177,7 @@ def eval_(
         raise RunError(f"--suite takes lmms-eval; {suite!r} is not offered")
     if min(batch_size, processes, 1 if limit is None else limit) < 1:
         raise RunError("--batch-size, --processes and --limit take whole numbers of at least 1")
+    check_most("--processes", processes, 256)
     lmms = eval_room("lmms", needs=("easy_vqa", "filelock"))
     lmms.check_installed()
     configs = lmms.grid(_names(methods), _ratios(keep))
@@ -276,13 +278,20 @@ def bench(
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
+        numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
-        raise RunError(f"{option} {text!r} is no list of whole numbers; type {option} 1,8") from error
+        raise RunError(f"{option} {_short(text)} is no list of whole numbers; type {option} 1,8") from error
+    for number in numbers:
+        check_most(option, number)
+    return numbers
 
 
 def _ratios(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise RunError(f"--keep {text!r} is no list of ratios; type --keep 0.5,0.25") from error
+        raise RunError(f"--keep {_short(text)} is no list of ratios; type --keep 0.5,0.25") from error
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

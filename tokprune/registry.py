@@ -81,14 +81,15 @@ class Registry:
 
         Raises:
             UnknownNameError: no such name.
-            OptionError: no such option, or a value that does not fit its declared type.
+            OptionError: no such option, an option twice, or a value that does not fit its declared type.
         """
         name, *parts = spec.split(":")
+        own: list[str] = []
         if name in self.aliases:
-            base, *own = self.aliases[name].split(":")
-            name, parts = base, own + parts
-        cls = self.load(name)
-        texts = dict(_split(part, spec) for part in parts)
+            name, *own = self.aliases[name].split(":")
+        cls, pairs = self.load(name), [_split(part, spec) for part in parts]
+        _check_once([key for key, _ in pairs] + list(options or {}), spec)
+        texts = dict([_split(part, spec) for part in own] + pairs)
         given = {**{key: parse(cls, key, text) for key, text in texts.items()}, **(options or {})}
         for key, value in given.items():
             check(cls, key, value)
@@ -100,6 +101,12 @@ def _split(part: str, spec: str) -> tuple[str, str]:
     if not equals:
         raise OptionError(f"{part!r} in {spec!r} is no option; type name:option=value:option=value")
     return key, value
+
+
+def _check_once(keys: list[str], spec: str) -> None:
+    for key in keys:
+        if keys.count(key) > 1:
+            raise OptionError(f"{key} is given twice, with {spec!r}; write it once")
 
 
 def _option_types(cls: type) -> dict[str, Any]:
@@ -156,6 +163,10 @@ def check(cls: type, key: str, value: Any) -> None:
     declared = _option_type(cls, key)
     if not any(_fits(kind, value) for kind in _alternatives(declared)):
         raise OptionError(f"{cls.__name__}: {key}={value!r} is not {describe(declared)}")
+    if isinstance(value, (int, float)) and not abs(value) < 2**63:
+        shown = repr(value)
+        shown = shown if len(shown) < 30 else f"{shown[:10]}... of {len(shown)} characters"
+        raise OptionError(f"{cls.__name__}: {key}={shown} is no number of a usual size; type one within 64 bits")
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -28,7 +28,7 @@ def load_task(name: str) -> Task:
     if name in TASKS:
         module, _, attribute = TASKS[name].partition(":")
         return getattr(importlib.import_module(module), attribute)()
-    if Path(name).is_dir():
+    if name.strip() and Path(name).is_dir():
         from .imagefolder import ImageFolder
 
         return ImageFolder(Path(name))
