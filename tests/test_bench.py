@@ -453,6 +453,7 @@ def interrupted_at(monkeypatch, call: int, raised) -> None:
     monkeypatch.setattr(cells, "measured", measured)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("call", "n_rows"), [(1, 0), (4, 2), (8, 4)])
 def test_interrupted_keeps_whole_rounds(call, n_rows, tmp_path, monkeypatch):
     """Two batches of three rounds of two runs: in the first run, in the second round, and in the next batch."""

@@ -1,5 +1,8 @@
 """tokprune: give the language model of a multimodal LLM fewer visual tokens, without training."""
 
+from . import interrupts as _interrupts  # noqa: F401 (before anything that takes long)
+
+# isort: split
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path

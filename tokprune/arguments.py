@@ -13,6 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from . import interrupts
 from .errors import RunError, TokPruneError
 
 MOST = 2**31 - 1  # no picture, prompt or run has more of anything
@@ -51,7 +52,10 @@ class App(typer.Typer):
 def run(app: typer.Typer) -> None:
     """Run a command line to the end of the process; bad input is one clear line on stderr and exit code 2."""
     try:
+        interrupts.end()
         sys.exit(app(standalone_mode=False))
+    except KeyboardInterrupt:
+        sys.exit(interrupts.CODE)
     except TokPruneError as error:
         _fail(str(error))
     except Exception as error:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from commands import changed
 from lmms_eval.api.instance import Instance
 from tokprune.eval.models import path_of
 from tokprune.integrations.lmms_eval.model import TokPrune
@@ -41,4 +42,4 @@ def instances(lm: TokPrune, docs: list[dict], kind: str = "generate_until", **ar
 def asked(out: Path, *more: str, methods: str = METHODS) -> list[str]:
     """Arguments of `tokprune` for a run of findit."""
     said = ["eval", "--suite", "lmms-eval", "--tasks", "findit", "--methods", methods, "--keep", "0.25"]
-    return [*said, "--limit", str(N_SAMPLES), "--batch-size", "8", "--out", str(out), *more]
+    return changed([*said, "--limit", str(N_SAMPLES), "--batch-size", "8", "--out", str(out)], *more)
