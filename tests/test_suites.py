@@ -112,6 +112,48 @@ def test_generation_settings_are_read_as_lmms_evals_own_models_read_them():
     assert generation(sampled, 16, "</s>")[0] == {**sampled, "do_sample": True}
 
 
+LISTS = ([], [3], {}, (1, 2))
+WORDS = ("a lot", "3.5.1", "9" * 5000)
+BROKEN = {
+    "max_new_tokens": (*LISTS[1:2], *WORDS, -1, 1.5, "1.5", True, "nan", float("inf"), 10**400),
+    "num_beams": (*LISTS[1:2], *WORDS, -1, 1.5, True, 10**400),
+    "temperature": (*LISTS[1:2], *WORDS[:2], -1, True, "nan", float("inf"), 10**400),
+    "top_p": (*LISTS, *WORDS[:2], -0.1, 1.1, True, "nan"),
+    "top_k": (*LISTS, *WORDS, -1, 0.5, True, 10**400),
+    "repetition_penalty": (*LISTS, *WORDS[:2], 0, -1, True, "nan", float("inf")),
+    "length_penalty": (*LISTS, *WORDS[:2], True, "nan", float("inf")),
+    "no_repeat_ngram_size": (*LISTS, *WORDS, -1, 0.5, True),
+    "do_sample": (*LISTS, *WORDS[:2], 3, 0.5),
+    "until": (3, True, 0.5, [3], {"a": 1}, ["a", None]),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BROKEN.items() for v in values])
+def test_generation_settings_of_a_wrong_type_are_one_line(name, value):
+    given = {"temperature": 0.5, name: value}
+    with pytest.raises(RunError, match=rf"^{name}=.*--gen_kwargs.*type.* {name}=") as error:
+        generation(given, 16, "</s>")
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 400
+
+
+def test_generation_settings_as_texts_are_read():
+    texts = {"max_new_tokens": "3", "num_beams": "2", "temperature": "0.5", "top_p": "1", "top_k": 5.0}
+    texts |= {"repetition_penalty": "1.5", "no_repeat_ngram_size": "0", "do_sample": "true", "until": "x"}
+    numbers = {"max_new_tokens": 3, "num_beams": 2, "temperature": 0.5, "top_p": 1.0, "top_k": 5}
+    numbers |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 0, "do_sample": True}
+    assert generation(texts, 16, "</s>") == (numbers, ["x"])
+    assert not generation({**texts, "do_sample": "false"}, 16, "</s>")[0]["do_sample"]
+    assert generation({"max_new_tokens": 0, "num_beams": None}, 16, "</s>")[0]["max_new_tokens"] == 16
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+@pytest.mark.parametrize("name", ["method", "pretrained"])
+def test_a_blank_name_is_not_taken_for_none(name, blank):
+    with pytest.raises(OptionError, match=f"no {name.replace('pretrained', 'model')} named.*type"):
+        Options.of({"pretrained": "a", name: blank})
+
+
 def test_pictures_of_documents():
     grey = Image.new("L", (4, 4))
     assert [p.mode for p in pictures([[grey], None, [grey]], "t")] == ["RGB", "RGB"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,8 +74,10 @@ class Options:
         for name in given:
             if name not in known:
                 raise OptionError(_unknown(name, known))
-        if not given.get("pretrained"):
+        if not str(given.get("pretrained") or "").strip():
             raise OptionError("no model named; type --model_args pretrained=FOLDER_OR_HUB_ID,method=vtc_cls,...")
+        if isinstance(given.get("method"), str) and not given["method"].strip():
+            raise OptionError(f"no method named; type method=none, or one of: {', '.join(tokprune.list_methods())}")
         read = {name: _read(name, value) for name, value in given.items()}
         options = cls(**{name: value for name, value in read.items() if value is not None})
         options._check()
@@ -224,24 +227,87 @@ def generation(given: Mapping[str, Any], max_new_tokens: int, eos: str) -> tuple
         eos: the tokenizer's end, which needs no text to be looked for.
 
     Raises:
-        RunError: `until` is neither a text nor a list of texts.
+        RunError: a setting is of a wrong type or out of range.
     """
-    until = given.get("until") or []
-    until = [until] if isinstance(until, str) else list(until)
-    if not all(isinstance(text, str) for text in until):
-        raise RunError(f"until={until!r} in the task's generation_kwargs is no text or list of texts")
-    asked = given.get("max_new_tokens")
+    read = {name: _setting(name, value) for name, value in given.items() if name in SETTINGS and value is not None}
     out: dict[str, Any] = {
-        "max_new_tokens": int(asked) if asked else max_new_tokens,
-        "num_beams": int(given.get("num_beams") or 1),
+        "max_new_tokens": read.get("max_new_tokens") or max_new_tokens,
+        "num_beams": read.get("num_beams") or 1,
         "do_sample": False,
     }
-    out |= {name: given[name] for name in PASSED_ON if given.get(name) is not None}
-    temperature = float(given.get("temperature") or 0)
-    if temperature > 0 and given.get("do_sample") is not False:
-        out |= {"do_sample": True, "temperature": temperature}
-        out |= {name: given[name] for name in SAMPLING if given.get(name) is not None}
-    return out, [text for text in until if text and text != eos]
+    out |= {name: read[name] for name in PASSED_ON if name in read}
+    if read.get("temperature", 0) > 0 and read.get("do_sample") is not False:
+        out |= {"do_sample": True, "temperature": read["temperature"]}
+        out |= {name: read[name] for name in SAMPLING if name in read}
+    return out, [text for text in read.get("until", ()) if text and text != eos]
+
+
+def _whole(value: Any) -> int:
+    """A whole number that fits 32 bits, from a number or its text."""
+    number = int(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or number != int(number) or not abs(number) < 2**31:
+        raise ValueError
+    return int(number)
+
+
+def _number(value: Any) -> float:
+    """A finite number, from a number or its text."""
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _yes_or_no(value: Any) -> bool:
+    known = {"true": True, "false": False, "1": True, "0": False}
+    return known[str(value).lower()]
+
+
+def _texts(value: Any) -> list[str]:
+    """Texts that end an answer; an empty value is none."""
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError
+    return list(texts)
+
+
+# How a setting is read, whether it is in range, what it is, and an example.
+SETTINGS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str, str]] = {
+    "max_new_tokens": (_whole, lambda n: n >= 0, "a whole number of at least 1", "16"),
+    "num_beams": (_whole, lambda n: n >= 0, "a whole number of at least 1", "1"),
+    "temperature": (_number, lambda x: x >= 0, "a number of at least 0", "0"),
+    "top_p": (_number, lambda x: 0 <= x <= 1, "a number from 0 to 1", "0.9"),
+    "top_k": (_whole, lambda n: n >= 0, "a whole number of at least 0", "50"),
+    "repetition_penalty": (_number, lambda x: x > 0, "a number above 0", "1.1"),
+    "length_penalty": (_number, lambda x: True, "a number", "1.0"),
+    "no_repeat_ngram_size": (_whole, lambda n: n >= 0, "a whole number of at least 0", "3"),
+    "do_sample": (_yes_or_no, lambda x: True, "true or false", "false"),
+    "until": (_texts, lambda x: True, "a text or a list of texts", "."),
+}
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A setting by its type.
+
+    Raises:
+        RunError: it is of another type, or out of range.
+    """
+    read, fits, wanted, example = SETTINGS[name]
+    try:
+        found = read(value)
+        if fits(found):
+            return found
+    except (TypeError, ValueError, OverflowError, KeyError):
+        pass
+    try:
+        shown = " ".join(repr(value).split())
+    except ValueError:  # whole numbers of thousands of digits have no text
+        shown = "a number too long to show"
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    raise RunError(
+        f"{name}={shown} in --gen_kwargs or the task's generation_kwargs is not {wanted}; type --gen_kwargs "
+        f"{name}={example}"
+    )
 
 
 def cut(text: str, stops: list[str]) -> str:
