@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import types
 import typing
@@ -109,7 +110,8 @@ def _check_once(keys: list[str], spec: str) -> None:
             raise OptionError(f"{key} is given twice, with {spec!r}; write it once")
 
 
-def _option_types(cls: type) -> dict[str, Any]:
+@functools.cache  # asked for with every option that is checked
+def _option_types(cls: type) -> Mapping[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
 

@@ -81,7 +81,7 @@ class HiRED(ScoreMethod):
             own = total * self.alpha / max(1 - self.alpha, 1e-9)
             return top_by_crop(ranked, layout, ops.allocate(torch.cat([own, counts], 1), sizes, n_keep))
         n_own = min(int(self.alpha * n_keep), sizes[0])
-        rest = ((counts / total).float() * (n_keep - n_own)).long()
+        rest = ((counts / total.clamp(min=1)).float() * (n_keep - n_own)).long()
         rest = rest.minimum(ops.on_device(sizes[1:], rest.device))
         return top_by_crop(ranked, layout, torch.cat([torch.full_like(rest[:, :1], n_own), rest], 1))
 
@@ -95,6 +95,6 @@ class HiRED(ScoreMethod):
 
 
 def _strips(layout: Layout) -> list[int]:
-    """As many pieces of the thumbnail's raster as there are crops."""
+    """As many pieces of the thumbnail's raster as there are crops; of fewer tokens, one a piece."""
     n_crops, n = layout.crop_grid[0] * layout.crop_grid[1], len(layout.regions[0].index)
-    return [min(i // (n // n_crops), n_crops - 1) for i in range(n)]
+    return [min(i // max(n // n_crops, 1), n_crops - 1) for i in range(n)]
