@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokprune
-from tokprune.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError
+from tokprune.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError, why_unloadable
 from tokprune.flops import Ops, Shape
 from tokprune.shapes import shape_from_config
 
@@ -54,7 +54,8 @@ class Runner:
     def load(cls, path: str, device_map: str | None = None, **options: Any) -> Runner:
         """An embedded model by its name, or from a local folder or a hub id.
 
-        It goes to this process' GPU where there is one; with `device_map`, such as "auto", over all that there is.
+        It goes to this process' GPU where there is one; with `device_map`, such as "auto", over all that there is. Code
+        that a folder or a hub id brings along is never run.
 
         Raises:
             RunError: it cannot be loaded.
@@ -62,15 +63,16 @@ class Runner:
         gpu, path = torch.cuda.is_available(), path_of(path)
         placed = {} if device_map is None else {"device_map": device_map}
         try:
-            processor = AutoProcessor.from_pretrained(path)
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto" if gpu else torch.float32, **placed)
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, trust_remote_code=False, dtype="auto" if gpu else torch.float32, **placed
+            )
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             near = difflib.get_close_matches(path, EMBEDDED, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise RunError(
-                f"cannot load {path!r}: {first} {hint}Type {' or '.join(EMBEDDED)} (embedded), a local folder, or a "
-                f"hub id of: {', '.join(tokprune.list_models())}"
+                f"cannot load {path!r}: {why_unloadable(error)} {hint}Type {' or '.join(EMBEDDED)} (embedded), "
+                f"a local folder, or a hub id of: {', '.join(tokprune.list_models())}"
             ) from error
         processor.tokenizer.padding_side = "left"
         if device_map is None:

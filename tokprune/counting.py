@@ -9,7 +9,7 @@ from typing import Any
 import tokprune
 
 from .budget import Budget
-from .errors import RunError
+from .errors import RunError, why_unloadable
 from .flops import Ops, SelectionCost, Shape, Widths, decoder_signals
 from .report import by_layer
 from .shapes import KNOWN, known_shape, shape_from_config
@@ -93,7 +93,7 @@ def with_budget(spec: str) -> str:
 
 
 def shape_of(model: str) -> Shape:
-    """A known shape, or that of a folder or a hub id.
+    """A known shape, or that of a folder or a hub id; code that it brings along is never run.
 
     Raises:
         RunError: its configuration cannot be read.
@@ -103,8 +103,7 @@ def shape_of(model: str) -> Shape:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever a broken or foreign folder makes transformers raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"cannot read the configuration of {model!r}: {first}") from error
+        raise RunError(f"cannot read the configuration of {model!r}: {why_unloadable(error)}") from error
     return shape_from_config(config)

@@ -61,6 +61,14 @@ class RunError(TokPruneError):
     """A run cannot start or go on: the model, the output folder or the settings."""
 
 
+def why_unloadable(error: Exception) -> str:
+    """In one line why transformers cannot load a model; its own words, but for code that a model brings along."""
+    said = str(error).strip()
+    if "trust_remote_code" in said:
+        return "it needs code of its own, which tokprune never runs; name a model that transformers has the code of."
+    return (said.splitlines() or [type(error).__name__])[0]
+
+
 class NotCopyable:
     """What hangs on a model by hooks: a copy would still work on the original, so copying it raises."""
 

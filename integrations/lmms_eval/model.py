@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 import tokprune
 from tokprune.compat import as_cache, cache_of
-from tokprune.errors import RunError, TokPruneError
+from tokprune.errors import RunError, TokPruneError, why_unloadable
 
 from .options import Options, Until, cut, generation, merged, split_arguments
 from .prompts import pictures, prompt
@@ -99,12 +99,11 @@ class TokPrune(lmms):
         loading |= {"device_map": options.device_map} if options.device_map else {}
         loading |= {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
         try:
-            processor = AutoProcessor.from_pretrained(name, **more)
-            model = AutoModelForImageTextToText.from_pretrained(name, **loading).eval()
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **more)
+            model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **loading).eval()
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(
-                f"cannot load pretrained={name}: {first} Type pretrained=FOLDER, or a hub id of: "
+                f"cannot load pretrained={name}: {why_unloadable(error)} Type pretrained=FOLDER, or a hub id of: "
                 f"{', '.join(tokprune.list_models())}"
             ) from error
         processor.tokenizer.padding_side = "left"

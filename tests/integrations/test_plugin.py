@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 
 import prompt_snapshot
 import pytest
 import torch
-from folders import write_folder
+from folders import write_folder, write_model
 from lmms_eval.models import get_model
 from lmms_requests import MODEL, instances
 from tokprune.eval.models import EMBEDDED, path_of
@@ -51,6 +52,15 @@ def test_lmms_eval_finds_the_plug_in_by_itself():
 def test_a_model_that_cannot_be_is_refused_before_any_task(load, arguments, message):
     with pytest.raises(tokprune.TokPruneError, match=message):
         load(**arguments)
+
+
+@pytest.mark.parametrize("more", [{}, {"trust_remote_code": "True"}])
+def test_code_of_a_model_is_never_run(load, tmp_path, monkeypatch, more):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+    model = write_model(tmp_path / "foreign", ["config.json", "processor_config.json"], model_type="mine")
+    with pytest.raises(tokprune.TokPruneError, match="tokprune (never runs|runs no code)"):
+        load(pretrained=str(model), **more)
+    assert not (model / "marker").exists()
 
 
 def test_a_command_line_that_cannot_be_ends_with_one_line():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from commands import jsonl, tokprune_cli
+from folders import write_model
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_requests import MODEL, asked, lmms_eval
@@ -32,6 +35,16 @@ def test_a_run_that_fails_is_one_clear_error(tmp_path, arguments, status, messag
     assert message in line
     assert str(tmp_path / "lmms-eval") in line
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_code_of_a_model_is_never_run(tmp_path):
+    """lmms-eval is a process of its own, which reads what is typed."""
+    model = write_model(tmp_path / "foreign", ["config.json", "processor_config.json"], model_type="mine")
+    command = [sys.executable, "-m", "tokprune.cli", *asked(tmp_path / "out", "--model", str(model), methods="none")]
+    done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert "code of its own, which tokprune never runs" in done.stderr
+    assert not (model / "marker").exists()
 
 
 def test_wrong_options_end_before_a_run(tmp_path):
