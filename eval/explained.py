@@ -12,29 +12,14 @@ import torch
 from PIL import Image
 
 import tokprune
-from tokprune.errors import TaskError
 from tokprune.explain import dimmed, enlarged, seen, side_by_side, stacked
 from tokprune.files import write_text
 from tokprune.report import ImageReport, Report
 from tokprune.types import Layout
 
 from .run import Runner
-from .tasks.base import UNREADABLE
 
 FORMAT, VERSION = "tokprune-kept", 1
-
-
-def open_picture(path: Path) -> Image.Image:
-    """An RGB picture.
-
-    Raises:
-        TaskError: it cannot be read.
-    """
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except UNREADABLE as error:
-        raise TaskError(f"cannot read the picture {path}: {error}; name a PNG or JPEG file") from error
 
 
 @dataclass(frozen=True)

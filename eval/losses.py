@@ -194,5 +194,5 @@ def _png(picture: Image.Image) -> str:
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()

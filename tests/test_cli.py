@@ -389,10 +389,11 @@ def scene(tmp_path) -> Path:
 
 def test_explain_draws_kept_cells_bright_and_dropped_ones_dark(scene):
     import numpy as np
-    from tokprune.eval.explained import explained, open_picture
+    from tokprune.eval.explained import explained
     from tokprune.eval.run import Runner
 
     from tokprune.explain import _GAP, _TITLE, DIM, seen
+    from tokprune.pictures import open_picture
 
     runner, picture = Runner.load(str(EMBEDDED_MODEL)), open_picture(scene)
     methods = [("vtc_cls", {"keep_ratio": 0.25}), ("random:seed=1", {"keep_ratio": 0.11}), ("blind", {})]

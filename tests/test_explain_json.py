@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import refusal, tokprune_cli
-from tokprune.eval.explained import asked, explained, open_picture
+from tokprune.eval.explained import asked, explained
 from tokprune.eval.run import EMBEDDED_MODEL, Runner
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
+from tokprune.pictures import open_picture
 
 QUESTION = "what color is the circle?"
 METHODS = "vtc_cls:start_layer=1,damro_filter+fopru,pool,blind,fastv,vtc_cls+pyramiddrop:schedule=pyramid/2/5"

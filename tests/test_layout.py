@@ -23,7 +23,7 @@ FOLDERS = {
     "tokprune.eval": ROOT / "eval",
 }
 GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
-GROUND |= {"call", "compat", "hooks", "schedule", "gates", "spans"}
+GROUND |= {"call", "compat", "hooks", "schedule", "gates", "spans", "pictures"}
 CLI_NAMES = ("cli", "counting", "doctor", "eval.__main__", "experiments", "loading", "terminal")
 CLI = tuple(f"tokprune.{name}" for name in CLI_NAMES)
 
@@ -129,7 +129,7 @@ MAY_KNOW = {
 }
 OUTSIDE = ("tokprune.eval", "tokprune.cli", "tokprune.integrations.lmms_eval")  # these use the public API alone
 PUBLIC_MODULES = {"compat", "types", "errors", "budget", "flops", "gates", "schedule", "shapes", "spans", "report"}
-PUBLIC_MODULES |= {"explain"}
+PUBLIC_MODULES |= {"explain", "pictures"}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

@@ -55,8 +55,10 @@ def test_first_snippet_is_short():
 
 @pytest.mark.parametrize("command", re.findall(r"`(tokprune explain docs/.*?)`", ALL))
 def test_picture_is_what_explain_draws(command):
-    from tokprune.eval.explained import explained, open_picture
+    from tokprune.eval.explained import explained
     from tokprune.eval.run import Runner
+
+    from tokprune.pictures import open_picture
 
     words = command.split()
     options = dict(zip(words[3::2], words[4::2], strict=True))

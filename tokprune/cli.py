@@ -20,6 +20,7 @@ from .errors import RunError
 from .files import replacing
 from .flops import Ledger, Ops
 from .loading import eval_room, load_runner
+from .pictures import open_picture
 
 app = App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -102,7 +103,7 @@ def explain(
             f"{decides[0]!r} takes no budget; leave --keep out, or draw it apart{counting.with_budget(decides[0])}"
         )
     budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
-    picture = explained.open_picture(image)
+    picture = open_picture(image)
     found = explained.asked(load_runner(model), picture, question, list(zip(specs, budgets, strict=True)))
     if json is not None:
         from . import doctor as checks

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .pictures import as_rgb
 from .types import Layout, Region
 
 DIM = 0.3  # brightness left to a dropped token
@@ -41,7 +42,7 @@ def dimmed(
         region: which of `layout.regions` the picture shows; None is the first, the thumbnail or only crop.
     """
     region = region or layout.regions[0]
-    pixels = torch.from_numpy(np.array(picture.convert("RGB")))  # (H, W, 3)
+    pixels = torch.from_numpy(np.array(as_rgb(picture)))  # (H, W, 3)
     height, width = pixels.shape[:2]
     for i in sorted(set(region.index) - set(kept.tolist())):
         top, bottom = _span(layout.row[i], region.height, height)

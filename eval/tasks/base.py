@@ -7,9 +7,6 @@ from typing import Protocol
 
 from PIL import Image
 
-# What Pillow raises on files that are no picture, or broken, or absurdly large.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -39,7 +36,7 @@ class Task(Protocol):
         """The test samples, always in the same order."""
 
     def image(self, image_id: str) -> Image.Image:
-        """The picture of a sample, RGB."""
+        """The picture of a sample, RGB, as `tokprune.pictures.open_picture` gives it."""
 
     def train_samples(self) -> list[Sample] | None:
         """Samples for the question-only floor, or None."""

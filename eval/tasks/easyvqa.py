@@ -6,6 +6,8 @@ import functools
 
 from PIL import Image
 
+from tokprune.pictures import open_picture
+
 from .base import Sample
 
 
@@ -35,8 +37,7 @@ class EasyVQA:
 
     def image(self, image_id: str) -> Image.Image:
         """The picture, RGB."""
-        with Image.open(_paths(self.split)[int(image_id)]) as image:
-            return image.convert("RGB")
+        return open_picture(_paths(self.split)[int(image_id)])
 
 
 @functools.lru_cache(maxsize=2)

@@ -9,10 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 from tokprune.errors import TaskError
+from tokprune.pictures import open_picture
 
-from .base import UNREADABLE, Sample
+from .base import Sample
 
 FIELDS = ("file_name", "question", "answer")
+REPLACE = "replace it or remove its lines"
 
 
 class ImageFolder:
@@ -36,16 +38,15 @@ class ImageFolder:
 
     def image(self, image_id: str) -> Image.Image:
         """The picture, RGB."""
-        path = self.folder / image_id
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except UNREADABLE as error:
-            raise TaskError(f"cannot read the picture {path}: {error}; replace it or remove its lines") from error
+        return open_picture(self.folder / image_id, REPLACE)
 
     def checksum(self, image_id: str) -> int:
         """Of the file: a run that goes on must see the pictures that it saw."""
-        return zlib.crc32((self.folder / image_id).read_bytes())
+        path = self.folder / image_id
+        try:
+            return zlib.crc32(path.read_bytes())
+        except OSError as error:
+            raise TaskError(f"cannot read the picture {path}: {error.strerror}; {REPLACE}") from error
 
 
 def _read(folder: Path) -> list[Sample]:

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from tokprune.errors import RunError
+from tokprune.pictures import as_rgb
 
 MARK = "<image>"  # what tasks write where a picture belongs
 
@@ -55,14 +56,14 @@ def _plain(processor: Any, text: str) -> str:
 
 
 def pictures(visuals: Any, task: str) -> list[Image.Image]:
-    """The pictures of a document, RGB.
+    """The pictures of a document, as `tokprune.pictures.as_rgb` makes them.
 
     Args:
         visuals: what the task's doc_to_visual returned: pictures, None or nothing, in lists or not.
         task: its name, for the message.
 
     Raises:
-        RunError: a video, a sound or a path among them.
+        RunError: a video, a sound, a path, or a picture that cannot be read among them.
     """
     if visuals is None:
         return []
@@ -73,4 +74,7 @@ def pictures(visuals: Any, task: str) -> list[Image.Image]:
             f"the task {task} hands over {type(visuals).__name__} where pictures are expected; tokprune's plug-in "
             "answers about pictures alone, leave the task out"
         )
-    return [visuals.convert("RGB")]
+    try:
+        return [as_rgb(visuals)]
+    except Exception as error:  # whatever a broken picture makes Pillow raise
+        raise RunError(f"the task {task} hands over a picture that cannot be read: {error}") from error
