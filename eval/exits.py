@@ -31,7 +31,7 @@ from .fit_exit import histogram
 from .intervals import wilson
 from .rows import NONE, Config, conditions
 from .run import Runner
-from .tasks import Sample, Task, load_task, normalise
+from .tasks import Sample, Task, load_task
 
 # The last ones are quantiles of what training questions show on the embedded model, which never looks away.
 THRESHOLDS = (0.05, 0.2, 0.5, 0.8, 0.9, 0.95)
@@ -75,7 +75,7 @@ class Exits:
             inputs = self.runner.prepare(self.task, part, [s.image_id for s in part])
             tokens, report, _ = self.runner.answer(inputs, config, [zlib.crc32(s.id.encode()) for s in part])
             texts = self.runner.processor.batch_decode(tokens, skip_special_tokens=True)
-            right += [normalise(text) == normalise(s.answer) for text, s in zip(texts, part, strict=True)]
+            right += [s.is_right(text) for text, s in zip(texts, part, strict=True)]
             columns = inputs["attention_mask"].sum(1).tolist()
             before += [self.shape.read(n).llm.flops for n in columns]
             layers = columns_by_layer(report, columns, self.n_layers)

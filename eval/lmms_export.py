@@ -45,7 +45,7 @@ metadata:
 """
 
 _UTILS = '''\
-"""Written by tokprune: an answer is right when it is the expected one, apart from case, spaces and a full stop."""
+"""Written by tokprune: an answer is right when it is an expected one, apart from case, spaces and a full stop."""
 
 
 {normalise}
@@ -59,7 +59,7 @@ def doc_to_text(doc, lmms_eval_specific_kwargs=None):
 
 
 def process_results(doc, results):
-    return {{"{metric}": float(normalise(results[0]) == normalise(doc["answer"]))}}
+    return {{"{metric}": float(normalise(results[0]) in map(normalise, [doc["answer"], *doc["also"]]))}}
 '''
 
 
@@ -93,10 +93,13 @@ def export(task: Task, samples: Sequence[Sample], folder: Path, max_new_tokens: 
         "id": [s.id for s in samples],
         "question": [s.question for s in samples],
         "answer": [s.answer for s in samples],
+        "also": [list(s.also) for s in samples],
         "kind": [s.kind for s in samples],
         "image": [{"bytes": _png(task, s.image_id), "path": None} for s in samples],
     }
-    features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
+    text = datasets.Value("string")
+    others = {"also": datasets.Sequence(text), "image": datasets.Image()}
+    features = datasets.Features(dict.fromkeys(columns, text) | others)
     own = (folder / name).resolve()
     try:
         own.mkdir(parents=True, exist_ok=True)

@@ -300,7 +300,7 @@ def sample_rows(config: Config, result: TaskResult, source: Source) -> list[Samp
                 flops_ratio=config.flops_ratio,
                 sample=own.id if own else str(doc),
                 kind=own.kind if own else "all",
-                expected=own.answer if own else target,
+                expected=own.expected if own else target,
                 answer=answer,
                 right=value == 1,
                 words_right=value == 1,

@@ -157,7 +157,7 @@ class Artist:
         """The tokens that were kept when this was answered."""
         picture = Picture(row.task, row.config, row.sample)
         sample = self.samples.get((row.task, row.sample))
-        if sample is None or sample.answer != row.expected:
+        if sample is None or sample.expected != row.expected:
             picture.why = "this question is not in the task any more"
             return picture
         picture.question = sample.question

@@ -29,7 +29,7 @@ from tokprune.shapes import shape_from_config
 from .models import DEFAULT, EMBEDDED, path_of
 from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
 from .stopwatch import Stopwatch
-from .tasks import Sample, Task, normalise
+from .tasks import Sample, Task
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
 
@@ -216,10 +216,10 @@ class Runner:
                 flops_ratio=config.flops_ratio,
                 sample=s.id,
                 kind=s.kind,
-                expected=s.answer,
+                expected=s.expected,
                 answer=text.strip(),
-                right=normalise(text) == normalise(s.answer),
-                words_right=_begins_with(normalise(text), normalise(s.answer)),
+                right=s.is_right(text),
+                words_right=s.begins_right(text),
                 stopped=bool(set(row.tolist()) & stops),
                 n_visual_before=whole.n_visual[i],
                 n_visual_after=n_kept[i],
@@ -334,10 +334,6 @@ def _scaled(picture: Image.Image, scale: float) -> Image.Image:
         return picture
     size = (max(1, round(side * scale)) for side in picture.size)
     return picture.resize(tuple(size), Image.Resampling.BICUBIC)
-
-
-def _begins_with(text: str, expected: str) -> bool:
-    return text == expected or text.startswith(expected + " ")
 
 
 def _other_pictures(samples: Sequence[Sample]) -> list[str]:

@@ -30,7 +30,7 @@ from .intervals import wilson
 from .rows import NONE, Config, conditions
 from .run import Runner
 from .schedules import EVALUATIONS, TRIALS, best_single, g_search, p_sigmoid
-from .tasks import Sample, Task, load_task, normalise, stratified
+from .tasks import Sample, Task, load_task, stratified
 from .tasks.imagefolder import ImageFolder
 from .trials import Counts, Point, Trials, key_of
 
@@ -168,7 +168,7 @@ class Scorer:
             salts = [zlib.crc32(s.id.encode()) for s in part]
             tokens, report, _ = self.runner.answer(inputs, config, salts)
             texts = self.runner.processor.batch_decode(tokens, skip_special_tokens=True)
-            right += sum(normalise(t) == normalise(s.answer) for t, s in zip(texts, part, strict=True))
+            right += sum(s.is_right(t) for t, s in zip(texts, part, strict=True))
             if report is not None:
                 by_layer += [image.n_by_layer(n_layers) for image in report.encoded]
         by_layer = by_layer or [[n] * n_layers for n in self.n_visual_of]

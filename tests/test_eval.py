@@ -10,8 +10,8 @@ import torch
 from tokprune.eval import compare, intervals, rows
 from tokprune.eval.models import EMBEDDED
 from tokprune.eval.rows import Config
-from tokprune.eval.run import EMBEDDED_MODEL, Runner, _begins_with, _other_pictures
-from tokprune.eval.tasks import Sample, load_task, normalise, stratified
+from tokprune.eval.run import EMBEDDED_MODEL, Runner, _other_pictures
+from tokprune.eval.tasks import Sample, load_task, stratified
 from tokprune.eval.tasks.findit import KINDS, FindIt, draw
 
 import tokprune
@@ -110,7 +110,7 @@ BAD_FOLDERS = {
     "no metadata": (lambda f: (f / "metadata.jsonl").unlink(), "has no metadata.jsonl"),
     "empty metadata": (lambda f: (f / "metadata.jsonl").write_text(""), "has no line"),
     "no JSON": (lambda f: (f / "metadata.jsonl").write_text("{oops"), "line 1 is not JSON"),
-    "no object": (lambda f: (f / "metadata.jsonl").write_text("[1]"), "line 1 lacks file_name, question, answer"),
+    "no object": (lambda f: (f / "metadata.jsonl").write_text("[1]"), "line 1 is no JSON object"),
     "missing field": (
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "question": "q"}'),
         "line 1 lacks answer",
@@ -120,7 +120,7 @@ BAD_FOLDERS = {
         lambda f: (f / "metadata.jsonl").write_text('{"file_name": "0.png", "question": "<image> q", "answer": "a"}'),
         "leave <image> out",
     ),
-    "missing picture": (lambda f: (f / "2.png").unlink(), "line 3 names 2.png"),
+    "missing picture": (lambda f: (f / "2.png").unlink(), 'line 3 names "2.png"'),
 }
 
 
@@ -157,8 +157,8 @@ def test_unknown_task_offers_the_nearest():
     ],
 )
 def test_answers_are_compared_by_words(text, expected, right, words):
-    assert (normalise(text) == normalise(expected)) is right
-    assert _begins_with(normalise(text), normalise(expected)) is words
+    sample = Sample("1", "a.png", "q", expected)
+    assert (sample.is_right(text), sample.begins_right(text)) == (right, words)
 
 
 def test_shuffled_pictures_are_other_pictures():

@@ -18,6 +18,7 @@ class Sample:
         question: as asked, without any prompt template.
         answer: the expected answer, compared after `normalise`.
         kind: stratum of the question ("colour", "yes/no" ...), for tables by kind.
+        also: other answers that are as right.
     """
 
     id: str
@@ -25,6 +26,26 @@ class Sample:
     question: str
     answer: str
     kind: str = "all"
+    also: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All that are right."""
+        return self.answer, *self.also
+
+    @property
+    def expected(self) -> str:
+        """The answers as they are shown, " | " between them."""
+        return " | ".join(self.answers)
+
+    def is_right(self, text: str) -> bool:
+        """Whether a text is one of the answers, and nothing more."""
+        return normalise(text) in map(normalise, self.answers)
+
+    def begins_right(self, text: str) -> bool:
+        """Whether a text begins with the words of one of the answers."""
+        said = f"{normalise(text)} "
+        return any(said.startswith(f"{normalise(answer)} ") for answer in self.answers)
 
 
 class Task(Protocol):

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from tokprune.errors import TaskError
 from tokprune.pictures import open_picture
 
-from .base import Sample
+from ..lines import Damaged, parsed, shortened
+from .base import Sample, normalise
 
 FIELDS = ("file_name", "question", "answer")
 REPLACE = "replace it or remove its lines"
+TEXT = {
+    "file_name": 'write the name of a picture, as "a.png"',
+    "question": 'write a text, as "what is it?"',
+    "answer": 'write a text, as "a cat", or a list of texts of which any is right, as ["cat", "a cat"]',
+    "kind": 'write a text, as "colour", or leave the field out',
+}
 
 
 class ImageFolder:
     """The task: one question a line, {"file_name": ..., "question": ..., "answer": ..., "kind": optional}.
 
+    These are texts with something in them. An answer may be a list of texts, of which any is right; a whole number,
+    alone or in a list, is taken as the text of its digits. Other numbers are refused: 1.5 could be "1.5", "1.50" or
+    "1,5". Other fields are let be.
+
     Raises:
-        TaskError: no metadata.jsonl, a line that is no JSON object, a missing field, or a missing picture.
+        TaskError: no metadata.jsonl; a line that is no JSON object, lacks a field or names one twice; a field of
+            another type, or with nothing in it; or a missing picture.
     """
 
     def __init__(self, folder: Path):
@@ -71,15 +83,50 @@ def _read(folder: Path) -> list[Sample]:
 
 def _sample(folder: Path, path: Path, number: int, line: str) -> Sample:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{path} line {number} is not JSON ({error.msg}); write one object a line") from error
-    missing = [f for f in FIELDS if not (isinstance(row, dict) and f in row)]
-    if missing:
-        raise TaskError(f"{path} line {number} lacks {', '.join(missing)}; every line needs {', '.join(FIELDS)}")
-    if "<image>" in str(row["question"]):
+        row = parsed(line, integer=_Digits)
+        if missing := [f for f in FIELDS if f not in row]:
+            raise Damaged(f"lacks {', '.join(missing)}; every line needs {', '.join(FIELDS)}")
+        name, question, kind = (_text(field, row.get(field, "all")) for field in ("file_name", "question", "kind"))
+        given = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        if not given:
+            raise Damaged("has an empty list of answers; leave the line out, or name one")
+        answer, *also = map(_answer, given)
+    except Damaged as damaged:
+        raise TaskError(f"{path} line {number} {damaged}") from damaged
+    if "<image>" in question:
         raise TaskError(f"{path} line {number}: leave <image> out of the question; the prompt puts it in place")
-    name, question, answer = (str(row[f]) for f in FIELDS)
-    if not (folder / name).is_file():
-        raise TaskError(f"{path} line {number} names {name}, which is not in {folder}")
-    return Sample(str(number), name, question, answer, str(row.get("kind", "all")))
+    if not _is_file(folder / name):
+        raise TaskError(f"{path} line {number} names {shortened(name)}, which is not in {folder}")
+    return Sample(str(number), name, question, answer, kind, tuple(also))
+
+
+class _Digits(str):
+    """A whole number as it was written."""
+
+
+def _text(field: str, value: Any) -> str:
+    """A text of Unicode characters with something in it."""
+    if isinstance(value, _Digits):
+        raise Damaged(f"has the number {value:.20} as {field}; {TEXT[field]}")
+    if not isinstance(value, str) or not value.strip():
+        raise Damaged(f"has the {field} {shortened(value)}; {TEXT[field]}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Damaged(f"has the {field} {shortened(value)}, which is not valid Unicode; {TEXT[field]}") from error
+    return value
+
+
+def _answer(value: Any) -> str:
+    """One answer; a whole number is taken as its digits, since there is one way to write it."""
+    value = _text("answer", str(value) if isinstance(value, _Digits) else value)
+    if not normalise(value):
+        raise Damaged(f"has the answer {shortened(value)}, of which nothing is compared; {TEXT['answer']}")
+    return value
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name
+        return False
