@@ -18,6 +18,7 @@ from tokprune.errors import RunError
 
 from . import pareto, report
 from .folder import RunFolder
+from .lines import counted
 from .losses import Artist
 from .processes import launched_alone
 from .rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
@@ -149,6 +150,9 @@ class Comparison:
             console.print(
                 "accelerate launched one process; for two type torchrun --nproc_per_node 2 -m tokprune.eval compare ..."
             )
+        for path, n in self.folder.damaged.items():
+            told = counted(n, path, "its batch is asked again", "their batches are asked again")
+            console.print(told, markup=False, soft_wrap=True)
         if self.folder.answers:
             n_done = sum(len(rows) for rows in self.folder.answers.values())
             console.print(f"{n_done} answers are in {self.folder.path} already and are not asked for again")
@@ -190,7 +194,10 @@ class Comparison:
         with self.folder.writing():
             pareto.write_png(self.rows, self.floors, self.folder.path / "accuracy.png")
             texts = max((c.flops_text for c in self.configs), default=0)
-            report.write(self.folder.path, lambda run: Artist(self.runner, tasks, texts))
+            run = report.write(self.folder.path, lambda run: Artist(self.runner, tasks, texts))
+        for path, n in run.damaged.items():  # of pictures alone: the other files have just been written
+            told = counted(n, path, "its picture is drawn again", "their pictures are drawn again")
+            console.print(told, markup=False, soft_wrap=True)
         for task, _ in tasks:
             console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
 
@@ -238,6 +245,15 @@ class Comparison:
             times[config] = [self.folder.times[key] for key in keys]
         split = getattr(task, "split", "")
         return Summariser(self.model_name, self.runner.model, task.name, split).rows(answers, times)
+
+
+def questions(tasks: Sequence[tuple[Task, Sequence[Sample]]], batch_size: int) -> dict[tuple[str, int], frozenset[str]]:
+    """By task and batch the questions of a batch."""
+    return {
+        (task.name, start // batch_size): frozenset(s.id for s in samples[start : start + batch_size])
+        for task, samples in tasks
+        for start in range(0, len(samples), batch_size)
+    }
 
 
 def settings(

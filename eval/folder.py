@@ -1,8 +1,8 @@
 """The folder of a run: what is written when, so that a run that was cut off goes on where it stopped.
 
 `run.json` holds the settings. `samples.jsonl` gets the answers of a batch, then `times.jsonl` one line for that
-batch: a batch counts as done when both are there. Going on drops what belongs to no done batch, and a folder of
-other settings is refused.
+batch: a batch counts as done when both are there. Going on drops what belongs to no done batch, damaged lines among it,
+and a folder of other settings is refused.
 
 Of several processes every one but the first writes to files of its own, `samples.1.jsonl` and so on; they are put into
 `samples.jsonl` at the end, or when a run that was cut off goes on, with any number of processes.
@@ -14,7 +14,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +25,10 @@ from filelock import FileLock
 from tokprune.errors import RunError
 from tokprune.files import write_text
 
+from .lines import Damaged, rows_of, settings_of, typed
 from .locks import hold
 from .processes import Processes
-from .rows import BatchTime, Costs, SampleRow
+from .rows import BatchTime, SampleRow
 
 Part = TypeVar("Part", BatchTime, SampleRow)
 Key = tuple[str, str, int]  # task, configuration, batch
@@ -45,16 +47,28 @@ class RunFolder:
         settings: everything that an answer depends on, as JSON values; `tasks` and `configurations` are in order.
         overwrite: start over, whatever is there.
         processes: those that share the run; all open the folder at the same time.
+        questions: by task and batch the questions of a batch; None where they are not known.
+
+    Attributes:
+        damaged: lines that were left out when the folder was opened, by file.
 
     Raises:
         RunError: it cannot be written, another process is at it, or it holds a run with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False, processes: Processes = ALONE):
-        self.path, self.processes = path, processes
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        overwrite: bool = False,
+        processes: Processes = ALONE,
+        questions: Mapping[tuple[str, int], Collection[str]] | None = None,
+    ):
+        self.path, self.processes, self.questions = path, processes, questions
         self.settings = json.loads(json.dumps(settings))  # as they read back
         self.answers: dict[Key, list[SampleRow]] = {}
         self.times: dict[Key, BatchTime] = {}
+        self.damaged: dict[Path, int] = {}
         self._lock = FileLock(path / ".lock")
         self._part = "" if processes.is_main else f".{processes.index}"
         refused: RunError | None = None
@@ -83,7 +97,7 @@ class RunFolder:
                     self.clear()
                 self._check(self.settings)
                 self._clean()
-                self._read()
+                self.damaged = dict(self._read())
                 self._write("run.json", [json.dumps(self.settings, indent=1)])
                 self._rewrite()
                 stack.pop_all()
@@ -152,12 +166,7 @@ class RunFolder:
                     "with --overwrite"
                 )
             return
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"{path} cannot be read; start over with --overwrite") from error
-        if not isinstance(there, dict):
-            raise RunError(f"{path} holds no settings; start over with --overwrite")
+        there = settings_of(path, "start over with --overwrite")
         for name in {**there, **settings}:
             if there.get(name) != settings.get(name):
                 raise RunError(
@@ -165,14 +174,27 @@ class RunFolder:
                     f"{_short(settings.get(name))} now); name another folder with --out, or start over with --overwrite"
                 )
 
-    def _read(self) -> None:
-        times = {_key(t): t for t in self._lines("times.jsonl", lambda line: BatchTime(**line))}
+    def _read(self) -> Counter[Path]:
+        """Take what is done from the files; lines that are damaged by file."""
+        damaged: Counter[Path] = Counter()
+        times = {_key(t): t for t in self._lines("times.jsonl", BatchTime, damaged)}
         found: dict[Key, dict[str, SampleRow]] = {}  # a kill may leave a batch both in a part and in the whole
-        for row in self._lines("samples.jsonl", lambda line: SampleRow(**{**line, "costs": Costs(**line["costs"])})):
+        for row in self._lines("samples.jsonl", SampleRow, damaged):
             found.setdefault(_key(row), {})[row.sample] = row
-        done = [key for key, time in times.items() if len(found.get(key, ())) == time.size]
+        done = [key for key, time in times.items() if self._is_whole(key, found.get(key, {}), time)]
         self.answers = {key: list(found[key].values()) for key in sorted(done, key=self._place)}
         self.times = {key: times[key] for key in self.answers}
+        return damaged
+
+    def _is_whole(self, key: Key, found: Collection[str], time: BatchTime) -> bool:
+        own = self._own_questions(key)
+        return len(found) == time.size and (own is None or set(found) == set(own))
+
+    def _own_questions(self, key: Key) -> Collection[str] | None:
+        """Questions of a batch; None where they are not known, or the task is of another run."""
+        if self.questions is None or key[0] not in self.settings["tasks"]:
+            return None
+        return self.questions.get((key[0], key[2]), ())
 
     def _place(self, key: Key) -> tuple[int, int, int]:
         """Where a batch stands in the files, whoever answered it."""
@@ -182,16 +204,22 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{self.path} holds answers of another run; start over with --overwrite") from error
 
-    def _lines(self, name: str, read: Callable[[dict[str, Any]], Part]) -> Iterator[Part]:
+    def _lines(self, name: str, kind: type[Part], damaged: Counter[Path]) -> Iterator[Part]:
         """What the whole lines of a file and of its parts hold; the last one of each may have been cut off."""
         stem = name.partition(".")[0]
         for path in (self.path / name, *(part for part in self._parts() if part.name.startswith(f"{stem}."))):
-            *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
-            for number, line in enumerate(whole, 1):
-                try:
-                    yield read(json.loads(line))
-                except (ValueError, TypeError, KeyError) as error:
-                    raise RunError(f"{path} line {number} cannot be read; start over with --overwrite") from error
+            for row in rows_of(path, lambda line: self._placed(typed(kind, line)), torn=True):
+                if isinstance(row, Damaged):
+                    damaged[path] += 1
+                else:
+                    yield row
+
+    def _placed(self, row: Part) -> Part:
+        """The row, if it is about a question of its batch."""
+        own = self._own_questions(_key(row))
+        if own is not None and (row.sample if isinstance(row, SampleRow) else next(iter(own), None)) not in own:
+            raise Damaged("is about no question of its batch")
+        return row
 
     def _rewrite(self) -> None:
         """Keep what belongs to done batches, in files without parts."""

@@ -9,17 +9,22 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar
 
+from tokprune.errors import RunError
+
 Row = TypeVar("Row")
-MOST_DIGITS = 20
+MOST = 10**20  # no whole number of a row is as large
 MOST_DEEP = 20  # objects and lists inside each other
 UNTIMED = ("prefill_ms_p20", "prefill_ms_p50", "prefill_ms_p80")  # NaN where nothing was timed
+SIGNED = ("seed",)  # other whole numbers are counts
+POSITIVE = ("prefill_s",)  # other times are divided by it
 AT_LEAST_ONE = ("size", "n_samples", "batch_size", "n")
 
 
@@ -27,19 +32,22 @@ class Damaged(ValueError):
     """A line that is no row; the message goes on after "the line"."""
 
 
-def parsed(line: bytes | str, integer: Callable[[str], Any] | None = None) -> dict[str, Any]:
+def parsed(line: bytes | str, integer: Callable[[str], Any] | None = None, foreign: bool = False) -> dict[str, Any]:
     """The JSON object of a line.
 
     Args:
         line: as UTF-8, or as text.
-        integer: what to make of whole numbers; by default int, of at most 20 digits.
+        integer: what to make of whole numbers; by default int.
+        foreign: of another program, whose data may name a field twice and hold numbers of any length.
 
     Raises:
-        Damaged: it is something else, cut off, too deep, or names a field twice.
+        Damaged: it is something else, cut off, too deep, or not as strict as it has to be.
     """
+    decoder = _FOREIGN if foreign else _STRICT
+    if integer is not None:
+        decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=integer)
     try:
-        text = line if isinstance(line, str) else line.decode("utf-8")
-        values = json.loads(text, object_pairs_hook=_object, parse_int=integer or _integer)
+        values = decoder.decode(line if isinstance(line, str) else line.decode("utf-8"))
     except Damaged:
         raise
     except RecursionError as error:
@@ -60,10 +68,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(text: str) -> int:
-    if len(text) > MOST_DIGITS:
-        raise Damaged(f"holds the number {text[:MOST_DIGITS]}..., which is out of range")
-    return int(text)
+# Making one takes longer than reading a line.
+_STRICT = json.JSONDecoder(object_pairs_hook=_object)
+_FOREIGN = json.JSONDecoder(parse_int=lambda text: int(text) if len(text) <= 20 else float(text))
 
 
 def typed(kind: type[Row], values: Mapping[str, Any], others: bool = False) -> Row:
@@ -81,53 +88,79 @@ def typed(kind: type[Row], values: Mapping[str, Any], others: bool = False) -> R
         Damaged: a field is missing, unknown, or of another type.
     """
     checks, needed = _checks(kind)
-    if missing := needed - values.keys():
-        raise Damaged(f"lacks {', '.join(sorted(missing))}")
-    if not others and (unknown := values.keys() - checks.keys()):
+    if not needed <= values.keys():
+        raise Damaged(f"lacks {', '.join(sorted(needed - values.keys()))}")
+    if not others and not values.keys() <= checks.keys():
+        unknown = values.keys() - checks.keys()
         raise Damaged(f"has {', '.join(sorted(unknown))}, which {kind.__name__} has not")
-    return kind(**{name: check(values[name]) for name, check in checks.items() if name in values})
+    return kind(**{name: checks[name](value) for name, value in values.items() if name in checks})
+
+
+Check = Callable[[Any], Any]
 
 
 @functools.cache
-def _checks(kind: type) -> tuple[dict[str, Callable[[Any], Any]], frozenset[str]]:
+def _checks(kind: type) -> tuple[dict[str, Check], frozenset[str]]:
     """Of every field what checks and builds its value, and the names of those without a default."""
     hints = typing.get_type_hints(kind)
     own = fields(kind)
     needed = {f.name for f in own if f.default is MISSING and f.default_factory is MISSING}
-    return {f.name: functools.partial(_value, f.name, hints[f.name]) for f in own}, frozenset(needed)
+    return {f.name: _check(f.name, hints[f.name]) for f in own}, frozenset(needed)
 
 
-def _value(name: str, kind: Any, value: Any) -> Any:
-    """A value as a field of this type takes it."""
+def _check(name: str, kind: Any) -> Check:
+    """What takes a value as a field of this type does."""
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (UnionType, typing.Union):
-        if value is None and NoneType in inner:
-            return None
-        (kind,) = (k for k in inner if k is not NoneType)
-        return _value(name, kind, value)
+        (some,) = (_check(name, k) for k in inner if k is not NoneType)
+        return lambda value: None if value is None else some(value)
     if kind is Any:
-        return _shallow(name, value)
+        return functools.partial(_shallow, name)
     if kind in (int, float):
-        return _number(name, kind, value)
-    if origin is dict and isinstance(value, dict):
-        return {key: _value(name, inner[1], item) for key, item in value.items()}
-    if origin in (tuple, list) and isinstance(value, list):
-        return origin(_value(name, inner[0], item) for item in value)
-    if is_dataclass(kind) and isinstance(value, dict):
-        return typed(kind, value)  # type: ignore[type-var]
-    if kind in (str, bool) and type(value) is kind:
+        return _number(name, kind)
+    if kind in (str, bool):
+        return _of(name, kind, lambda value: value)
+    if origin is dict:
+        item = _check(name, inner[1])
+        return _of(name, dict, lambda value: {key: item(v) for key, v in value.items()})
+    if origin in (tuple, list):
+        item = _check(name, inner[0])
+        return _of(name, list, lambda value: origin(map(item, value)))
+    return _of(name, dict, functools.partial(typed, kind))
+
+
+def _of(name: str, kind: type, build: Check) -> Check:
+    """What takes values that are of one type in JSON."""
+
+    def check(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _other(name, value)
+        return build(value)
+
+    return check
+
+
+def _number(name: str, kind: type) -> Check:
+    """What takes finite numbers in the range of a field; NaN where nothing was timed."""
+    least = -sys.float_info.max
+    if kind is int and name not in SIGNED:
+        least = name in AT_LEAST_ONE
+    elif name in POSITIVE:
+        least = math.ulp(0)
+
+    def check(value: Any) -> Any:
+        if type(value) is int:
+            good = least <= value < MOST
+        elif type(value) is kind:
+            good = least <= value < math.inf
+            good = good or (name in UNTIMED and math.isnan(value))
+        else:
+            good = False
+        if not good:
+            raise _other(name, value)
         return value
-    raise _other(name, value)
 
-
-def _number(name: str, kind: type, value: Any) -> Any:
-    if type(value) not in (int, kind):
-        raise _other(name, value)
-    if not math.isfinite(value) and name not in UNTIMED:
-        raise _other(name, value)
-    if value < (name in AT_LEAST_ONE) and kind is int:
-        raise _other(name, value)
-    return value
+    return check
 
 
 def _shallow(name: str, value: Any, depth: int = 0) -> Any:
@@ -150,24 +183,45 @@ def shortened(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def rows_of(path: Path, make: Callable[[dict[str, Any]], Row], torn: bool = False) -> Iterator[Row | Damaged]:
+def rows_of(
+    path: Path, make: Callable[[dict[str, Any]], Row], torn: bool = False, foreign: bool = False
+) -> Iterator[Row | Damaged]:
     """What the lines of a file hold, in order: rows, and what is wrong with lines that are none.
 
     Args:
         path: of the file; one that does not exist has no lines.
         make: a row from the object of a line; may raise Damaged.
         torn: leave a last line out that does not end: whoever wrote it was killed.
+        foreign: as `parsed` takes it.
     """
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     if torn or not lines[-1].strip():
         lines.pop()
     for line in lines:
         try:
-            yield make(parsed(line))
+            yield make(parsed(line, foreign=foreign))
         except Damaged as damaged:
             yield damaged
 
 
-def counted(n: int, name: str | Path, then: str) -> str:
-    """How many lines of a file are damaged, and what becomes of them, for a person."""
-    return f"{n} line{'s' * (n > 1)} of {name} {'are' if n > 1 else 'is'} damaged: {then}"
+def counted(n: int, path: Path, then: str, of_several: str = "") -> str:
+    """How many lines of a file are damaged and what becomes of them, in a line for a person."""
+    if n == 1:
+        return f"1 line of {path} is damaged: {then}"
+    return f"{n} lines of {path} are damaged: {of_several or then}"
+
+
+def settings_of(path: Path, again: str) -> dict[str, Any]:
+    """The settings of a run, from its run.json.
+
+    Args:
+        path: of the file.
+        again: what to type where it cannot be read.
+
+    Raises:
+        RunError: it is no JSON object.
+    """
+    try:
+        return parsed(path.read_bytes())
+    except Damaged as damaged:
+        raise RunError(f"{path} {damaged}, so it holds no settings of a run; {again}") from damaged

@@ -40,7 +40,8 @@ INSTALL = (
     "type pip install 'tokprune[lmms-eval]', or, where its torchvision does not fit this torch, "
     "pip install --no-deps lmms-eval==0.7.3 and then pip install loguru sacrebleu evaluate pytz tenacity pytablewriter"
 )
-UNREADABLE = (RunError, KeyError, TypeError, ValueError, OSError)  # results that are not there, or not all of them
+# Results that are not there, not all of them, or of another form.
+UNREADABLE = (RunError, KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError)
 EXPLAINED = 500  # characters of an error that are shown
 
 
@@ -178,7 +179,7 @@ def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> N
         found: dict[Config, list[TaskResult]] = {}
         for number, config in enumerate(suite.configs, 1):
             own = out / "lmms-eval" / folder_name(config)
-            there = _there(own)
+            there = _there(own, say)
             if there is None:
                 say(f"{number}/{len(suite.configs)} {config.label}: see {own / 'log.txt'}")
                 command = suite.command(config, own.resolve(), suite.exported(out))
@@ -210,11 +211,13 @@ def _show(suite: Suite, found: dict[Config, list[TaskResult]], console: Console)
         console.print(table(name, own, None))
 
 
-def _there(folder: Path) -> list[TaskResult] | None:
-    """The results of a configuration that was run to its end, or None."""
+def _there(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[TaskResult] | None:
+    """The results of a configuration that was run to its end, or None; why there are none is said where some are."""
     try:
         return lmms_scores.read(folder)
-    except UNREADABLE:
+    except UNREADABLE as error:
+        if any(folder.glob("out/**/*_results.json")):
+            say(f"what is in {folder} cannot be used ({error or type(error).__name__}) and is run again")
         return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tokprune.errors import RunError
 
 from .intervals import Z95, paired, percentile, wilson
+from .lines import Damaged, counted, parsed, rows_of, typed
 from .rows import BARE, COUNTS, NONE, Config, Costs, Row, SampleRow, asdict_of_method, commit, mean_costs
 from .tasks import Sample
 
@@ -50,6 +51,43 @@ class Score:
     @property
     def _scale(self) -> int:
         return 100 if self.values and not math.isclose(mean(self.values.values()), self.value, abs_tol=1e-9) else 1
+
+
+@dataclass(frozen=True)
+class Document:
+    """A line of lmms-eval's own samples, as far as its form is known."""
+
+    doc_id: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line that the plug-in recorded, as far as it is read here; see `integrations.lmms_eval.record`."""
+
+    task: str
+    doc_id: int
+    batch: int
+    batch_size: int
+    stopped: bool | None
+    prefill_s: float | None
+    decode_s_per_token: float | None
+    peak_bytes: int | None
+    n_visual_before: int
+    n_visual_after: int
+    n_visual_mean: float
+    llm_columns_before: int
+    llm_columns_after: int
+    costs: Costs
+    revision: str | None
+    gpu: str | None
+    device: str
+    dtype: str
+    attn_implementation: str
+    positions: str
+    torch: str
+    transformers: str
+    tokprune: str
+    date: str
 
 
 @dataclass(frozen=True)
@@ -100,17 +138,16 @@ def read(folder: Path) -> list[TaskResult]:
 
 def _task(name: str, results: dict, path: Path, records: dict[tuple[str, int], list]) -> TaskResult:
     expected = int(results["n-samples"][name]["effective"])
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     by_doc: dict[int, list[dict]] = {}
-    for line in lines:
-        by_doc.setdefault(int(line["doc_id"]), []).append(line)
+    for line in _whole(path, Document):
+        by_doc.setdefault(line["doc_id"], []).append(line)
     own = {doc: records[name, doc] for doc in by_doc if (name, doc) in records}
     if not expected == len(by_doc) == len(own):
         raise RunError(f"{name}: {min(len(by_doc), len(own))} of {expected} answers are there")
     config = results["configs"][name]
     return TaskResult(
         name=name,
-        split=config.get("test_split") or config.get("validation_split") or "",
+        split=str(config.get("test_split") or config.get("validation_split") or ""),
         scores=_scores(results["results"][name], by_doc),
         answers={doc: (str(group[0].get("target", "")), _answer(group[0])) for doc, group in by_doc.items()},
         records=own,
@@ -118,16 +155,18 @@ def _task(name: str, results: dict, path: Path, records: dict[tuple[str, int], l
 
 
 def _scores(numbers: dict[str, Any], by_doc: dict[int, list[dict]]) -> dict[str, Score]:
-    """Every metric that is a number; those that lmms-eval only submits elsewhere are none."""
+    """Every metric that is a finite number; those that lmms-eval only submits elsewhere are none."""
     scores = {}
     for key, value in numbers.items():
         metric, comma, name = key.partition(",")
         if not comma or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
+        if not math.isfinite(value):
+            continue
         error = numbers.get(f"{metric}_stderr,{name}")
         one_line = all(len(group) == 1 for group in by_doc.values())  # with several filters, a line each
         values = _values(metric, by_doc, float(value)) if one_line else {}
-        own = float(error) if isinstance(error, (int, float)) else None
+        own = float(error) if isinstance(error, (int, float)) and math.isfinite(error) else None
         scores[metric if name == NO_FILTER else f"{metric} ({name})"] = Score(float(value), own, values)
     return scores
 
@@ -155,17 +194,34 @@ def _records(folder: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """Recorded lines by task and document; the rank is that of the file."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for rank, path in enumerate(sorted(folder.glob("record*.jsonl"))):
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            found.setdefault((line["task"], int(line["doc_id"])), []).append({**line, "rank": rank})
+        for line in _whole(path, Record):
+            found.setdefault((line["task"], line["doc_id"]), []).append({**line, "rank": rank})
     return found
+
+
+def _whole(path: Path, kind: type[Document] | type[Record]) -> list[dict[str, Any]]:
+    """The lines of a file as they are, all with the fields of `kind`: lmms-eval answers all documents or none.
+
+    Raises:
+        RunError: some are damaged.
+    """
+
+    def checked(line: dict[str, Any]) -> dict[str, Any]:
+        typed(kind, line, others=True)
+        return line
+
+    read = list(rows_of(path, checked, foreign=kind is Document))
+    lines = [line for line in read if isinstance(line, dict)]
+    if len(lines) < len(read):
+        raise RunError(counted(len(read) - len(lines), path, "its configuration has to be run again"))
+    return lines
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is cut off") from error
+        return parsed(path.read_bytes(), foreign=True)
+    except Damaged as damaged:
+        raise RunError(f"{path} is cut off or damaged: it {damaged}") from damaged
 
 
 # ------------------------------------------------------------------------------------------ rows

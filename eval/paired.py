@@ -5,8 +5,9 @@ python -m tokprune.eval.paired runs/compare globalcom2@0.1 globalcom2:allocate=e
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,8 @@ from tokprune.errors import RunError
 from tokprune.files import write_text
 
 from .intervals import paired
+from .lines import counted, rows_of, typed
+from .rows import SampleRow
 
 
 @dataclass
@@ -38,22 +41,35 @@ class Difference:
     p_value: float
 
 
-def differences(folder: Path, first: str, second: str) -> list[Difference]:
+def differences(
+    folder: Path, first: str, second: str, say: Callable[[str], None] = lambda text: None
+) -> list[Difference]:
     """One a task of a run; labels are those of the run's rows, such as globalcom2@0.1.
 
+    Args:
+        folder: of the run.
+        first: a label.
+        second: another.
+        say: told how many damaged lines are left out, if any.
+
     Raises:
-        RunError: no such run, one that is not finished, or no such configurations in it.
+        RunError: no such run, one that is not finished, no such configurations in it, or no question that both
+            answered.
     """
     if (folder / "samples.jsonl").exists() and not (folder / "rows.jsonl").exists():
         raise RunError(f"the run in {folder} is not finished; type its tokprune compare again to go on with it")
-    try:
-        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RunError(f"no run of tokprune compare in {folder}: {error.strerror}") from error
+    path, again = folder / "samples.jsonl", f"type the same tokprune compare --out {folder} again to mend it"
+    if not path.is_file():
+        raise RunError(f"no run of tokprune compare in {folder}: it has no samples.jsonl")
+    read = list(rows_of(path, functools.partial(typed, SampleRow)))
+    rows = [row for row in read if isinstance(row, SampleRow)]
+    if len(rows) < len(read):
+        say(counted(len(read) - len(rows), path, f"left out; {again}"))
+    if not rows:
+        raise RunError(f"{path} holds no answer that can be read; {again}")
     right: dict[tuple[str, str], dict[str, bool]] = {}
-    for line in lines:
-        row = json.loads(line)
-        right.setdefault((row["task"], row["config"]), {})[row["sample"]] = row["right"]
+    for row in rows:
+        right.setdefault((row.task, row.config), {})[row.sample] = row.right
     found = []
     for task in sorted({task for task, _ in right}):
         try:
@@ -62,6 +78,8 @@ def differences(folder: Path, first: str, second: str) -> list[Difference]:
             labels = ", ".join(sorted(label for name, label in right if name == task))
             raise RunError(f"no configuration {error.args[0][1]!r} in {folder}; there are: {labels}") from None
         both = sorted(a.keys() & b.keys())
+        if not both:
+            raise RunError(f"no question of {task} has an answer of both {first} and {second} in {path}; {again}")
         pair, n = paired([a[s] for s in both], [b[s] for s in both]), len(both)
         shares = pair.only_first / n, pair.only_second / n, pair.difference
         found.append(Difference(task, first, second, n, *shares, *pair.interval, pair.p_value))
@@ -77,7 +95,7 @@ def main(
     found: list[Difference] = []
     try:
         for first, second in _two_by_two(pairs):
-            found += differences(folder, first, second)
+            found += differences(folder, first, second, lambda text: typer.echo(f"tokprune: {text}", err=True))
     except RunError as error:
         typer.echo(f"tokprune: {error}", err=True)
         raise typer.Exit(2) from None

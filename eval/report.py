@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,17 +20,39 @@ from tokprune.files import write_text
 from .exports import csv_table, markdown_tables
 from .findings import findings, headline, in_words
 from .folder import FILES
+from .lines import Damaged, counted, rows_of, settings_of, typed
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
 from .models import EMBEDDED
 from .pareto import FLOORS, QUESTION_ONLY, described, keys, plots, styles
-from .rows import NONE, Costs, Row, SampleRow, pooled
+from .rows import NONE, Row, SampleRow, pooled
 from .tables import COLUMNS, accuracy, budget, caption, difference, order, unpruned
 
 TEMPLATE = "report.html.jinja"
 _LONG = 300  # characters of a text that others wrote
-_NUMBERS = ("int", "float", "int | None", "float | None")
-_AGAIN = "type its tokprune compare again, which asks nothing that is answered"
 Part = TypeVar("Part")
+
+
+@dataclass
+class Floor:
+    """The line of a floor in rows.jsonl: the accuracy of the most frequent training answers."""
+
+    task: str
+    method: str
+    value: float
+
+
+@dataclass
+class Settings:
+    """Of run.json what a report reads; all of it may be absent."""
+
+    model: str = ""
+    weights: Any = None
+    prompt: str = ""
+    suffix: str = ""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    configurations: list[str] = field(default_factory=list)
+    flops_text: int = 0
+    max_new_tokens: int | None = None
 
 
 @dataclass
@@ -41,29 +64,40 @@ class Run:
     question_only: dict[str, float | None]
     samples: list[SampleRow]
     pictures: list[Picture]
+    path: Path = Path()
+    damaged: dict[Path, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Run:
         """From a folder that `tokprune compare` wrote.
 
+        Lines that are damaged are left out and counted in `damaged`.
+
         Raises:
-            RunError: it holds no run, one that is not finished, or something that cannot be read.
+            RunError: it holds no run, one that is not finished, or settings or rows of which nothing can be read.
         """
         if not (path / "run.json").is_file():
             raise RunError(f"{path} holds no run; name the folder that tokprune compare --out wrote")
         if not (path / "rows.jsonl").is_file():
             raise RunError(f"the run in {path} is not finished; type the same tokprune compare again to go on with it")
-        lines = list(_lines(path / "rows.jsonl", dict))
-        floors = {line.get("task"): line.get("value") for line in lines if line.get("method") == QUESTION_ONLY}
-        rows = list(_lines(path / "rows.jsonl", lambda line: line.get("method") != QUESTION_ONLY and _row(line)))
-        samples = list(_lines(path / "samples.jsonl", _sample))
-        if not any(rows):
-            raise RunError(f"{path}/rows.jsonl holds no configuration; {_AGAIN}")
-        stored = list(_lines(path / "pictures.jsonl", lambda line: Picture(**line)))
-        return cls(_settings(path / "run.json"), [r for r in rows if r], floors, samples, stored)
+        settings = _settings(path)
+        damaged: dict[Path, int] = {}
+        lines = _undamaged(path / "rows.jsonl", _floor_or_row, damaged)
+        rows = [line for line in lines if isinstance(line, Row)]
+        if not rows:
+            raise RunError(f"{path / 'rows.jsonl'} holds no configuration that can be read; {_again(path)}")
+        floors: dict[str, float | None] = {line.task: line.value for line in lines if isinstance(line, Floor)}
+        samples = _undamaged(path / "samples.jsonl", functools.partial(typed, SampleRow), damaged)
+        stored = _undamaged(path / "pictures.jsonl", functools.partial(typed, Picture), damaged)
+        return cls(settings, rows, floors, samples, stored, path, damaged)
+
+    @property
+    def remarks(self) -> list[str]:
+        """How many lines of which file were left out, and the command that mends them."""
+        return [counted(n, path, f"left out; {_again(self.path)}") for path, n in self.damaged.items()]
 
 
-def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path | None = None) -> None:
+def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path | None = None) -> Run:
     """Write report and tables of a finished run; pictures are drawn where they are not stored yet.
 
     Args:
@@ -71,6 +105,9 @@ def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path |
         artist: makes what draws pictures; None where the model is not at hand.
         out: the only file that is written, a page of HTML; `report.html` in the folder, and what lies beside it, by
             default.
+
+    Returns:
+        What was read from the folder; its `remarks` say what was left out.
 
     Raises:
         RunError: `Run.read` says why, or `out` is a file that the run needs.
@@ -90,6 +127,7 @@ def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path |
         files[path / "table.csv"] = csv_table(run.rows, run.question_only)
     for file, text in files.items():
         write_text(file, text, "replace")
+    return run
 
 
 def _check_apart(path: Path, out: Path) -> None:
@@ -295,8 +333,14 @@ def _conditions(run: Run) -> list[tuple[str, str]]:
         "commit": of_rows("commit"),
         "date": of_rows("date"),
         "GPU memory, most": _most(run.rows),
+        "left out": ", ".join(counted(n, Path(p.name), "not in here") for p, n in _told(run)),
     }
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
+
+
+def _told(run: Run) -> list[tuple[Path, int]]:
+    """Damaged lines by file; pictures that are not there say so themselves."""
+    return [(path, n) for path, n in run.damaged.items() if path.name != "pictures.jsonl"]
 
 
 def _most(rows: Sequence[Row]) -> str:
@@ -321,36 +365,34 @@ def specification(text: str) -> Markup:
 # ---- files
 
 
-def _lines(path: Path, read: Callable[[dict[str, Any]], Part]) -> Iterator[Part]:
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
-        if line.strip():
-            try:
-                yield read(dict(json.loads(line)))
-            except (ValueError, TypeError, KeyError) as error:
-                raise RunError(f"{path} line {number} cannot be read; {_AGAIN}") from error
+def _undamaged(path: Path, make: Callable[[dict[str, Any]], Part], damaged: dict[Path, int]) -> list[Part]:
+    """The rows of a file; lines that are none are counted by file."""
+    read = list(rows_of(path, make))
+    rows = [row for row in read if not isinstance(row, Damaged)]
+    if len(rows) < len(read):
+        damaged[path] = len(read) - len(rows)
+    return rows
 
 
-def _row(line: dict[str, Any]) -> Row:
-    return _typed(Row.read(line))
+def _floor_or_row(line: dict[str, Any]) -> Floor | Row:
+    return typed(Floor, line) if line.get("method") == QUESTION_ONLY else Row.read(line)
 
 
-def _sample(line: dict[str, Any]) -> SampleRow:
-    return _typed(SampleRow(**{**line, "costs": Costs(**line["costs"])}))
+def _again(path: Path) -> str:
+    """What mends the files of a run."""
+    return f"type the same {_command(path)} again to mend it; it asks nothing that is answered"
 
 
-def _typed(part: Part) -> Part:
-    """What was read, if its figures are numbers and its names texts."""
-    for field in dataclasses.fields(part):  # type: ignore[arg-type]
-        value, kind = getattr(part, field.name), field.type
-        if value is None and str(kind).endswith("None"):
-            continue
-        if (kind in _NUMBERS and not isinstance(value, (int, float))) or (kind == "str" and not isinstance(value, str)):
-            raise TypeError(field.name)
-    return part
+def _command(path: Path) -> str:
+    """What wrote the folder of a run."""
+    return f"tokprune {'eval' if (path / 'lmms-eval').is_dir() else 'compare'} --out {path}"
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    file, again = path / "run.json", f"start over with the same {_command(path)} --overwrite"
+    found = settings_of(file, again)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path} cannot be read; start over with tokprune compare --overwrite") from error
+        typed(Settings, found, others=True)
+    except Damaged as damaged:
+        raise RunError(f"{file} {damaged}; {again}") from damaged
+    return found

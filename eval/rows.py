@@ -21,6 +21,7 @@ from tokprune.compat import attention_implementation
 from tokprune.flops import Ops, Shape
 
 from .intervals import paired, percentile, wilson
+from .lines import Damaged, typed
 
 NONE = "none"
 DOWNSAMPLE = "downsample"  # the bare model on pictures of half the height and width
@@ -212,9 +213,16 @@ class Row:
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> Row:
-        """From one line of rows.jsonl."""
-        mean_ = {"n_visual_mean": fields["n_visual_after"]}  # rows of before there were cuts between layers
-        return cls(**{**mean_, **fields, "costs": Costs(**fields["costs"])})
+        """From one line of rows.jsonl.
+
+        Raises:
+            Damaged: it is none.
+        """
+        before_cuts = {"n_visual_mean": fields.get("n_visual_after")}  # in rows that are as old as that
+        row = typed(cls, {**before_cuts, **fields})
+        if any(part.keys() != {"value", "n_samples"} for part in row.by_kind.values()):
+            raise Damaged("has a by_kind without values or numbers of questions")
+        return row
 
 
 def device_name(device: torch.device) -> str:
@@ -346,8 +354,7 @@ def _by_kind(rows: Sequence[SampleRow]) -> dict[str, dict[str, float]]:
 
 def mean_costs(costs: Sequence[Costs]) -> Costs:
     """Means by field; unknown where any is."""
-    fields = {name: [getattr(c, name) for c in costs] for name in Costs.__dataclass_fields__}
-    return Costs(**{name: _mean_or_none(values) for name, values in fields.items()})
+    return Costs(**{name: _mean_or_none([getattr(c, name) for c in costs]) for name in Costs.__dataclass_fields__})
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:
@@ -377,7 +384,8 @@ def _pool(name: str, group: list[Row]) -> Row:
     means = {key: mean(getattr(r, key) for r in group) for key in COUNTS}
     maybe = ("words_value", "stop_rate", "difference", "difference_low", "difference_high")
     means |= {key: _mean_or_none([getattr(r, key) for r in group]) for key in maybe}
-    kinds = {k: {**v, "value": mean(r.by_kind[k]["value"] for r in group)} for k, v in first.by_kind.items()}
+    common = [kind for kind in first.by_kind if all(kind in r.by_kind for r in group)]
+    kinds = {k: {**first.by_kind[k], "value": mean(r.by_kind[k]["value"] for r in group)} for k in common}
     changed = {
         "method": f"{name}, {len(group)} seeds",
         "value": value,

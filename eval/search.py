@@ -27,6 +27,7 @@ from tokprune.types import Decoder, Stage
 
 from .compare import settings
 from .intervals import wilson
+from .lines import counted
 from .rows import NONE, Config, conditions
 from .run import Runner
 from .schedules import EVALUATIONS, TRIALS, best_single, g_search, p_sigmoid
@@ -208,6 +209,9 @@ def search(
     asked = {k: v for k, v in vars(wanted).items() if k != "trials"}  # with more trials it goes on
     facts = settings(runner, model_name, [(task, samples)], [], **asked, split=_split(task), pictures=pictures)
     with contextlib.closing(Trials(out, facts, overwrite)) as trials:
+        if trials.damaged:
+            then = "what it held is evaluated again", "what they held is evaluated again"
+            console.print(counted(trials.damaged, trials.path, *then), markup=False, soft_wrap=True)
         if trials.points:
             console.print(f"{len(trials.points)} schedules are in {trials.path} already and are not evaluated again")
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()

@@ -18,6 +18,7 @@ from filelock import FileLock
 from tokprune.errors import RunError
 from tokprune.files import write_text
 
+from .lines import Damaged, rows_of, typed
 from .locks import hold
 
 Counts = Mapping[int, int]  # visual tokens left from a layer on, of the largest picture; empty is the bare model
@@ -58,9 +59,12 @@ class Trials:
         settings: everything that a point depends on, and what is searched for, as JSON values.
         overwrite: start over, whatever is there.
 
+    Attributes:
+        damaged: lines that are no points; they are left out, so that their schedules are evaluated again.
+
     Raises:
-        RunError: it cannot be written, another process is at it, it is of a search with other settings, or there is a
-            schedule file of no search.
+        RunError: it cannot be written, another process is at it, it is of a search with other settings or none can be
+            read, or there is a schedule file of no search.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], overwrite: bool = False):
@@ -84,6 +88,7 @@ class Trials:
             raise
 
     points: dict[str, Point]
+    damaged = 0
 
     def add(self, point: Point) -> None:
         """Append a point."""
@@ -115,19 +120,12 @@ class Trials:
             if out.exists():
                 raise RunError(f"{out} is there already; name another file with --out, or type --overwrite")
             return
-        *whole, _ = self.path.read_bytes().split(b"\n")
-        if not whole:
-            return  # cut off before anything was evaluated
-        there: dict[str, Any] = {}
-        for number, line in enumerate(whole, 1):
-            try:
-                values = json.loads(line)
-                if number == 1:
-                    there = dict(values["settings"])
-                else:
-                    self.points[values["key"]] = Point(**{**values, "tokens": tuple(values["tokens"])})
-            except (ValueError, TypeError, KeyError) as error:
-                raise RunError(f"{self.path} line {number} cannot be read; start over with --overwrite") from error
+        first, *points = [*rows_of(self.path, _line, torn=True)] or [settings]  # cut off before anything was evaluated
+        if not isinstance(first, dict):
+            raise RunError(f"{self.path} line 1 cannot be read as settings of a search; start over with --overwrite")
+        there = first
+        self.points = {p.key: p for p in points if isinstance(p, Point)}
+        self.damaged = sum(not isinstance(p, Point) for p in points)
         for name in {**there, **settings}:
             if there.get(name) != settings.get(name):
                 raise RunError(
@@ -137,6 +135,16 @@ class Trials:
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _line(values: dict[str, Any]) -> dict[str, Any] | Point:
+    """The settings of a search, or a point."""
+    if isinstance(values.get("settings"), dict):
+        return values["settings"]
+    point = typed(Point, values)
+    if point.right > point.n or not point.tokens:
+        raise Damaged("is no point: it has more right answers than questions, or no layers")
+    return point
 
 
 def _short(value: Any) -> str:

@@ -281,10 +281,7 @@ def test_compare_refuses_another_prompt(folder, tmp_path):
     ("name", "content", "fix"),
     [
         ("run.json", b"[]", "holds no settings"),
-        ("run.json", b"{", "cannot be read"),
-        ("samples.jsonl", b"\n", "samples.jsonl line 1 cannot be read"),
-        ("samples.jsonl", b'{"task": 1}\n', "samples.jsonl line 1 cannot be read"),
-        ("times.jsonl", b"\0\0\n", "times.jsonl line 1 cannot be read"),
+        ("run.json", b"{", "holds no settings"),
     ],
 )
 def test_compare_on_a_broken_folder_is_one_line(name, content, fix, uninterrupted, tmp_path):
@@ -323,7 +320,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
     with pytest.raises(RunError, match="a: 1 there, 2 now"):
         RunFolder(tmp_path, {"a": 2})
     (tmp_path / "run.json").write_text("{oops")
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(RunError, match="start over with"):
         RunFolder(tmp_path, {"a": 1})
     (tmp_path / "run.json").unlink()
     with pytest.raises(RunError, match="without their settings"):

@@ -23,8 +23,20 @@ FOLDERS = {
     "tokprune.eval": ROOT / "eval",
 }
 GROUND = {"types", "errors", "ops", "attention", "budget", "registry", "report", "explain", "flops", "shapes"}
-GROUND |= {"call", "compat", "hooks", "schedule", "gates", "spans", "pictures"}
-CLI_NAMES = ("cli", "counting", "doctor", "eval.__main__", "experiments", "loading", "terminal")
+GROUND |= {
+    "call",
+    "compat",
+    "files",
+    "hooks",
+    "passes",
+    "pauses",
+    "schedule",
+    "gates",
+    "spans",
+    "pictures",
+    "interrupts",
+}
+CLI_NAMES = ("arguments", "cli", "counting", "doctor", "eval.__main__", "experiments", "loading", "terminal")
 CLI = tuple(f"tokprune.{name}" for name in CLI_NAMES)
 
 
@@ -58,8 +70,10 @@ def room(name: str) -> str:
     parts = name.split(".")
     if name in CLI:
         return "tokprune.cli"
-    if name == "tokprune.between":
+    if name in ("tokprune.between", "tokprune.chooser", "tokprune.columns", "tokprune.turns"):
         return "tokprune.compaction"
+    if name == "tokprune.observer":
+        return "tokprune.attachment"
     if name in ("tokprune.plan", "tokprune.seen"):
         return "tokprune.cuts"
     if name == "tokprune.saving":
@@ -104,6 +118,7 @@ MAY_KNOW = {
     },
     "tokprune.attachment": {
         "ground",
+        "tokprune.attachment",
         "tokprune.methods",
         "tokprune.compaction",
         "tokprune.compatibility",

@@ -134,7 +134,7 @@ def test_a_folder_of_another_run_is_refused_once(single, tmp_path):
 
 
 def answer(sample: str, batch: int, config: str = "none") -> SampleRow:
-    row = dict.fromkeys(SampleRow.__dataclass_fields__, 0)
+    row = {name: {"str": "", "bool": False}.get(f.type, 0) for name, f in SampleRow.__dataclass_fields__.items()}
     return SampleRow(**{**row, "task": "t", "config": config, "batch": batch, "sample": sample, "costs": Costs()})
 
 

@@ -62,7 +62,8 @@ def compare(
     runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix)
     configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
     settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size)
-    with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite, processes)) as results:
+    questions = compared.questions(chosen, batch_size)
+    with contextlib.closing(eval_room("folder").RunFolder(out, settings, overwrite, processes, questions)) as results:
         compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
     processes.end()
     if model in embedded.EMBEDDED:
@@ -212,12 +213,14 @@ def report(
         return eval_room("losses").Artist.of_settings(runner, run.settings)
 
     try:
-        reports.write(folder, artist if pictures else None, out)
+        run = reports.write(folder, artist if pictures else None, out)
     except OSError as error:
         raise RunError(
             f"cannot write {error.filename or folder}: {error.strerror or error}; name another file with --out, or "
             "make room"
         ) from error
+    for said in run.remarks:
+        typer.echo(f"tokprune: {said}", err=True)
     typer.echo(f"{out} is written" if out else f"report.html, table.md and table.csv are written in {folder}")
 
 
