@@ -92,9 +92,9 @@ def _check_named(parameter: Any, value: Any) -> None:
 def _existing(parameter: Any, said: str) -> str:
     """Names that an option takes and its help does not list."""
     if parameter.name in ("method", "methods", "score"):
-        from .methods import METHODS
+        import tokprune
 
-        return ", ".join(METHODS.names())
+        return ", ".join(tokprune.list_methods())
     if "known shape" in said.lower():
         from .shapes import KNOWN
 
