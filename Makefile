@@ -4,14 +4,14 @@ VENV := .venv
 # Releases of transformers that the laws run on beside the pinned one: the oldest supported and the previous minor.
 OLDEST := 4.57.6
 PREVIOUS := 5.23.0
-LAWS := tests/contract tests/golden tests/test_attention.py tests/test_flops.py tests/test_flops_cuts.py \
+LAWS := tests/contract tests/golden tests/fuzz tests/test_attention.py tests/test_flops.py tests/test_flops_cuts.py \
   tests/test_exits.py
 INTEGRATIONS := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
+.PHONY: setup demo test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -50,6 +50,12 @@ fix: setup
 # The laws on one release of transformers, in an environment of its own: make laws-5.20.0
 laws-%: .venv-%/ready
 	.venv-$*/bin/python -m pytest -n 2 $(LAWS)
+
+# Random attachments against oracles by hand: make fuzz N=2000 SEED=0
+N := 2000
+SEED := 0
+fuzz: setup
+	$(BIN)/python -m pytest -n 2 tests/fuzz --fuzz-cases $(N) --fuzz-seed $(SEED)
 
 test-oldest: laws-$(OLDEST)
 

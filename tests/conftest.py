@@ -18,6 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    """Of tests/fuzz; make fuzz runs more of them."""
+    parser.addoption("--fuzz-cases", type=int, default=200, help="random cases to hold against the laws")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first of them; each has the next")
+
+
 @pytest.fixture
 def interruptible():
     """An interrupt raises here, also where the shell that started the tests ignores it, as for background jobs."""
