@@ -1,4 +1,4 @@
-"""Faults that are being mended: cases that fail for one of them are passed over. To be removed with the last of them."""
+"""Faults that are being mended: cases that fail for one of them are passed over. To go with the last of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def known(case: Case, message: str) -> str | None:
         ("F2 a chunk of padding", how.get("mode") == "chunked", "keep at least one"),
         ("F3 salts of pictures and videos", "v" in str(case.rows), "salts for"),
         ("F4 chunks and cuts on InternVL", how.get("mode") == "chunked", "no picture was encoded"),
-        ("F5 pictures that were never used", case.around == "abandoned", "kept is of"),
+        ("F5 pictures that were never used", case.around == "abandoned", "kept is of|rows were encoded"),
         ("F6 text of a second turn", "cdpruner" in case.method and case.way == "turns", "alone"),
     ]
     return next((name for name, holds, said in faults if holds and re.search(said, message)), None)
