@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from random import Random
 
 import tiny
-from fuzz.methods import draw_method, parts_of, sometimes, takes_budget
+from fuzz.methods import draw_method, parts_of, sometimes, takes_budget, with_options
 
 Row = tuple[int | str, ...]  # an int is so many words, "p3" picture 3, "v1" video 1
 N_FRAMES = 3
@@ -52,6 +52,9 @@ def draw(seed: int) -> Case:
     dtype = random.choices(("float64", "float32", "bfloat16"), (75, 17, 8))[0]
     attn = random.choices(("sdpa", "eager"), (75, 25))[0]
     method = draw_method(random, kind)
+    if sometimes(random, 0.08):  # what these choose is known without the library
+        kind, dtype = random.choice(("clip", "clip", "siglip")), "float64"
+        method = with_options(random, random.choice(("fastervlm", "fastv", "fopru", "vtc_cls")), kind)
     way, how = draw_way(random)
     single = way == "lookup" or (way == "turns" and how.get("generate") and not how.get("padded"))
     side = random.choices(("left", "right"), (70, 30))[0]

@@ -1,4 +1,4 @@
-"""What simple methods must choose on LLaVA, from the bare model's own attention maps."""
+"""What simple methods must choose on LLaVA with either tower, from the bare model's own attention maps."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ NEAR = 1e-6  # scores are single precision in the library; what lies as near as 
 
 
 @torch.no_grad()
-def tower_maps(number: int) -> Tensor:
+def tower_maps(kind: str, number: int) -> Tensor:
     """(layers, T, T) attention of the vision tower for one picture, mean over heads."""
-    model = tiny.model("clip", "eager", torch.float64)
-    pixels = pixels_of("clip", [(f"p{number}",)], torch.float64)["pixel_values"]
+    model = tiny.model(kind, "eager", torch.float64)
+    pixels = pixels_of(kind, [(f"p{number}",)], torch.float64)["pixel_values"]
     maps = model.model.vision_tower(pixels, output_attentions=True).attentions
     return torch.stack([layer[0].mean(0) for layer in maps])
 
 
-def tower_scores(part: str, number: int) -> Tensor | None:
+def tower_scores(kind: str, part: str, number: int) -> Tensor | None:
     """(N,) scores of a method that reads the vision tower; None where this knows none."""
     name, options = part.split(":")[0], options_of(part)
     if name not in ("vtc_cls", "fastervlm", "fopru") or options.get("strategy") == "row":
         return None
-    maps = tower_maps(number)
+    maps, n_special = tower_maps(kind, number), int(kind == "clip")
+    patches = maps[:, n_special:, n_special:]
+    looked_at = maps[:, 0, 1:] if n_special else patches.mean(1)  # without [CLS], what tokens receive
     if name == "fastervlm":
-        return maps[2, 0, 1:]
+        return looked_at[2]
     if name == "vtc_cls":
         start = int(options.get("start_layer", 2)) % 4  # 16 of 24 is 2.67 of 4, and the sum ends with layer 2
-        return maps[start:3, 0, 1:].sum(0)
+        return looked_at[start:3].sum(0)
     if options.get("form") == "logits":
         return None
-    at = maps[int(options.get("layer", -2)), 1:, 1:]
+    at = patches[int(options.get("layer", -2))]
     received, given = at.mean(0), at.mean(1)
     if options.get("gate") == "received" or received.var() > given.var():
         return received
@@ -45,7 +47,7 @@ def tower_scores(part: str, number: int) -> Tensor | None:
 @torch.no_grad()
 def decoder_scores(case: Case, line: Line, layer: int) -> list[Tensor]:
     """(N,) of every picture: attention of the last token of a row in a decoder layer."""
-    model = tiny.model("clip", "eager", torch.float64)
+    model = tiny.model(case.kind, "eager", torch.float64)
     embeds = embeds_of(model, case, line, torch.float64)[None]
     out = model.model.language_model(inputs_embeds=embeds, output_attentions=True, use_cache=False)
     row = out.attentions[layer][0, :, -1].mean(0)
@@ -77,7 +79,7 @@ def check_draws(case: Case, images: list, n_visual: list[int]) -> None:
 
 def check_choices(case: Case, line: Line) -> None:
     """Check the choices of one row of the first turn."""
-    if case.kind != "clip" or case.dtype != "float64" or "+" in case.method:
+    if case.kind not in tiny.TOWERS or case.dtype != "float64" or "+" in case.method:
         return
     name, options = case.method.split(":")[0], options_of(case.method)
     if name == "fastv":
@@ -92,6 +94,6 @@ def check_choices(case: Case, line: Line) -> None:
         return
     items = [int(item[1:]) for item in line.turns[0][1] if isinstance(item, str)]
     for image, number in zip(line.images, items, strict=True):
-        scores = tower_scores(case.method, number)
+        scores = tower_scores(case.kind, case.method, number)
         if scores is not None and len(image.left(0)):
             check_choice(image.left(0), scores, case.method)
