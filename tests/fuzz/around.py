@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ def attached(case: Case, model) -> Iterator:
     """The model with the case's attachment."""
     if case.around == "reattached":
         with tokprune.attach(model, "uniform", keep_tokens=3):
-            model(**Run(case, model, _other(case)).batch.inputs())
+            model(**Run(case, model, other(case)).batch.inputs())
     options = {"positions": case.positions, "newlines": case.newlines, **(case.budget or {})}
     with tokprune.attach(model, case.method, **options) as attachment:
         if case.around == "compiled":
@@ -36,7 +35,8 @@ def attached(case: Case, model) -> Iterator:
         yield attachment
 
 
-def _other(case: Case):
+def other(case: Case):
+    """A batch that is not the case's."""
     from fuzz.laws import DTYPES
     from fuzz.prompts import Batch
 
@@ -65,12 +65,12 @@ def paused(run: Run) -> None:
 
 def nested(run: Run) -> None:
     """A hook calls the model with something else while the call is under way."""
-    other, inside = _other(run.case).inputs(), []
+    inputs, inside = other(run.case).inputs(), []
 
     def call_again(module, args, kwargs, out):
         if not inside:
             inside.append(True)
-            run.model(**other)
+            run.model(**inputs)
             inside.pop()
 
     hook = run.model.model.language_model.layers[2].register_forward_hook(call_again, with_kwargs=True)
@@ -86,22 +86,25 @@ class Stop(Exception):
 
 def failed(run: Run) -> None:
     """A call before this one ends in an error, in a layer."""
-    other = _other(run.case).inputs()
+    inputs = other(run.case).inputs()
 
     def stop(module, args, kwargs):
         raise Stop
 
     hook = run.model.model.language_model.layers[run.case.seed % 5].register_forward_pre_hook(stop, with_kwargs=True)
-    with contextlib.suppress(Stop):
-        run.model(**other)
-    hook.remove()
+    try:
+        run.model(**inputs)
+    except Stop:
+        pass
+    finally:
+        hook.remove()
     run.go()
 
 
 @torch.no_grad()
 def abandoned(run: Run) -> None:
     """Pictures are encoded before this call, and never used."""
-    pixels = {k: v for k, v in _other(run.case).inputs().items() if k not in ("input_ids", "attention_mask")}
+    pixels = {k: v for k, v in other(run.case).inputs().items() if k not in ("input_ids", "attention_mask")}
     run.model.model.get_image_features(**pixels)
     run.go()
 

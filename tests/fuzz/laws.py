@@ -65,6 +65,8 @@ def _check(case: Case) -> str:
     make = tiny.fresh_model if own else tiny.model
     model, batch = make(case.kind, case.attn, DTYPES[case.dtype]), batch_of(case)
     bare = run_bare(case, model, batch)
+    if not any(line.images for line in batch.lines):  # transformers hooks a tower when it first runs
+        plain_logits(model, around.other(case))
     before, hooks = plain_logits(model, batch), hooks_of(model)
     try:
         with around.attached(case, model) as attachment:
