@@ -92,8 +92,11 @@ def _check(case: Case) -> str:
 
 def hooks_of(model) -> list[tuple[int, ...]]:
     """Hooks of every module, and the names that stand on it; what torch.compile writes there is the caller's."""
-    names = [vars(m).keys() - {"_compiled_call_impl"} for m in model.modules()]
-    return [(len(m._forward_hooks), len(m._forward_pre_hooks), len(n)) for m, n in zip(model.modules(), names, strict=True)]
+
+    def names(module) -> int:
+        return len(vars(module).keys() - {"_compiled_call_impl"})
+
+    return [(len(m._forward_hooks), len(m._forward_pre_hooks), names(m)) for m in model.modules()]
 
 
 RANDOM = ("sample", "several", "sampled beams")
