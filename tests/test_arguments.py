@@ -57,12 +57,14 @@ def words(name: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "option"), ONCE, ids=ids(ONCE))
-def test_an_option_typed_twice_is_refused(name, option):
+def test_an_option_typed_twice_is_refused(name, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flag = option.opts[0]
     given = [flag, flag] if option.is_flag else [flag, "1", f"{flag}=2"]
     line = refusal(tokprune_cli(*words(name, *given)))
     assert f"{flag} is typed 2 times" in line
     assert "type it once" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_of_several_values_are_listed():
