@@ -224,4 +224,4 @@ def settings_of(path: Path, again: str) -> dict[str, Any]:
     try:
         return parsed(path.read_bytes())
     except Damaged as damaged:
-        raise RunError(f"{path} {damaged}, so it holds no settings of a run; {again}") from damaged
+        raise RunError(f"{path} cannot be read as the settings of a run: it {damaged}; {again}") from damaged

@@ -280,8 +280,8 @@ def test_compare_refuses_another_prompt(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "fix"),
     [
-        ("run.json", b"[]", "holds no settings"),
-        ("run.json", b"{", "holds no settings"),
+        ("run.json", b"[]", "is no JSON object"),
+        ("run.json", b"{", "cannot be read"),
     ],
 )
 def test_compare_on_a_broken_folder_is_one_line(name, content, fix, uninterrupted, tmp_path):
