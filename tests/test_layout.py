@@ -144,7 +144,7 @@ MAY_KNOW = {
 }
 OUTSIDE = ("tokprune.eval", "tokprune.cli", "tokprune.integrations.lmms_eval")  # these use the public API alone
 PUBLIC_MODULES = {"compat", "types", "errors", "budget", "flops", "gates", "schedule", "shapes", "spans", "report"}
-PUBLIC_MODULES |= {"explain", "pictures"}
+PUBLIC_MODULES |= {"explain", "files", "interrupts", "pictures"}
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
