@@ -4,7 +4,7 @@ VENV := .venv
 # Releases of transformers that the laws run on beside the pinned one: the oldest supported and the previous minor.
 OLDEST := 4.57.6
 PREVIOUS := 5.23.0
-LAWS := tests/contract tests/golden tests/fuzz tests/test_attention.py tests/test_flops.py tests/test_flops_cuts.py \
+LAWS := tests/contract tests/golden tests/test_attention.py tests/test_flops.py tests/test_flops_cuts.py \
   tests/test_exits.py
 INTEGRATIONS := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check

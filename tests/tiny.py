@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -29,7 +30,8 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+RELEASE = Version(transformers.__version__)
+CACHE = "cache" if Version("5.24") <= RELEASE else "past_key_values"
 IMAGE, VIDEO, PAD, EOS, VOCAB = 90, 91, 0, 2, 99
 SUPPRESSED = [IMAGE, VIDEO, EOS]  # a random model must not emit placeholders, and runs are compared at full length
 SIDE, PATCH = 24, 4
@@ -245,6 +247,10 @@ def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED, kind="clip") -> d
     dtype = inputs["pixel_values"].dtype if "pixel_values" in inputs else torch.float32
     single = {"input_ids": inputs["input_ids"][r][mask][None], "attention_mask": mask[mask][None].long()}
     return single | pixels(kind, [list(layout[r])], dtype)
+
+
+# generate() of transformers 4 passes pictures with an empty cache alone, and whole: the bare model fails, too.
+later_pictures = pytest.mark.skipif(RELEASE.major < 5, reason="the bare model of transformers 4 cannot do this")
 
 
 def cached(cache) -> dict:

@@ -26,6 +26,7 @@ def test_equal_rows_of_the_user_are_no_beam_copies(with_cache):
         assert len(attachment.kept) == 1
 
 
+@tiny.later_pictures
 @torch.no_grad()
 def test_a_chunk_may_hold_padding_alone_of_some_row():
     rows = [[1] + [tiny.IMAGE] * 36 + [5] * 60, [1, *[tiny.IMAGE] * 36, 5]]
@@ -46,6 +47,7 @@ def test_salts_are_dealt_to_pictures_and_then_to_videos():
         repeated_salts((7, 8), 3, 0)
 
 
+@tiny.later_pictures
 @pytest.mark.parametrize("spec", ["fastv", "cdpruner", "uniform"])
 @torch.no_grad()
 def test_chunks_that_cannot_be_served_are_refused_by_their_cause(spec):

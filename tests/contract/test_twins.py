@@ -82,7 +82,7 @@ def mask_left_long(self, mask, n_outer):
 
 def positions_without_shift(self, past, new):
     longer = EXTENDED(self, past, new)
-    return compaction.replace(longer, shift=longer.shift * 0)
+    return dataclasses.replace(longer, shift=longer.shift * 0)
 
 
 def fill_with_the_first_column(source, valid, n_columns):

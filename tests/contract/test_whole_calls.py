@@ -457,7 +457,8 @@ def test_second_turns_of_a_padded_forward_equal_the_rows_alone(spec):
 
 # ---- second turns of generate
 
-WAYS = ("all ids", "all ids and a mask", "new ids", "last token and new ids")
+# generate() of transformers 4 takes a later turn whole, or fails on the bare model, too.
+WAYS = ("all ids", "all ids and a mask", "new ids", "last token and new ids")[: 4 if tiny.RELEASE.major > 4 else 2]
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
@@ -497,6 +498,7 @@ def test_a_second_turn_by_every_way_that_the_bare_model_takes(spec, way, batched
     assert torch.equal(got[:, given["input_ids"].shape[1] :], want[:, ids.shape[1] :])
 
 
+@tiny.later_pictures
 @pytest.mark.parametrize("kind", ["clip", "internvl"])
 @pytest.mark.parametrize("spec", ["uniform", "cdpruner", "fastv"])
 @torch.no_grad()
