@@ -86,7 +86,7 @@ SOME = [
     ("eager", "uniform", "language_model", "compile, run, attach"),
     ("eager", "vtc_cls", "wrapped", "compile, run, attach"),
     ("eager", "cdpruner", "decoder_layers", "compile, attach"),
-    ("eager", "visionzip", "vision_tower", "compile, run, attach"),
+    ("eager", "cdpruner", "vision_tower", "compile, run, attach"),
     ("eager", "fastv", "decoder_layers", "compile, run, attach"),
     ("eager", "fastv", "function", "compile, run, attach"),
     ("eager", "uniform", "language_model_forward", "attach, compile"),
@@ -135,6 +135,16 @@ def test_generate_with_compiled_layers(method):
         want = tiny.generate(model, inputs, max_new_tokens=3)
         decoder_layers(model, "eager")
         assert torch.equal(tiny.generate(model, inputs, max_new_tokens=3), want)
+
+
+@pytest.mark.parametrize("method", READS_TOWER)
+@torch.no_grad()
+def test_a_compiled_tower_that_is_read_is_refused(method):
+    model = tiny.fresh_model()
+    with tokprune.attach(model, method, keep_ratio=0.3):
+        vision_tower(model, "eager")
+        with pytest.raises(errors.TokPruneError, match="compile decoder layers"):
+            model(**tiny.batch(((0,), ())))
 
 
 @torch.no_grad()
