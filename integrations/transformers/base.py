@@ -267,8 +267,8 @@ class SignalTap(NotCopyable):
         if missing:
             raise TokPruneError(
                 f"vision layers {missing} did not run while the picture was encoded; "
-                "choose layers up to the one whose features the model reads. If the tower is compiled, compile decoder layers "
-                "instead, or use a method that reads nothing of the tower"
+                "choose layers up to the one whose features the model reads. If the tower is compiled, compile decoder "
+                "layers instead, or use a method that reads nothing of the tower"
             )
         found = {s: rows[s] for s in self.signals if s.kind is Kind.CLS_STATE}
         # The tower's layers may sit on several devices.

@@ -76,10 +76,11 @@ WAYS = {
 }
 ORDERS = ("attach, compile", "compile, attach", "compile, run, attach")
 METHODS = ("uniform", "vtc_cls", "cdpruner", "visionzip", "fastv")
+# Hooks inside of a compiled tower do not run: methods that read it are refused there.
+READS_TOWER = ("vtc_cls", "visionzip")
 EVERY = [("eager", *case) for case in itertools.product(METHODS, WAYS, ORDERS)]
-EVERY += [
-    ("inductor", m, w, o) for m in ("vtc_cls", "fastv") for w in ("decoder_layers", "vision_tower") for o in ORDERS
-]
+EVERY = [case for case in EVERY if case[1] not in READS_TOWER or case[2] != "vision_tower"]
+EVERY += [("inductor", method, "decoder_layers", order) for method in ("vtc_cls", "fastv") for order in ORDERS]
 # One of each way, order and method, and what silently went wrong without hooks that torch.compile leaves alone.
 SOME = [
     ("eager", "vtc_cls", "whole", "attach, compile"),
@@ -143,7 +144,7 @@ def test_a_compiled_tower_that_is_read_is_refused(method):
     model = tiny.fresh_model()
     with tokprune.attach(model, method, keep_ratio=0.3):
         vision_tower(model, "eager")
-        with pytest.raises(errors.TokPruneError, match="compile decoder layers"):
+        with pytest.raises(errors.TokPruneError, match="compile decoder"):
             model(**tiny.batch(((0,), ())))
 
 
