@@ -482,7 +482,6 @@ def test_methods_of_other_packages_come_back(package, runner, inputs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (dict(scale=float("inf")), "scale=inf cannot be saved"),
         (dict(pair=(10**30,)), "cannot be saved"),
         (dict(pair=(torch.ones(1),)), "cannot be saved"),
         (dict(table="PICKLE"), "neither safetensors nor JSON"),
@@ -496,6 +495,11 @@ def test_options_and_files_that_are_not_saved(more, said, package, runner, tmp_p
         with pytest.raises(SavedError, match=said):
             attachment.save(tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_number_that_json_has_not_is_refused_by_attach(package, runner):
+    with pytest.raises(OptionError, match="scale=inf"):
+        tokprune.attach(runner.model, "ours", keep_ratio=0.2, scale=float("inf"))
 
 
 # ---- what is not taken for it
