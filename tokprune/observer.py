@@ -298,8 +298,13 @@ class Observer(NotCopyable):
         self.hooks.check()
         this, placeholders = self.passes.current, facts.get("placeholders", 0)
         assert this is not None  # noqa: S101 - the hook before this one began it
+        context, shows_pictures = this.context, bool(facts["marked"] or placeholders)
+        if context.waiting is not None and shows_pictures:
+            context.call, context.waiting = context.waiting, None
         call = this.call
-        if call is None or (starts_call and call.ran and not (facts["marked"] or placeholders)):
+        if starts_call and not shows_pictures and call and not call.ran and call.by_hand and facts.get("dropped"):
+            context.waiting, call = call, None  # its pictures are for a prompt to come
+        if call is None or (starts_call and call.ran and not shows_pictures):
             call = self._text_alone(this)
         encoded_now = bool(call.images) and not (starts_call and call.ran)
         if starts_call:

@@ -32,11 +32,13 @@ class Context:
     Args:
         call: the last one that was begun.
         main: the call that a generation is about, whatever else the model is asked meanwhile.
+        waiting: a call whose pictures the user encoded, while text alone runs before they are used.
         begun: rises with every call of any thread.
     """
 
     call: Call | None = None
     main: Call | None = None
+    waiting: Call | None = None
     begun: int = -1
 
     def begin(self) -> Call:

@@ -60,16 +60,19 @@ def test_features_changed_by_hand_are_refused(kind, spec):
             model(**{**by_hand, "inputs_embeds": by_hand["inputs_embeds"] * 1.5})
 
 
+@pytest.mark.parametrize("spec", ["cdpruner", "uniform"])
 @torch.no_grad()
-def test_text_between_encoding_and_use_is_no_picture():
+def test_text_between_encoding_and_use_is_no_picture(spec):
     model, inputs = tiny.model(), tiny.batch(((0,),))
     text = torch.tensor([[5, 6, 7]])
     bare = model(input_ids=text).logits
-    with tokprune.attach(model, "cdpruner", keep_ratio=0.3):
-        want = model(**inputs).logits
+    with tokprune.attach(model, spec, keep_ratio=0.3) as attachment:
+        want, kept = model(**inputs).logits, str(attachment.kept)
         by_hand = merged_by_hand(model, inputs, "clip")
         assert torch.equal(model(input_ids=text).logits, bare)
+        assert attachment.kept == []
         assert torch.equal(model(**by_hand).logits, want)
+        assert str(attachment.kept) == kept
 
 
 # ---- scoring calls and drafts

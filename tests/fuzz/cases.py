@@ -79,6 +79,8 @@ def draw(seed: int) -> Case:
     )[0]
     if around in ("nested", "failed", "abandoned") or way == "turns":
         salts = None  # they are one a picture, and other calls show others
+    if around == "replaced" and how:
+        how = {**how, "states": False}  # transformers hooks layers when it first hands states out, not later ones
     return Case(
         seed=seed,
         kind=kind,
