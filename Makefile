@@ -4,8 +4,7 @@ VENV := .venv
 # Releases of transformers that the laws run on beside the pinned one: the oldest supported and the previous minor.
 OLDEST := 4.57.6
 PREVIOUS := 5.23.0
-LAWS := tests/contract tests/golden tests/test_attention.py tests/test_flops.py tests/test_flops_cuts.py \
-  tests/test_exits.py
+LAWS := tests/contract tests/golden tests/unit/test_attention.py tests/unit/test_flops.py tests/unit/test_flops_cuts.py
 INTEGRATIONS := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
@@ -93,7 +92,7 @@ wheel: setup
 	.venv-wheel/bin/python $(PIP) --no-deps dist/*.whl
 	site=$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages) && cd / && \
 	  PYTHONPATH=$$site $(CURDIR)/.venv-wheel/bin/python -c \
-	  "import tokprune, tokprune.eval.run as r, tokprune.integrations.transformers as t; \
+	  "import tokprune, tokprune.eval.run.runner as r, tokprune.integrations.transformers as t; \
 	   assert '.venv-wheel' in tokprune.__file__ and '.venv-wheel' in t.__file__, tokprune.__file__; \
 	   assert (r.EMBEDDED_MODEL / 'model.safetensors').is_file(); print('wheel ok')"
 

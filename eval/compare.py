@@ -13,17 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import tokprune
-from tokprune.budget import Budget
-from tokprune.errors import RunError
+from tokprune.core.budget import Budget
+from tokprune.core.errors import RunError
 
-from . import pareto, report
-from .folder import RunFolder
-from .lines import counted
-from .losses import Artist
-from .processes import launched_alone
-from .rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
-from .run import Runner, batches
-from .tables import table
+from .report import html as report
+from .report import pareto
+from .report.losses import Artist
+from .report.tables import table
+from .run.folder import RunFolder
+from .run.lines import counted
+from .run.processes import launched_alone
+from .run.rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
+from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
 from .tasks.subset import SUBSET_SIZE
 

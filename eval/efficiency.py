@@ -18,12 +18,12 @@ from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokprune
-from tokprune.files import write_text
-from tokprune.spans import listen
+from tokprune.core.clock import listen
+from tokprune.core.files import write_text
 
-from .intervals import percentile
-from .rows import device_name
-from .stopwatch import now
+from .run.rows import device_name
+from .run.stopwatch import now
+from .stats import percentile
 
 SELECTORS = {
     "[CLS] row, 1 layer": "fastervlm",

@@ -21,13 +21,13 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import tokprune
-from tokprune.files import write_text
-from tokprune.spans import listen
+from tokprune.core.clock import listen
+from tokprune.core.files import write_text
 
 from .efficiency import CLIP_LARGE
 from .models import PRE_LLM
-from .rows import device_name
-from .stopwatch import now
+from .run.rows import device_name
+from .run.stopwatch import now
 
 IMAGE, N_TEXT, N_LAYERS = 90, 64, 32
 METHODS = (*PRE_LLM, "uniform", "pool", "random")

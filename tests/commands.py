@@ -27,6 +27,14 @@ def tokprune_cli(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
+def refusal(done: subprocess.CompletedProcess) -> str:
+    """The one line of a command that failed as it should."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("tokprune:")]
+    return line
+
+
 def changed(run: Sequence[str], *more: str) -> list[str]:
     """A command line in which other values, in pairs of option and value, take the place of those that are there."""
     found = list(run)

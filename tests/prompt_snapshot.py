@@ -39,7 +39,7 @@ def of(processor: Any, placeholder: int, prompt_of: Callable[[str], str], task: 
 def by_harness(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Of tokprune's own harness, by model and task."""
     from tokprune.eval.models import EMBEDDED
-    from tokprune.eval.run import Runner
+    from tokprune.eval.run.runner import Runner
     from tokprune.eval.tasks import TASKS, load_task
 
     found = {}

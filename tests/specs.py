@@ -7,9 +7,11 @@ from dataclasses import replace
 import torch
 
 import tokprune
+from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.signals import Decoder, Kind, Signal, Tower
+from tokprune.core.tokens import Stage, VisualTokens
 from tokprune.methods import METHODS, build_method
 from tokprune.methods.base import Filter
-from tokprune.types import Decoder, Kind, Layout, Signal, Stage, Tower, VisualTokens, grid_layout
 
 VARIANTS = [
     "cdpruner:invert=false",

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tokprune.eval.render import BLOCK, BLOCKS, PAGES, read_rows, rendered
+from tokprune.eval.report.render import BLOCK, BLOCKS, PAGES, read_rows, rendered
 from typer.main import get_command
 
-from tokprune.cli import app
+from tokprune.cli.commands import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -55,10 +55,10 @@ def test_first_snippet_is_short():
 
 @pytest.mark.parametrize("command", re.findall(r"`(tokprune explain docs/.*?)`", ALL))
 def test_picture_is_what_explain_draws(command):
-    from tokprune.eval.explained import explained
-    from tokprune.eval.run import Runner
+    from tokprune.eval.report.explained import explained
+    from tokprune.eval.run.runner import Runner
 
-    from tokprune.pictures import open_picture
+    from tokprune.prune.pictures import open_picture
 
     words = command.split()
     options = dict(zip(words[3::2], words[4::2], strict=True))

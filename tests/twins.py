@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tokprune import ops
+from tokprune.core import ops
+from tokprune.core.signals import Kind, Signal
+from tokprune.core.tokens import VisualTokens
 from tokprune.methods.base import Method, ScoreMethod
-from tokprune.types import Kind, Signal, VisualTokens
 
 
 def norms(tokens: VisualTokens) -> torch.Tensor:

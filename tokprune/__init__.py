@@ -1,22 +1,37 @@
 """tokprune: give the language model of a multimodal LLM fewer visual tokens, without training."""
 
-from . import interrupts as _interrupts  # noqa: F401 (before anything that takes long)
+from __future__ import annotations
+
+from .core import interrupts as _interrupts  # noqa: F401 (before anything that takes long)
 
 # isort: split
+from collections.abc import Sequence as _Sequence
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+from typing import Literal as _Literal
 
 from torch.nn import Module as _Module
 
-from .attachment import Attachment, attach
-from .compatibility import list_support
-from .errors import TokPruneError
+from .core.budget import REFERENCE_TEXT as _REFERENCE_TEXT
+from .core.budget import Scope as _Scope
+from .core.errors import TokPruneError
 from .methods import METHODS as _METHODS
+from .methods import Spec as _Spec
 from .methods import build_method as _build_method
 from .methods.base import Method
-from .saved import Folder as _Folder
-from .saved import read_saved as _read_saved
+from .prune.request import Newlines as _Newlines
+from .prune.request import Positions as _Positions
+from .prune.request import request_of as _request_of
+from .prune.saved import Folder as _Folder
+from .prune.saved import read_saved as _read_saved
+from .prune.select import select
+
+if _TYPE_CHECKING:
+    from tokprune.integrations.transformers.attachment import Attachment
+    from tokprune.integrations.transformers.support import Support
 
 # A checkout's `tokprune/` shadows an installed wheel when Python starts in the repository root;
 # `integrations/` and `eval/` are then found beside it.
@@ -30,8 +45,68 @@ except _PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
 
-def get_method(spec: str, **options) -> Method:
-    """A method object from its name or specification ("fopru:strategy=row").
+def attach(
+    model: _Module,
+    method: _Spec,
+    *,
+    keep_ratio: float | _Sequence[float] | None = None,
+    keep_tokens: int | _Sequence[int] | None = None,
+    flops_ratio: float | None = None,
+    flops_scope: _Scope = "llm",
+    flops_text: int = _REFERENCE_TEXT,
+    positions: _Positions = "auto",
+    newlines: _Newlines | _Literal["auto"] = "auto",
+    replay: _Sequence[_Any] | None = None,
+    **options: _Any,
+) -> Attachment:
+    """Let a model's language model see fewer visual tokens, until `detach` or the end of a `with` block.
+
+    Args:
+        model: a Hugging Face multimodal model; a PEFT model is unwrapped.
+        method: a name ("vtc_cls"), a specification ("vtc_cls:start_layer=22"), a method object, or a list of
+            them. See `tokprune.list_methods()`. Start with "vtc_cls" where the vision tower has a [CLS] token and
+            with "fopru" elsewhere.
+        keep_ratio: fraction of each image's visual tokens to keep, in (0, 1]. Start with 0.25. For methods between
+            decoder layers: what is left after the last cut, of what the language model is given. Two methods take a
+            list, or a single fraction of which each gets the square root.
+        keep_tokens: number of each image's visual tokens to keep, instead of a fraction.
+        flops_ratio: fraction of the unpruned FLOPs to spend, in (0, 1], instead of a number of tokens. Each image keeps
+            as many tokens as fit that budget, assuming a prompt of `flops_text` text tokens.
+        flops_scope: "llm" counts the language model, "prefill" everything up to the first token.
+        flops_text: text tokens of the assumed prompt.
+        positions: "contiguous" renumbers the kept tokens without gaps, "original" leaves them their numbers;
+            "auto" is what papers measure for the model's family.
+        newlines: for models that end every row of a picture with a newline token: "keep_rows_with_tokens" keeps those
+            of rows that keep a token, "keep" all, "drop" none; "auto" is the first, or what the method says. Newlines
+            do not count against a budget.
+        replay: what another attachment `kept`, one entry an image, to use again; it takes no budget.
+        **options: options of the method, such as start_layer=22.
+
+    Returns:
+        The handle: a context manager with `report`, `kept`, `paused()` and `detach()`.
+
+    Raises:
+        TokPruneError: in one of its kinds, before the model is touched.
+    """
+    from .integrations.transformers.attachment import attach as attach_to
+
+    request = _request_of(
+        method,
+        options,
+        keep_ratio=keep_ratio,
+        keep_tokens=keep_tokens,
+        flops_ratio=flops_ratio,
+        flops_scope=flops_scope,
+        flops_text=flops_text,
+        positions=positions,
+        newlines=newlines,
+        replay=replay,
+    )
+    return attach_to(model, request)
+
+
+def get_method(spec: str, **options) -> _Any:
+    """A method object from its name or specification ("fopru:strategy=row"); for methods joined by "+", all of them.
 
     Raises:
         UnknownNameError: no such method.
@@ -57,10 +132,10 @@ def load(model: _Module, directory: _Folder) -> Attachment:
         SavedError: the folder is broken, incomplete, of a newer release, or was saved from another kind of model.
         TokPruneError: in the kinds of `attach`, before the model is touched.
     """
-    from .integrations.transformers import adapter_for
+    from .integrations.transformers.families import family_of
 
     saved = _read_saved(directory)
-    saved.check(adapter_for(model))
+    saved.check(family_of(model).facts)
     return attach(model, saved.method, **saved.keywords)
 
 
@@ -71,9 +146,25 @@ def list_methods() -> list[str]:
 
 def list_models() -> list[str]:
     """Values of `config.model_type` that `attach` takes."""
-    from .integrations.transformers import MODELS
+    from .integrations.transformers.families import FAMILIES
 
-    return MODELS.names()
+    return FAMILIES.names()
+
+
+def list_support() -> list[Support]:
+    """Every method on every model family, from what methods need and families supply."""
+    from .integrations.transformers.support import list_support as pairs
+
+    return pairs()
+
+
+def __getattr__(name: str) -> _Any:
+    """The type of the handle, for annotations; the host that it comes from is imported when it is asked for."""
+    if name == "Attachment":
+        from .integrations.transformers.attachment import Attachment
+
+        return Attachment
+    raise AttributeError(f"module 'tokprune' has no attribute {name!r}")
 
 
 __all__ = [
@@ -86,4 +177,5 @@ __all__ = [
     "list_models",
     "list_support",
     "load",
+    "select",
 ]

@@ -6,7 +6,7 @@ import difflib
 import importlib
 from pathlib import Path
 
-from tokprune.errors import UnknownNameError
+from tokprune.core.errors import UnknownNameError
 
 from .base import Sample, Task, normalise
 from .subset import stratified

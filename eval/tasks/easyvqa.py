@@ -6,7 +6,7 @@ import functools
 
 from PIL import Image
 
-from tokprune.pictures import open_picture
+from tokprune.prune.pictures import open_picture
 
 from .base import Sample
 

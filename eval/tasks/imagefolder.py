@@ -8,10 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from tokprune.errors import TaskError
-from tokprune.pictures import open_picture
+from tokprune.core.errors import TaskError
+from tokprune.prune.pictures import open_picture
 
-from ..lines import Damaged, parsed, shortened
+from ..run.lines import Damaged, parsed, shortened
 from .base import Sample, normalise
 
 FIELDS = ("file_name", "question", "answer")

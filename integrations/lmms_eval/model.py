@@ -14,12 +14,12 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
+from tokprune.integrations.transformers import as_cache, cache_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import tokprune
-from tokprune.compat import as_cache, cache_of
-from tokprune.errors import RunError, TokPruneError, why_unloadable
+from tokprune.core.errors import RunError, TokPruneError, why_unloadable
 
 from .options import Options, Until, cut, generation, merged, split_arguments
 from .prompts import pictures, prompt

@@ -13,7 +13,7 @@ import torch
 from transformers import StoppingCriteria
 
 import tokprune
-from tokprune.errors import OptionError, RunError
+from tokprune.core.errors import OptionError, RunError
 
 NONE = "none"
 ATTACH = ("keep_ratio", "keep_tokens", "flops_ratio", "flops_scope", "flops_text", "positions", "newlines")

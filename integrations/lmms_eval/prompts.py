@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from tokprune.errors import RunError
-from tokprune.pictures import as_rgb
+from tokprune.core.errors import RunError
+from tokprune.prune.pictures import as_rgb
 
 MARK = "<image>"  # what tasks write where a picture belongs
 

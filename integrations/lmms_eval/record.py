@@ -18,10 +18,10 @@ import torch
 import transformers
 
 import tokprune
-from tokprune.errors import RunError, UnsupportedModelError
-from tokprune.flops import Ops, Shape
-from tokprune.report import ImageReport, Report
-from tokprune.shapes import shape_from_config
+from tokprune.core.errors import RunError, UnsupportedModelError
+from tokprune.cost.flops import Ops, Shape
+from tokprune.cost.shapes import shape_from_config
+from tokprune.prune.report import ImageReport, Report
 
 
 @dataclass(frozen=True)

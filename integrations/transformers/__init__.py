@@ -1,67 +1,39 @@
-"""Hugging Face transformers: one file a model family, named by `config.model_type`."""
+"""The host Hugging Face transformers.
 
-from __future__ import annotations
+Read `attachment`, `observer`, `encode`, `shorten`; then `layers/` and `families/`. `passes` holds the state of a call
+and `caches` what a KV cache holds, `prompt` finds pictures in a prompt, `tower_taps` reads the vision tower, `compat`
+has everything private of transformers, `support` says which method runs on which model.
+"""
 
-from typing import Any
-
-from torch import nn
-
-from tokprune.errors import UnsupportedModelError
-from tokprune.registry import Registry
-
-from .base import ModelAdapter
-
-MODELS = Registry(
-    what="model adapter",
-    table={
-        "internvl": "tokprune.integrations.transformers.internvl:InternVL",
-        "llava": "tokprune.integrations.transformers.llava:Llava",
-        "llava_next": "tokprune.integrations.transformers.llava_next:LlavaNext",
-        "llava_onevision": "tokprune.integrations.transformers.llava_onevision:LlavaOnevision",
-    },
-    listing="tokprune.list_models()",
+from .attachment import Attachment, attach
+from .compat import (
+    NEWEST,
+    OLDEST,
+    as_cache,
+    attention_implementation,
+    cache_of,
+    features_of,
+    is_newer_than_tested,
+    torchvision_fault,
 )
+from .families import FAMILIES, family_of
+from .families.base import ModelFamily
+from .support import Support, list_support
 
-
-def adapter_for(model: Any) -> ModelAdapter:
-    """The adapter of a model; a PEFT model is unwrapped.
-
-    Raises:
-        UnsupportedModelError: no adapter, or a wrapping that hooks cannot follow.
-    """
-    model = _unwrapped(model)
-    return MODELS.load(_model_type(model))(model)
-
-
-def _unwrapped(model: Any) -> nn.Module:
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} calls copies of the model that hooks do not follow; attach to model.module"
-        )
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
-    for part in model.modules():
-        name = type(part).__name__
-        if name == "OptimizedModule":
-            raise UnsupportedModelError(
-                "torch.compile() put a part of the model into another module; use its compile() method instead, as in "
-                "model.model.language_model.compile()"
-            )
-        if name.startswith(("FullyShardedDataParallel", "FSDP")):
-            raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")
-    return model
-
-
-def _model_type(model: nn.Module) -> str:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no config.model_type: not a transformers model")
-    if model_type not in MODELS.names():
-        raise UnsupportedModelError(
-            f"no model adapter for model_type {model_type!r} ({type(model).__name__}). "
-            f"Supported: {', '.join(MODELS.names())} (tokprune.list_models())"
-        )
-    return model_type
+__all__ = [
+    "FAMILIES",
+    "NEWEST",
+    "OLDEST",
+    "Attachment",
+    "ModelFamily",
+    "Support",
+    "as_cache",
+    "attach",
+    "attention_implementation",
+    "cache_of",
+    "family_of",
+    "features_of",
+    "is_newer_than_tested",
+    "list_support",
+    "torchvision_fault",
+]

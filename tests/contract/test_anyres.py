@@ -8,12 +8,14 @@ import tiny
 import torch
 from processors import PICTURES, inputs_of, picture, video_inputs
 from specs import mosaic_layout, scaled, tokens_for
-from tokprune.integrations.transformers import adapter_for
+from tokprune.integrations.transformers.families import family_of
 
 import tokprune
-from tokprune.errors import BudgetError, OptionError, TokPruneError
-from tokprune.selection import Newlines, with_newlines
-from tokprune.types import NEWLINE, Kind
+from tokprune.core.errors import BudgetError, OptionError, TokPruneError
+from tokprune.core.layout import NEWLINE
+from tokprune.core.signals import Kind
+from tokprune.prune.request import Newlines
+from tokprune.prune.select import with_newlines
 
 ANYRES = ("llava_next", "llava_onevision", "internvl")
 METHOD = {"llava_next": "vtc_cls", "llava_onevision": "fopru", "internvl": "vtc_cls"}
@@ -67,7 +69,7 @@ def test_mixed_batch_from_a_real_processor_equals_single_rows(kind):
 def test_signals_land_on_the_patches_they_belong_to(kind, image):
     """A signal that numbers patches tells, after packing, the place that the layout names."""
     model, inputs = tiny.model(kind), tiny.pixels(kind, [[image]])
-    adapter, side = adapter_for(model), tiny.SIDE // tiny.PATCH
+    adapter, side = family_of(model), tiny.SIDE // tiny.PATCH
     features = [torch.zeros(tiny.n_rows(kind, image), 1)]
     (layout,) = adapter.layouts("get_image_features", inputs, features)
     rows, columns = layout.crop_grid
@@ -179,7 +181,7 @@ def test_newlines_of_empty_rows_go_for_every_image_apart():
 def test_unknown_newline_policy_is_refused():
     with pytest.raises(OptionError, match="'keep_rows_with_tokens'"):
         tokprune.attach(tiny.model("llava_next"), "fopru", keep_ratio=0.3, newlines="some")
-    assert set(Newlines.__args__) == {"auto", "keep_rows_with_tokens", "keep", "drop"}
+    assert set(Newlines.__args__) == {"keep_rows_with_tokens", "keep", "drop"}
 
 
 @torch.no_grad()
@@ -208,7 +210,7 @@ def test_blind_keeps_no_newline():
 
 
 def test_internvl_finds_grid_and_thumbnail():
-    from tokprune.integrations.transformers.internvl import _arranged
+    from tokprune.integrations.transformers.families.internvl import _arranged
 
     images = [tiny.tiles(i) for i in range(5)]
     assert _arranged(images) == [((0, 0), 0), ((1, 2), 2), ((2, 1), 2), ((2, 2), 4), ((1, 3), 3)]
@@ -390,8 +392,8 @@ def test_filter_drops_the_strongest_of_every_crop_before_selection():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("damro_filter", "only filters"),
-        (["damro_filter"], "only filters"),
+        ("damro_filter", "is a filter"),
+        (["damro_filter"], "is a filter"),
         (["vtc_cls", "damro_filter"], r"type \['damro_filter', 'vtc_cls'\]"),
         (["vtc_cls", "fopru"], "exactly one method"),
         (["damro_filter", "divprune"], "does not rank single tokens"),
@@ -431,7 +433,7 @@ def test_tokencorr_keeps_what_repeats_once_in_a_while():
 @torch.no_grad()
 def test_internvl_signal_of_a_token_is_the_mean_of_its_patches():
     model = tiny.model("internvl")
-    adapter, side = adapter_for(model), tiny.TILE // tiny.PATCH
+    adapter, side = family_of(model), tiny.TILE // tiny.PATCH
     patches = torch.randn(2, side * side, 3, generator=torch.Generator().manual_seed(0))
     packed = adapter.pack("get_image_features", {}, patches)
     for tile, tokens in zip(patches, packed, strict=True):
@@ -467,7 +469,8 @@ def test_hired_counts_winners_in_the_quarter_that_a_crop_shows():
 
 
 def test_tome_merges_as_a_plain_loop_does():
-    from tokprune.types import VisualTokens, grid_layout
+    from tokprune.core.layout import grid_layout
+    from tokprune.core.tokens import VisualTokens
 
     x = torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(2))
     tokens = [(i, x[0, i], 1) for i in range(9)]  # place, mean, size

@@ -18,7 +18,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokprune
-from tokprune import errors
+from tokprune.core import errors
 from tokprune.methods.base import Method, ScoreMethod
 
 METHOD = {"clip": "vtc_cls", "siglip": "fopru"}

@@ -12,10 +12,11 @@ import tiny
 import torch
 import transformers
 from packaging.version import Version
+from tokprune.integrations.transformers import compat
 from transformers import DynamicCache
 
 import tokprune
-from tokprune import compat, doctor
+from tokprune.cli import doctor
 
 RELEASE = Version(transformers.__version__)
 

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import tokprune
-from tokprune import errors
+from tokprune.core import errors
 
 
 def whole(model, backend):

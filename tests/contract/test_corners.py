@@ -9,7 +9,7 @@ from processors import video_inputs
 from transformers import DynamicCache
 
 import tokprune
-from tokprune.call import repeated_salts
+from tokprune.prune.copies import salts_of
 
 
 @pytest.mark.parametrize("with_cache", [False, True])
@@ -38,13 +38,13 @@ def test_a_chunk_may_hold_padding_alone_of_some_row():
 
 
 def test_salts_are_dealt_to_pictures_and_then_to_videos():
-    assert repeated_salts((7, 8), 1, 0) == (7,)
-    assert repeated_salts((7, 8), 1, 1) == (8,)
-    assert repeated_salts((7, 8, 9), 2, 0) == (7, 8)
-    assert repeated_salts((7, 8), 4, 0) == (7, 7, 8, 8)  # beams
-    assert repeated_salts((7,), 3, 2) == (7, 7, 7)
+    assert salts_of((7, 8), 1, 0) == (7,)
+    assert salts_of((7, 8), 1, 1) == (8,)
+    assert salts_of((7, 8, 9), 2, 0) == (7, 8)
+    assert salts_of((7, 8), 4, 0) == (7, 7, 8, 8)  # beams
+    assert salts_of((7,), 3, 2) == (7, 7, 7)
     with pytest.raises(tokprune.TokPruneError, match=r"attachment\.salts"):
-        repeated_salts((7, 8), 3, 0)
+        salts_of((7, 8), 3, 0)
 
 
 @tiny.later_pictures

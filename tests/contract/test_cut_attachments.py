@@ -11,7 +11,7 @@ import torch
 from contract.test_attachment import snapshot
 
 import tokprune
-from tokprune import errors
+from tokprune.core import errors
 
 SPECS = ["fastv", "pyramiddrop", "sparsevlm", "dart", "sink_filter+fastv", "visual_exit:layer=2", "vtc_cls+fastv"]
 

@@ -10,10 +10,12 @@ import torch
 from specs import CUTTING, DECODER, LAYER, build, cut_tokens_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tokprune.errors import OptionError
+from tokprune.core.errors import OptionError
+from tokprune.core.layout import grid_layout
+from tokprune.core.schedules import Cosine, Explicit, Pyramid, Schedule, Sigmoid, Single
+from tokprune.core.signals import Decoder
+from tokprune.core.tokens import Count, VisualTokens
 from tokprune.methods.decoder import DecoderMethod, spread_order
-from tokprune.schedule import Cosine, Explicit, Pyramid, Schedule, Sigmoid, Single
-from tokprune.types import Count, Decoder, VisualTokens, grid_layout
 
 RANKING = [s for s in CUTTING if build(s).takes_budget]
 SCORING = [s for s in RANKING if not s.startswith("dart")]  # that one ranks nothing

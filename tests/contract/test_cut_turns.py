@@ -10,8 +10,8 @@ import tiny
 import torch
 
 import tokprune
+from tokprune.core.signals import Kind
 from tokprune.methods.fastv import FastV
-from tokprune.types import Kind
 
 IMAGE = tiny.IMAGE
 SEEN = []

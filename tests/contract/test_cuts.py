@@ -20,10 +20,10 @@ from contract.test_adapters import (
 )
 from packaging.version import Version
 from specs import CUTTING, build
+from tokprune.integrations.transformers.layers.shorten import LayerShortener
 
 import tokprune
-from tokprune.between import Between
-from tokprune.types import Count
+from tokprune.core.tokens import Count
 
 PLAIN = [s for s in CUTTING if build(s).keeps_features]  # those that leave kept tokens as they are
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -306,7 +306,7 @@ def test_at_most_one_read_a_cut_and_none_while_decoding(kind, spec, monkeypatch)
             model(**inputs)
         with monkeypatch.context() as patched:
             steps = lambda self, i, module, args, kwargs: args[0].shape[1] == 1  # noqa: E731
-            reads_inside(patched, Between, "_layer", decoding, steps)
+            reads_inside(patched, LayerShortener, "_layer", decoding, steps)
             tiny.generate(model, inputs)
     made = sorted({layer for image in attachment.kept for layer in image})
     assert made

@@ -11,14 +11,16 @@ import torch
 from counter import counted
 from processors import inputs_of, picture, processor, video_inputs
 from specs import HEAD_DIM, HEADS, build, mosaic_layout, tokens_for
+from tokprune.integrations.transformers.prompt import text_of
 
 import tokprune
-from tokprune import ops
-from tokprune.errors import NothingPrunedError, OptionError
-from tokprune.flops import Widths
+from tokprune.core import ops
+from tokprune.core.errors import NothingPrunedError, OptionError
+from tokprune.core.layout import grid_layout
+from tokprune.core.signals import Kind
+from tokprune.core.tokens import VisualTokens
+from tokprune.cost.selection import Widths
 from tokprune.methods.base import Method
-from tokprune.prompt import text_of
-from tokprune.types import Kind, VisualTokens, grid_layout
 
 
 def is_one_of(rows: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -157,7 +159,7 @@ def test_options_out_of_range_are_refused_before_anything_runs(spec):
     ("method", "options", "message"),
     [
         ("prumerge", {"keep_ratio": 0.3}, "type prumerge:adaptive=false"),
-        ("vtc_cls", {"keep": 0.3}, "type keep_ratio="),
+        ("vtc_cls", {"keep": 0.3}, "keep_ratio=0.25 or keep_tokens=64"),
         (["damro_filter", "vtc_cls"], {"keep_ratio": 0.3, "start_layer": 2}, "'vtc_cls:start_layer=2'"),
         ("damro_filter", {}, r"damro_filter\+vtc_cls"),
     ],
@@ -221,8 +223,8 @@ def test_merged_tokens_carry_gradients_to_the_tower(spec):
 
 @torch.no_grad()
 def test_explain_draws_one_tile_of_internvl_whole():
-    from tokprune.eval.explained import explained
-    from tokprune.eval.run import Runner
+    from tokprune.eval.report.explained import explained
+    from tokprune.eval.run.runner import Runner
 
     runner = Runner(tiny.model("internvl"), processor("internvl"))
     runner.prompt = lambda question: "<s> <image> what is it ?"
@@ -233,7 +235,7 @@ def test_explain_draws_one_tile_of_internvl_whole():
 
 
 def test_chunks_get_smaller_with_more_crops(monkeypatch):
-    from tokprune import attention
+    from tokprune.core import attention
 
     q, k = torch.randn(2, 3, 2, 20, 4).unbind(0)
     want = attention.received(q, k, 0.5)

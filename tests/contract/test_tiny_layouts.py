@@ -11,9 +11,10 @@ import torch
 from specs import CUTTING, PRUNING, build, cut_tokens_for, mosaic_layout, n_keeps, tokens_for
 
 import tokprune
-from tokprune.errors import OptionError
+from tokprune.core.errors import OptionError
+from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.tokens import Count, Stage, VisualTokens
 from tokprune.methods import METHODS
-from tokprune.types import Count, Layout, Stage, VisualTokens, grid_layout
 
 
 def choices(declared) -> list:

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from tokprune.integrations.transformers import caches as columns
+from tokprune.integrations.transformers import observer
+from tokprune.integrations.transformers import shorten as shorten
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from tokprune import budget, columns, compaction, flops, observer
+from tokprune.core import budget
+from tokprune.core.layout import grid_layout
+from tokprune.cost import flops
 from tokprune.methods import METHODS
-from tokprune.types import grid_layout
 
 HERE = Path(__file__).parent
 
@@ -28,7 +32,7 @@ def load(name: str, folder: Path = HERE):
 
 
 methods, adapters, attachment = load("methods"), load("adapters"), load("attachment")
-costs = load("flops", HERE.parent)
+costs = load("flops", HERE.parent / "unit")
 
 SQUARE = grid_layout(6, 6)
 METHOD_LAWS = {
@@ -123,7 +127,7 @@ BREAKS = {
         lambda: adapters.test_cached_generation_equals_recomputing_the_short_sequence("clip", "sdpa", "contiguous"),
     ),
     "expansion": (
-        (compaction, "forward_fill", fill_with_the_first_column),
+        (shorten, "forward_fill", fill_with_the_first_column),
         lambda: adapters.test_loss_equals_the_loss_of_the_short_sequence("clip", "contiguous"),
     ),
     "report": (
@@ -157,7 +161,7 @@ def test_broken_part_fails_its_law(monkeypatch, what):
 
 def test_marks_that_do_not_mark_are_noticed(monkeypatch):
     """Zeros in place of marks: nothing would be pruned, and the model would still answer."""
-    monkeypatch.setattr("tokprune.selection.mark_dropped", keep_the_marks)
+    monkeypatch.setattr("tokprune.integrations.transformers.encode.mark_dropped", keep_the_marks)
     with pytest.raises(ValueError, match="nothing was dropped"):
         adapters.test_pruned_forward_equals_the_short_sequence("clip", "sdpa", "contiguous")
     tiny.model.cache_clear()

@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from tokprune.integrations.transformers import compat
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 import tokprune
-from tokprune import compat, errors
+from tokprune.core import errors
 
 SAMPLE = ("uniform", "vtc_cls:without_cls=received", "cdpruner", "tome", "fastv")
 

@@ -11,9 +11,9 @@ import tiny
 import torch
 
 import tokprune
-from tokprune.gates import Gates, write_gates
+from tokprune.core.schedules import ScheduleFile, write_schedule
 from tokprune.methods import METHODS
-from tokprune.schedule import ScheduleFile, write_schedule
+from tokprune.methods.gates import Gates, write_gates
 
 CLS_KINDS = ("clip", "llava_next", "internvl")  # towers with a [CLS] token
 N_TOWER, N_DECODER = 4, 5
@@ -153,7 +153,7 @@ FOUND = (
 def file_of(name: str, kind: str, number: int) -> str:
     """A schedule or gate file for the language model of a kind; the same whenever it is asked for."""
     with tokprune.attach(tiny.model(kind), "visual_exit:layer=1") as attachment:
-        decoder = attachment.adapter.decoder
+        decoder = attachment._family.decoder
     path = Path(tempfile.gettempdir()) / f"tokprune-fuzz-{tiny.VOCAB}" / f"{kind}-{name}-{number}"
     path.parent.mkdir(exist_ok=True)
     if name == "schedule":

@@ -13,7 +13,7 @@ def is_allowed(case: Case, message: str) -> bool:
     how, before = case.how or {}, parts_of(case.method)[0]
     reasons = [
         ("out of reach", "flops_ratio" in (case.budget or {})),
-        ("is its least here", bool(before) and options_of(before or "").get("strategy") == "row"),
+        ("its minimum here is", bool(before) and options_of(before or "").get("strategy") == "row"),
         ("without prefill_chunk_size|needs? it in one pass|prefill_chunk_size", how.get("mode") == "chunked"),
         ("pass the whole prompt at once", how.get("mode") == "chunked" and needs_whole_prompt(case.method, case.kind)),
         ("keep at least one visual token", drops_everything(case)),

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 import tokprune
-from tokprune import attention
-from tokprune.budget import Budget
+from tokprune.core import attention
+from tokprune.core.budget import Budget
+from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.signals import Decoder, Kind, Signal, Tower
+from tokprune.core.tokens import VisualTokens
 from tokprune.methods.pyramiddrop import paper_positions
-from tokprune.types import Decoder, Kind, Layout, Signal, Tower, VisualTokens, grid_layout
 
 FOLDER = Path(os.environ.get("TOKPRUNE_GOLDEN_DIR") or Path(__file__).parent / "data")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lmms_requests import MODEL, N_SAMPLES
 from tokprune.eval.compare import chosen_samples
-from tokprune.eval.run import Runner
+from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks import load_task
 from tokprune.integrations.lmms_eval.model import TokPrune
 

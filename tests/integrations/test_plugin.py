@@ -13,14 +13,14 @@ from folders import write_folder, write_model
 from lmms_eval.models import get_model
 from lmms_requests import MODEL, instances
 from tokprune.eval.models import EMBEDDED, path_of
-from tokprune.eval.rows import Config
+from tokprune.eval.run.rows import Config
 from tokprune.eval.tasks import load_task
 from tokprune.integrations.lmms_eval import prompts
 from tokprune.integrations.lmms_eval.model import TokPrune
 from tokprune.integrations.lmms_eval.options import cut
 
 import tokprune
-from tokprune.errors import RunError
+from tokprune.core.errors import RunError
 
 METHODS = {
     "none": {},

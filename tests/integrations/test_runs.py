@@ -12,12 +12,13 @@ from folders import write_model
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_requests import MODEL, asked, lmms_eval
-from tokprune.eval import lmms, lmms_scores
-from tokprune.eval.lmms_export import export
-from tokprune.eval.rows import Config
+from tokprune.eval.run.rows import Config
+from tokprune.eval.suites import lmms
+from tokprune.eval.suites import scores as lmms_scores
+from tokprune.eval.suites.export import export
 from tokprune.eval.tasks import load_task
 
-from tokprune.errors import RunError
+from tokprune.core.errors import RunError
 
 
 @pytest.mark.parametrize(

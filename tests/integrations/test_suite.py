@@ -10,10 +10,11 @@ import pytest
 from commands import jsonl, tokprune_cli
 from lmms_requests import N_SAMPLES as N
 from lmms_requests import asked
-from tokprune.eval import lmms, lmms_scores
-from tokprune.eval.rows import Config, Row
+from tokprune.eval.run.rows import Config, Row
+from tokprune.eval.suites import lmms
+from tokprune.eval.suites import scores as lmms_scores
 
-from tokprune.errors import RunError
+from tokprune.core.errors import RunError
 
 LABELS = ["none", "vtc_cls@0.25", "fastv@0.25", "random:seed=1@0.25", "visionzip@0.25"]
 

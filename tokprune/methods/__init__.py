@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..errors import OptionError, TokPruneError
-from ..registry import Registry
-from ..types import Stage
+from ..core.errors import OptionError, TokPruneError
+from ..core.registry import Registry
+from ..core.tokens import Stage
 from .base import Method
-from .chain import Chain, DecoderChain, Pipeline
+from .compose import Chain, DecoderChain, Pair
 
 METHODS = Registry(
     what="method",
@@ -51,18 +51,18 @@ class Labelled:
     """A method object with the label that it goes by, instead of the one that its options give.
 
     Args:
-        method: the object, a chain or a pipeline too.
+        method: the object, a chain or a pair too.
         label: as it was asked for when it was saved.
     """
 
-    method: Method
+    method: Method | Pair
     label: str
 
 
-Spec = str | Method | Labelled | Sequence[str | Method]
+Spec = str | Method | Pair | Labelled | Sequence[str | Method]
 
 
-def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method, str]:
+def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method | Pair, str]:
     """The method object and its label; of a list, or names joined by "+", filters and the methods behind them.
 
     Raises:
@@ -72,6 +72,8 @@ def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tupl
     options = dict(options or {})
     if isinstance(method, Labelled):
         return method.method, method.label
+    if isinstance(method, Pair) and not options:
+        return method, str(method)
     if isinstance(method, str) and "+" in method:
         method = method.split("+")
     if isinstance(method, Sequence) and not isinstance(method, str):
@@ -84,7 +86,7 @@ def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tupl
     return _build_one(method, options)
 
 
-def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
+def _build_list(parts: Sequence[str | Method]) -> tuple[Method | Pair, str]:
     if not parts:
         raise TokPruneError("an empty list; name at least one method, as ['vtc_cls']")
     pairs = [_build_one(part, {}) for part in parts]
@@ -95,7 +97,7 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method, str]:
         raise TokPruneError(f"what acts before the language model comes first; type {names} (or {'+'.join(names)!r})")
     if len(built) == 1:
         return built[0]
-    return Pipeline(built[0][0], built[1][0]), "+".join(label for _, label in built)
+    return Pair(built[0][0], built[1][0]), "+".join(label for _, label in built)
 
 
 def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
@@ -106,7 +108,7 @@ def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
     decoder = last.stage is Stage.DECODER
     if not selecting:
         instead = "fastv" if decoder else "vtc_cls"
-        raise TokPruneError(f"{label!r} only filters; put a method behind it, as [{label!r}, {instead!r}]")
+        raise TokPruneError(f"{label!r} is a filter and needs a method after it: [{label!r}, {instead!r}]")
     if len(selecting) > 1:
         where = "between decoder layers" if decoder else "before the language model"
         raise TokPruneError(
@@ -123,7 +125,7 @@ def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
     return chain, "+".join(label for _, label in pairs)
 
 
-def _build_one(method: str | Method, options: dict[str, Any]) -> tuple[Method, str]:
+def _build_one(method: Any, options: dict[str, Any]) -> tuple[Method, str]:
     if isinstance(method, Method):
         if options:
             raise OptionError("give options to the method object itself, not to attach()")

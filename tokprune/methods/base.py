@@ -11,12 +11,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
-from ..flops import Ops, Widths
-from ..registry import check
-from ..types import Count, Form, Heads, Kind, Layout, Signal, Stage, Tower, VisualTokens
-from .mosaic import top_by_crop
+from ..core import ops
+from ..core.errors import OptionError
+from ..core.layout import Layout
+from ..core.registry import check
+from ..core.signals import Form, Heads, Kind, Signal, Tower
+from ..core.tokens import Count, Stage, VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
+from .crops import top_by_crop
 
 Split = Literal["joint", "even"]
 WithoutCLS = Literal["error", "received"]
@@ -57,6 +60,16 @@ class Method:
     def n_budgets(self) -> int:
         """How many budgets it takes; a list of two methods takes two."""
         return int(self.takes_budget)
+
+    @property
+    def stages(self) -> tuple[Method | None, Method | None]:
+        """What acts before the language model, and between its layers."""
+        return (self, None) if self.stage is Stage.PRE_LLM else (None, self)
+
+    @property
+    def members(self) -> tuple[Method, ...]:
+        """Filters and methods in the order of a list."""
+        return (self,)
 
     @property
     def newlines(self) -> Literal["keep_rows_with_tokens", "keep", "drop"]:

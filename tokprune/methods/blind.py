@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..types import Layout, VisualTokens
+from ..core.layout import Layout
+from ..core.tokens import VisualTokens
 from .base import Method
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from ..core import ops
 
 
 def density_peaks(x: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:

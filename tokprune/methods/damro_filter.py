@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import ops
-from ..types import Signal, Tower, VisualTokens
+from ..core import ops
+from ..core.signals import Signal, Tower
+from ..core.tokens import VisualTokens
 from .base import Filter, WithoutCLS, cls_signal, cls_values
 
 

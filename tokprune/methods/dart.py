@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
-from ..flops import Ops, Widths
-from ..types import Count, Kind, Layout, Signal, VisualTokens
+from ..core import ops
+from ..core.errors import OptionError
+from ..core.layout import Layout
+from ..core.signals import Kind, Signal
+from ..core.tokens import Count, VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .decoder import DecoderMethod
 
 

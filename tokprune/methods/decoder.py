@@ -9,10 +9,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
-from ..schedule import Explicit, Schedule, Single, half_up
-from ..types import Count, Decoder, Layout, Signal, Stage, VisualTokens
+from ..core import ops
+from ..core.errors import OptionError
+from ..core.layout import Layout
+from ..core.schedules import Explicit, Schedule, Single, half_up
+from ..core.signals import Decoder, Signal
+from ..core.tokens import Count, Stage, VisualTokens
 from .base import Method, ScoreMethod
 
 

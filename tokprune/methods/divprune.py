@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..flops import Ops, Widths
-from ..types import Layout, VisualTokens
+from ..core import ops
+from ..core.layout import Layout
+from ..core.tokens import VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .base import Method, Split
-from .mosaic import crop_by_crop
+from .crops import crop_by_crop
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import OptionError
-from ..flops import Ops, Widths
-from ..gates import HOW, Gates, gate_features, read_gates, write_gates
-from ..types import Decoder, Kind, Layout, Signal, VisualTokens
+from ..core.errors import OptionError
+from ..core.layout import Layout
+from ..core.signals import Decoder, Kind, Signal
+from ..core.tokens import VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .decoder import ExitMethod
+from .gates import HOW, Gates, gate_features, read_gates, write_gates
 
 
 @dataclass(frozen=True)

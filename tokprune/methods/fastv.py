@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import OptionError
-from ..schedule import Schedule, Single
-from ..types import Kind, Signal, VisualTokens
+from ..core.errors import OptionError
+from ..core.schedules import Schedule, Single
+from ..core.signals import Kind, Signal
+from ..core.tokens import VisualTokens
 from .decoder import DecoderMethod, checked_layer
 
 

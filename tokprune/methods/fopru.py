@@ -9,9 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
-from ..types import Count, Form, Kind, Layout, Region, Signal, Tower, VisualTokens
+from ..core import ops
+from ..core.errors import OptionError
+from ..core.layout import Layout, Region
+from ..core.signals import Form, Kind, Signal, Tower
+from ..core.tokens import Count, VisualTokens
 from .base import RankMethod
 
 

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
-from ..types import Count, Form, Kind, Signal, Tower, VisualTokens
-from . import mosaic
+from ..core import ops
+from ..core.errors import OptionError
+from ..core.signals import Form, Kind, Signal, Tower
+from ..core.tokens import Count, VisualTokens
+from . import crops as mosaic
 from .base import ScoreMethod
 
 

@@ -8,11 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
-from ..types import Count, Layout, Signal, Tower, VisualTokens
+from ..core import ops
+from ..core.errors import OptionError
+from ..core.layout import Layout
+from ..core.signals import Signal, Tower
+from ..core.tokens import Count, VisualTokens
 from .base import ScoreMethod, WithoutCLS, cls_signal, cls_values
-from .mosaic import counts_by_cell, thumbnail_cells, top_by_crop
+from .crops import counts_by_cell, thumbnail_cells, top_by_crop
 
 
 @dataclass(frozen=True)

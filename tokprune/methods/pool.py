@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from .. import ops
-from ..types import Count, Region, VisualTokens
+from ..core import ops
+from ..core.layout import Region
+from ..core.tokens import Count, VisualTokens
 from .base import Method
 
 

@@ -8,11 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..flops import Ops, Widths
-from ..types import Count, Kind, Layout, Signal, Tower, VisualTokens
+from ..core import ops
+from ..core.layout import Layout
+from ..core.signals import Kind, Signal, Tower
+from ..core.tokens import Count, VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .base import Method, WithoutCLS, cls_signal, cls_values
-from .mosaic import crop_by_crop, in_order
+from .crops import crop_by_crop, in_order
 
 N_NEIGHBOURS = 32
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
+from ..core import ops
+from ..core.errors import OptionError
 from .prumerge import PruMerge
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..schedule import Pyramid, Schedule
-from ..types import Kind, Signal, VisualTokens
+from ..core.schedules import Pyramid, Schedule
+from ..core.signals import Kind, Signal
+from ..core.tokens import VisualTokens
 from .decoder import DecoderMethod
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..types import VisualTokens
+from ..core.tokens import VisualTokens
 from .base import RankMethod
 
 

@@ -10,10 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, TokPruneError
-from ..flops import Ops, Widths
-from ..schedule import HOW, Schedule, ScheduleFile, read_schedule, write_schedule
-from ..types import Count, Decoder, Layout, Signal, VisualTokens
+from ..core.errors import OptionError, TokPruneError
+from ..core.layout import Layout
+from ..core.schedules import HOW, Schedule, ScheduleFile, read_schedule, write_schedule
+from ..core.signals import Decoder, Signal
+from ..core.tokens import Count, VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .decoder import DecoderMethod
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..types import Kind, Signal, Stage, VisualTokens
+from ..core.errors import OptionError
+from ..core.signals import Kind, Signal
+from ..core.tokens import Stage, VisualTokens
 from .base import Filter
 
 

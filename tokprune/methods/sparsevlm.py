@@ -10,11 +10,14 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..budget import REFERENCE_TEXT
-from ..flops import Ops, Widths
-from ..schedule import PAPER_DEPTH, Schedule
-from ..types import Count, Decoder, Kind, Layout, Signal, VisualTokens
+from ..core import ops
+from ..core.budget import REFERENCE_TEXT
+from ..core.layout import Layout
+from ..core.schedules import PAPER_DEPTH, Schedule
+from ..core.signals import Decoder, Kind, Signal
+from ..core.tokens import Count, VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .clustering import cluster_means
 from .decoder import DecoderMethod
 

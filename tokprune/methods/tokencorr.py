@@ -8,12 +8,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..errors import OptionError
-from ..flops import Ops, Widths
-from ..types import Count, Kind, Layout, Signal, Tower, VisualTokens
+from ..core import ops
+from ..core.errors import OptionError
+from ..core.layout import Layout
+from ..core.signals import Kind, Signal, Tower
+from ..core.tokens import Count, VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .base import Method, WithoutCLS, cls_signal, cls_values
-from .mosaic import crop_by_crop, is_thumbnail
+from .crops import crop_by_crop, is_thumbnail
 
 
 @dataclass(frozen=True)

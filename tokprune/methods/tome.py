@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from ..flops import Ops, Widths
-from ..types import Layout, VisualTokens
+from ..core import ops
+from ..core.layout import Layout
+from ..core.tokens import VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .base import Method
 
 

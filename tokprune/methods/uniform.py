@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import ops
-from ..types import VisualTokens
+from ..core import ops
+from ..core.tokens import VisualTokens
 from .base import Method, Split
 
 

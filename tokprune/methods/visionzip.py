@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from ..flops import Ops, Widths
-from ..types import Kind, Layout, Signal, Tower, VisualTokens
+from ..core import ops
+from ..core.layout import Layout
+from ..core.signals import Kind, Signal, Tower
+from ..core.tokens import VisualTokens
+from ..cost.flops import Ops
+from ..cost.selection import Widths
 from .base import Method
-from .mosaic import crop_by_crop, in_order
+from .crops import crop_by_crop, in_order
 
 
 @dataclass(frozen=True)

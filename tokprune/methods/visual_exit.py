@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
-from ..types import Decoder, Kind, Signal, VisualTokens
+from ..core.errors import OptionError
+from ..core.signals import Decoder, Kind, Signal
+from ..core.tokens import VisualTokens
 from .decoder import ExitMethod, checked_layer
 
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import OptionError
-from ..types import Signal, Tower, VisualTokens
+from ..core.errors import OptionError
+from ..core.signals import Signal, Tower
+from ..core.tokens import VisualTokens
 from .base import RankMethod, WithoutCLS, cls_signal, cls_values
 
 

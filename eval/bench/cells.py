@@ -1,0 +1,258 @@
+"""A cell of a sweep: one model, resolution and batch size, all configurations in turn, and the rows that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokprune.core.clock import PARTS
+
+from ..run.rows import Config, conditions
+from ..stats import percentile
+from . import shaped
+from .break_even import Times, by_output_length, ratio
+from .timing import Measured, measured
+
+if TYPE_CHECKING:
+    from .sweep import Settings
+
+PHASES = ("vision", "selection", "prefill", "rest")
+Spread = dict[str, float]  # p20, p50 and p80 in milliseconds
+
+
+@dataclass
+class Row:
+    """One configuration in one cell at one output length, as it is written.
+
+    Args:
+        model: its name; `weights` are "random" or "real"; layers of decoder and tower as built.
+        n_visual, n_kept: visual tokens of a picture, and what the last layer sees of them; `n_mean` over layers.
+        columns: of the KV cache behind the prompt, by decoder layer.
+        vision_ms, selection_ms, prefill_ms, rest_ms: phases up to the first token; they add up to it in every round.
+        selection_parts_ms: medians of the parts of the selection.
+        first_token_ms, token_ms, total_ms: from end to end; `token_ms` of every token behind the first.
+        first_token_ratio, token_ratio, total_ratio: to the bare model, paired by round: median, interval and coverage.
+        prefill_flops_ratio, token_flops_ratio, kv_bytes_ratio: what the ledger predicts.
+        kv_bytes, kv_bytes_ledger: keys and values of the prompt, measured and predicted.
+        peak_bytes, above_bytes: the highest of all rounds; `above_bytes` was not in use before.
+        breakeven: in output length, in words.
+        first_s, token_s, total_s: every round, for intervals of one's own.
+    """
+
+    model: str
+    weights: str
+    n_layers: int
+    n_vision_layers: int
+    method: str
+    keep_ratio: float | None
+    batch_size: int
+    resolution: int
+    n_visual: int
+    n_kept: float
+    n_mean: float
+    n_text: int
+    columns: list[int]
+    new_tokens: int
+    rounds: int
+    warmup: int
+    vision_ms: Spread
+    selection_ms: Spread
+    selection_parts_ms: dict[str, float]
+    prefill_ms: Spread
+    rest_ms: Spread
+    first_token_ms: Spread
+    token_ms: Spread | None
+    total_ms: Spread
+    first_token_ratio: dict[str, float]
+    token_ratio: dict[str, float] | None
+    total_ratio: dict[str, float]
+    prefill_flops_ratio: float | None
+    token_flops_ratio: float | None
+    kv_bytes_ratio: float | None
+    kv_bytes: int
+    kv_bytes_ledger: int | None
+    peak_bytes: int | None
+    above_bytes: int | None
+    breakeven: str
+    first_s: list[float]
+    token_s: list[float]
+    total_s: list[float]
+    device: str
+    dtype: str
+    attn_implementation: str
+    torch: str
+    transformers: str
+    tokprune: str
+    commit: str | None
+    date: str
+
+    @property
+    def config(self) -> Config:
+        """Method and ratio."""
+        return Config(self.method, self.keep_ratio)
+
+
+@dataclass
+class Subject:
+    """A model at one resolution.
+
+    Args:
+        config: of the model.
+        side: pixels a side of the square picture.
+        image_processor: that cuts it.
+        n_placeholders: rows that it gives the language model, newlines among them.
+        model: None before it is built.
+    """
+
+    config: Any
+    side: int
+    image_processor: Any
+    n_placeholders: int
+    model: Any = None
+
+
+@dataclass
+class Cell:
+    """All configurations on one batch.
+
+    Args:
+        settings: of the sweep.
+        subject: the model at a resolution.
+        batch_size: prompts at a time.
+        configs: the bare model first.
+        rounds: what was counted so far, whole rounds alone.
+    """
+
+    settings: Settings
+    subject: Subject
+    batch_size: int
+    configs: list[Config]
+    rounds: list[dict[Config, Measured]] = field(default_factory=list)
+
+    def measure(self, advance: Callable[[], None] = lambda: None) -> None:
+        """All rounds, every one begun by another configuration; those that warm up are not counted."""
+        s, model, inputs = self.settings, self.subject.model, self.inputs()
+        for i in range(s.warmup + s.rounds):
+            turn, found = i % len(self.configs), {}
+            for config in (*self.configs[turn:], *self.configs[:turn]):
+                found[config] = measured(model, inputs, config, max(s.new_tokens))
+                advance()
+            self.rounds += [found] if i >= s.warmup else []
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The batch on the model's device."""
+        subject, model = self.subject, self.subject.model
+        pixels = shaped.encoded(subject.image_processor, subject.side, self.batch_size)
+        made = shaped.prompt(model.config, subject.n_placeholders, self.settings.n_text, pixels, self.batch_size)
+        made["pixel_values"] = made["pixel_values"].to(model.dtype)
+        return {name: value.to(model.device) for name, value in made.items()}
+
+    def rows(self) -> list[Row]:
+        """One a configuration and output length; none before a round is whole."""
+        lengths = sorted(set(self.settings.new_tokens)) if self.rounds else []
+        seen = conditions(self.subject.model) if lengths else {}
+        return [self._row(config, n, seen) for config in self.configs for n in lengths]
+
+    def _row(self, config: Config, n_new: int, seen: dict[str, Any]) -> Row:
+        runs, bare = ([r[c] for r in self.rounds] for c in (config, self.configs[0]))
+        s, model_config = self.settings, self.subject.config
+        fixed = ("device", "dtype", "torch", "transformers", "tokprune", "commit", "date")
+        last = runs[-1]
+        return Row(
+            model=s.shape or s.model,
+            weights="random" if s.shape else "real",
+            n_layers=model_config.text_config.num_hidden_layers,
+            n_vision_layers=model_config.vision_config.num_hidden_layers,
+            method=config.method,
+            keep_ratio=config.keep_ratio,
+            batch_size=self.batch_size,
+            resolution=self.subject.side,
+            n_text=s.n_text,
+            columns=last.cache.columns,
+            new_tokens=n_new,
+            rounds=len(runs),
+            warmup=s.warmup,
+            **_phases(runs),
+            **_compared(runs, bare, n_new),
+            **self._predicted(last, n_new),
+            kv_bytes=last.cache.n_bytes,
+            peak_bytes=_highest([m.peak_bytes for m in runs]),
+            above_bytes=_highest([m.above_bytes for m in runs]),
+            attn_implementation=last.attn,
+            **{name: seen[name] for name in fixed},
+        )
+
+    def _predicted(self, run: Measured, n_new: int) -> dict[str, Any]:
+        """What the report counts and its ledger predicts; of the bare model from another's report."""
+        report = run.report or next(m.report for m in self.rounds[-1].values() if m.report)
+        image = report.images[0]
+        bare = run.report is None
+        found: dict[str, Any] = dict.fromkeys(
+            ("prefill_flops_ratio", "token_flops_ratio", "kv_bytes_ratio", "kv_bytes_ledger")
+        )
+        found["n_visual"] = image.n_visual
+        found["n_kept"] = image.n_visual if bare else sum(i.n_kept for i in report.images) / len(report.images)
+        n_mean = sum(map(report.n_mean, report.images)) / len(report.images)
+        found["n_mean"] = image.n_visual if bare else n_mean
+        before, after, shape = report.ledger_unpruned, report.ledger, report.shape
+        if before is None or after is None or shape is None:
+            return found
+        after = before if bare else after
+        whole = [report.n_prompt] * report.n_layers
+        columns = whole if bare else report.layers
+        steps = [
+            sum(shape.decode([c + i for c in cached]).flops for i in range(n_new - 1)) for cached in (columns, whole)
+        ]
+        return found | {
+            "prefill_flops_ratio": after.prefill.flops / before.prefill.flops,
+            "token_flops_ratio": steps[0] / steps[1] if n_new > 1 else None,
+            "kv_bytes_ratio": after.kv_bytes / before.kv_bytes,
+            "kv_bytes_ledger": after.kv_bytes,
+        }
+
+
+def _phases(runs: Sequence[Measured]) -> dict[str, Any]:
+    """Columns of the time up to the first token, by phase."""
+    parts = {p: [m.phases.seconds.get(p, 0.0) for m in runs] for p in PARTS}
+    return {
+        **{f"{p}_ms": spread([getattr(m.phases, f"{p}_s") for m in runs]) for p in PHASES},
+        "selection_parts_ms": {p: 1000 * median(v) for p, v in parts.items() if any(v)},
+    }
+
+
+def _compared(runs: Sequence[Measured], bare: Sequence[Measured], n_new: int) -> dict[str, Any]:
+    """Columns of the time from end to end, and beside the bare model's."""
+    (own, other), has_steps = (_times(each) for each in (runs, bare)), len(runs[0].ticks) > 1
+    totals = [[m.until(n_new) for m in each] for each in (runs, bare)]
+    return {
+        "first_token_ms": spread(own.first),
+        "token_ms": spread(own.token) if has_steps else None,
+        "total_ms": spread(totals[0]),
+        "first_token_ratio": asdict(ratio(own.first, other.first)),
+        "token_ratio": asdict(ratio(own.token, other.token)) if has_steps else None,
+        "total_ratio": asdict(ratio(*totals)),
+        "breakeven": by_output_length(own, other).in_words(len(runs[0].ticks)) if has_steps and runs[0].report else "",
+        "first_s": list(own.first),
+        "token_s": list(own.token),
+        "total_s": totals[0],
+    }
+
+
+def _times(runs: Sequence[Measured]) -> Times:
+    steps = [m.token_s for m in runs]
+    return Times([m.ticks[0] for m in runs], [] if None in steps else steps)
+
+
+def spread(seconds: Sequence[float]) -> Spread:
+    """Percentiles in milliseconds."""
+    ordered = sorted(1000 * s for s in seconds)
+    return {"p20": percentile(ordered, 0.2), "p50": median(ordered), "p80": percentile(ordered, 0.8)}
+
+
+def _highest(values: Sequence[int | None]) -> int | None:
+    known = [v for v in values if v is not None]
+    return max(known) if known else None

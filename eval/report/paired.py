@@ -1,0 +1,118 @@
+"""Two configurations on the same questions: the difference of their accuracies, with its interval.
+
+python -m tokprune.eval.paired runs/compare globalcom2@0.1 globalcom2:allocate=even@0.1
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokprune.core.errors import RunError
+from tokprune.core.files import write_text
+
+from ..run.lines import counted, rows_of, typed
+from ..run.rows import SampleRow
+from ..stats import paired
+
+
+@dataclass
+class Difference:
+    """How much more of the same questions `first` answers than `second`, as shares, with a 95 % interval.
+
+    The interval is Bonett and Price's (2012) for paired proportions, the p-value of McNemar's exact test.
+    """
+
+    task: str
+    first: str
+    second: str
+    n_samples: int
+    only_first: float
+    only_second: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def differences(
+    folder: Path, first: str, second: str, say: Callable[[str], None] = lambda text: None
+) -> list[Difference]:
+    """One a task of a run; labels are those of the run's rows, such as globalcom2@0.1.
+
+    Args:
+        folder: of the run.
+        first: a label.
+        second: another.
+        say: told how many damaged lines are left out, if any.
+
+    Raises:
+        RunError: no such run, one that is not finished, no such configurations in it, or no question that both
+            answered.
+    """
+    if (folder / "samples.jsonl").exists() and not (folder / "rows.jsonl").exists():
+        raise RunError(f"the run in {folder} is not finished; type its tokprune compare again to go on with it")
+    path, again = folder / "samples.jsonl", f"type the same tokprune compare --out {folder} again to mend it"
+    if not path.is_file():
+        raise RunError(f"no run of tokprune compare in {folder}: it has no samples.jsonl")
+    read = list(rows_of(path, functools.partial(typed, SampleRow)))
+    rows = [row for row in read if isinstance(row, SampleRow)]
+    if len(rows) < len(read):
+        say(counted(len(read) - len(rows), path, f"left out; {again}"))
+    if not rows:
+        raise RunError(f"{path} holds no answer that can be read; {again}")
+    right: dict[tuple[str, str], dict[str, bool]] = {}
+    for row in rows:
+        right.setdefault((row.task, row.config), {})[row.sample] = row.right
+    found = []
+    for task in sorted({task for task, _ in right}):
+        try:
+            a, b = right[task, first], right[task, second]
+        except KeyError as error:
+            labels = ", ".join(sorted(label for name, label in right if name == task))
+            raise RunError(f"no configuration {error.args[0][1]!r} in {folder}; there are: {labels}") from None
+        both = sorted(a.keys() & b.keys())
+        if not both:
+            raise RunError(f"no question of {task} has an answer of both {first} and {second} in {path}; {again}")
+        pair, n = paired([a[s] for s in both], [b[s] for s in both]), len(both)
+        shares = pair.only_first / n, pair.only_second / n, pair.difference
+        found.append(Difference(task, first, second, n, *shares, *pair.interval, pair.p_value))
+    return found
+
+
+def main(
+    folder: Path,
+    pairs: Annotated[list[str], typer.Argument(help="Labels, two by two.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the rows as JSONL.")] = None,
+) -> None:
+    """Differences between configurations of a run."""
+    found: list[Difference] = []
+    try:
+        for first, second in _two_by_two(pairs):
+            found += differences(folder, first, second, lambda text: typer.echo(f"tokprune: {text}", err=True))
+    except RunError as error:
+        typer.echo(f"tokprune: {error}", err=True)
+        raise typer.Exit(2) from None
+    for d in found:
+        typer.echo(
+            f"{d.task}: {d.first} - {d.second}: {100 * d.difference:+.1f} points "
+            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], p = {d.p_value:.2g}, n = {d.n_samples}"
+        )
+    if out:
+        write_text(out, "".join(json.dumps(asdict(d)) + "\n" for d in found))
+
+
+def _two_by_two(labels: Sequence[str]) -> list[tuple[str, str]]:
+    if len(labels) % 2:
+        raise RunError("labels go two by two: first second [first second ...]")
+    return list(zip(labels[::2], labels[1::2], strict=True))
+
+
+if __name__ == "__main__":
+    typer.run(main)

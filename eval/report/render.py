@@ -1,0 +1,266 @@
+"""Renders the tables of the README and of docs/ from the committed rows in `eval/results/` and from the registries.
+
+python -m tokprune.eval.render            # rewrite README.md and docs/results.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tokprune
+from tokprune.core.budget import REFERENCE_TEXT, Budget
+from tokprune.cost.shapes import known_shape
+
+from ..bench import tables as bench_tables
+from ..run.rows import Row, pooled
+from .tables import accuracy, body, budget, caption, of_kinds, order, times, unpruned, visual
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+PAGES = (Path("README.md"), Path("docs/results.md"))
+BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+EASY_KINDS = ("colour", "shape", "existence", "position")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def read_rows(name: str) -> list[dict]:
+    """The rows of a file in the results folder."""
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def comparison(name: str) -> str:
+    """One table a task, floors first."""
+    rows, parts = read_rows(name), []
+    for task in dict.fromkeys(r["task"] for r in rows):
+        mine = [r for r in rows if r["task"] == task]
+        floor = next((r["value"] for r in mine if r["method"] == "question only"), None)
+        shown = [Row.read(r) for r in mine if r["method"] != "question only"]
+        parts.append(f"**{task}**: {caption(shown[0])}. {unpruned(shown[0])}\n\n")
+        parts.append(markdown(*body(shown, floor)) + "\n")
+    return "".join(parts)
+
+
+def grid(name: str) -> str:
+    """A line a method, a column a ratio; for long lists of methods."""
+    rows = read_rows(name)
+    shown = pooled([Row.read(r) for r in rows if r["method"] != "question only"])
+    ratios = sorted({r.keep_ratio for r in shown if r.keep_ratio is not None}, reverse=True)
+    least = ratios[-1]
+    lines = []
+    for method in dict.fromkeys(r.method for r in sorted(shown, key=lambda r: r.keep_ratio is not None)):
+        by_ratio = {r.keep_ratio: r for r in shown if r.method == method}
+        last = by_ratio.get(least) or by_ratio[None]
+        own = [accuracy(by_ratio[None]), *[""] * (len(ratios) - 1)] if None in by_ratio else []
+        each = own or [accuracy(by_ratio[ratio]) for ratio in ratios]
+        kept = visual(last)
+        c = last.costs
+        flops = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
+        lines.append([f"`{method}`", *each, kept, *flops, times(last.prefill_ratio, 1)])
+    floors = [
+        ["question only", f"{r['value']:.3f}", *[""] * (len(ratios) + 3)] for r in rows if "value" in r and len(r) == 3
+    ]
+    first = shown[0]
+    at = f"at {least:g}"
+    head = ("method", *(f"keep {r:g}" for r in ratios), f"placeholders {at}", f"LLM FLOPs {at}", f"prefill FLOPs {at}")
+    return f"{caption(first)}. {unpruned(first)}\n\n" + markdown((*head, f"prefill time {at}"), floors + lines)
+
+
+def frontier(name: str) -> str:
+    """All configurations of a run in the order of the FLOPs that the language model really spent."""
+    rows = read_rows(name)
+    floors = [r for r in rows if r["method"] == "question only"]
+    shown = pooled([Row.read(r) for r in rows if r["method"] != "question only"])
+    lines = [["question only", "", f"{r['value']:.3f}", *[""] * 4] for r in floors]
+    for row in sorted(shown, key=lambda r: r.costs.llm_flops_after or 0):
+        c = row.costs
+        spent = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
+        memory = times(c.kv_bytes_after, c.kv_bytes_before)
+        lines.append([f"`{row.method}`", budget(row), accuracy(row), visual(row), *spent, memory])
+    head = ("method", "keep", "accuracy [95 %]", "visual tokens", "LLM FLOPs", "prefill FLOPs", "KV bytes")
+    return f"{caption(shown[0])}. {unpruned(shown[0])}\n\n" + markdown(head, lines)
+
+
+def bench(name: str) -> str:
+    """Measured times beside the ledger's, a table a cell, and when pruning pays."""
+    rows = [bench_tables.Row(**r) for r in read_rows(name)]
+    parts = [f"{bench_tables.conditions_line(rows[0])}\n"]
+    for cell in bench_tables.cells(rows):
+        columns, lines = bench_tables.summary(cell)
+        parts.append(f"**{bench_tables.title(cell[0])}**\n\n" + markdown(columns, lines))
+    parts.append("".join(f"- {line}\n" for line in bench_tables.sentences(rows)))
+    return "\n".join(parts)
+
+
+def pairs(name: str) -> str:
+    """Differences between configurations on the same questions."""
+    lines = [
+        [
+            f"`{r['first']}`",
+            f"`{r['second']}`",
+            f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]",
+            str(r["n_samples"]),
+        ]
+        for r in read_rows(name)
+    ]
+    return markdown(("first", "second", "difference in points [95 %]", "questions"), lines)
+
+
+def selectors(name: str) -> str:
+    """Time of every selection beside the prefill of 32 decoder layers."""
+    rows = read_rows(name)
+    first = rows[0]
+    head = (
+        f"{first['n_visual']} visual tokens of width {first['width']}, keep {first['keep_ratio']:g}, "
+        f"{first['device']}, {first['dtype']}, median of {first['rounds']}; one decoder layer on the unpruned prompt: "
+        f"{first['layer_s']:.2f} s\n\n"
+    )
+    lines = [
+        [
+            f"`{r['method']}`",
+            str(r["n_kept"]),
+            f"{1000 * r['signals_s']:.1f} ms",
+            f"{1000 * r['select_s']:.1f} ms",
+            f"{100 * r['share']:.2f} %",
+        ]
+        for r in rows
+    ]
+    return head + markdown(("method", "kept", "signals", "selection", "share of 32 layers"), lines)
+
+
+def kinds(names: str) -> str:
+    """Findit at the smallest budget by kind of question: four kinds together, and counting apart."""
+    lines = []
+    for name in names.split(","):
+        rows = [Row.read(r) for r in read_rows(name) if r["task"] == "findit" and r["method"] != "question only"]
+        least = min(r.keep_ratio for r in rows if r.keep_ratio is not None)
+        shown = [r for r in pooled(rows) if r.keep_ratio in (None, least)]
+        for row in sorted(shown, key=order):
+            value, low, high, n = of_kinds(row, EASY_KINDS)
+            keep = "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
+            each = [f"{row.by_kind[kind]['value']:.3f}" for kind in (*EASY_KINDS, "count")]
+            lines.append([row.model, row.method, keep, f"{value:.3f} [{low:.3f}, {high:.3f}], n = {n}", *each])
+    return markdown(("model", "method", "keep", "all but count [95 %]", *EASY_KINDS, "count"), lines)
+
+
+def signals(name: str) -> str:
+    """Share of the tower's time by signal."""
+    rows = read_rows(name)
+    first = rows[0]
+    head = (
+        f"{first['n_layers']} layers, {first['n_tokens']} tokens, batch {first['batch_size']}, {first['device']}, "
+        f"{first['dtype']}, median of {first['rounds']}\n\n"
+    )
+    lines = [
+        [r["selector"], f"{r['tower_s_p50']:.2f} s", f"{1000 * r['signals_s_p50']:.1f} ms", f"{100 * r['share']:.2f} %"]
+        for r in rows
+    ]
+    return head + markdown(("signals", "tower", "signals alone", "share"), lines)
+
+
+def models(_: str) -> str:
+    """Which method runs on which model."""
+    pairs = tokprune.list_support()
+    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
+    cell = {(p.model, p.tower, p.method): f"`{p.answer}`" if p.instead else p.answer for p in pairs}
+    lines = [[f"`{name}`", *(cell[(*c, name)] for c in columns)] for name in tokprune.list_methods()]
+    return markdown(("method", *(f"`{model}`, {tower}" for model, tower in columns)), lines)
+
+
+def ledger(names: str) -> str:
+    """What known models cost and what is left of it at three ratios."""
+    lines = []
+    for name in names.split(","):
+        shape = known_shape(name)
+        crops = 5 if "next" in name else 1
+        visual = crops * shape.n_visual
+        full = shape.prefill(visual + REFERENCE_TEXT, crops=crops)
+        left = []
+        for ratio in (0.5, 0.25, 0.11):
+            kept = shape.prefill(Budget(keep_ratio=ratio).n_keep(visual) + REFERENCE_TEXT, crops=crops)
+            llm, whole = kept.llm.flops / full.llm.flops, kept.prefill.flops / full.prefill.flops
+            left.append(f"{100 * llm:.1f} % / {100 * whole:.1f} %")
+        tower = full.before_llm.flops / full.prefill.flops
+        numbers = [
+            f"{visual}",
+            f"{full.llm.flops / 1e12:.2f} T",
+            f"{100 * tower:.1f} %",
+            f"{full.kv_bytes / 2**20:.0f} MiB",
+        ]
+        lines.append([f"`{name}`", *numbers, *left])
+    head = ("shape", "visual tokens", "LLM FLOPs", "tower and projector, share of the prefill", "KV cache, 16 bit")
+    return markdown((*head, *(f"left at keep {r}: LLM / prefill" for r in (0.5, 0.25, 0.11))), lines)
+
+
+def exits(name: str) -> str:
+    """Where visual tokens leave at once, what that saves and what it costs in answers."""
+    rows = read_rows(name)
+    first, lines = rows[0], []
+    for r in rows:
+        where = ", ".join(f"{layer}: {n}" for layer, n in r["exit_layers"].items() if n)
+        bare = r["llm_flops_before"]
+        lines.append(
+            [
+                f"`{r['method']}`" + (f", keep {r['keep_ratio']:.3f}" if r["keep_ratio"] is not None else ""),
+                f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]",
+                times(r["llm_flops_after"], bare),
+                times(r["llm_flops_ratio_as_run"], 1),
+                f"{100 * r['selector_flops'] / bare:.2f} %",
+                where,
+            ]
+        )
+    head = (
+        f"**{first['task']}**: {first['n_samples']} questions of the {first['split'] or 'whole'} split, "
+        f"{first['model']}, {first['device']}, {first['dtype']}, {first['attn_implementation']}, transformers "
+        f"{first['transformers']}, torch {first['torch']}, {first['date']}. Unpruned, one question costs "
+        f"{first['llm_flops_before'] / 1e9:.3g} GFLOPs in the language model.\n\n"
+    )
+    batch = f"LLM FLOPs, batches of {first['batch_size']} as padded"
+    columns = (
+        "method",
+        "accuracy [95 %]",
+        "LLM FLOPs of a question",
+        batch,
+        "deciding, of the LLM",
+        "exit before layer",
+    )
+    return head + markdown(columns, lines)
+
+
+BLOCKS: dict[str, Callable[[str], str]] = {
+    "bench": bench,
+    "comparison": comparison,
+    "frontier": frontier,
+    "exits": exits,
+    "grid": grid,
+    "kinds": kinds,
+    "ledger": ledger,
+    "models": models,
+    "pairs": pairs,
+    "selectors": selectors,
+    "signals": signals,
+}
+
+
+def rendered(text: str) -> str:
+    """A text with its generated blocks filled in."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](match[3])}\n{match[4]}", text)
+
+
+def main(pages: Annotated[list[Path] | None, typer.Argument(help="Markdown files.")] = None) -> None:
+    """Rewrite the tables of files in place."""
+    for page in pages or PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

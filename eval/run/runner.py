@@ -1,0 +1,347 @@
+"""Runs a model over samples under several configurations, batch by batch, one JSONL row a sample.
+
+All configurations answer a batch before the next batch is prepared: pictures are processed once, and times
+are compared on the same inputs minutes, not hours, apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import zlib
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import tokprune
+from tokprune.core.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError, why_unloadable
+from tokprune.cost.flops import Ops, Shape
+from tokprune.cost.shapes import shape_from_config
+
+from ..models import DEFAULT, EMBEDDED, path_of
+from ..tasks import Sample, Task
+from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
+from .stopwatch import Stopwatch
+
+EMBEDDED_MODEL = Path(path_of(DEFAULT))
+
+
+@dataclass
+class Runner:
+    """A model with its processor, ready to answer.
+
+    Args:
+        model: any model that `tokprune.attach` takes.
+        processor: its processor.
+        max_new_tokens: where an answer is cut.
+        suffix: added to every question, such as " Answer with a single word or phrase."
+    """
+
+    model: torch.nn.Module
+    processor: Any
+    max_new_tokens: int = 8
+    suffix: str = ""
+
+    @classmethod
+    def load(cls, path: str, device_map: str | None = None, **options: Any) -> Runner:
+        """An embedded model by its name, or from a local folder or a hub id.
+
+        It goes to this process' GPU where there is one; with `device_map`, such as "auto", over all that there is. Code
+        that a folder or a hub id brings along is never run.
+
+        Raises:
+            RunError: it cannot be loaded.
+        """
+        gpu, path = torch.cuda.is_available(), path_of(path)
+        placed = {} if device_map is None else {"device_map": device_map}
+        try:
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, trust_remote_code=False, dtype="auto" if gpu else torch.float32, **placed
+            )
+        except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
+            near = difflib.get_close_matches(path, EMBEDDED, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise RunError(
+                f"cannot load {path!r}: {why_unloadable(error)} {hint}Type {' or '.join(EMBEDDED)} (embedded), "
+                f"a local folder, or a hub id of: {', '.join(tokprune.list_models())}"
+            ) from error
+        processor.tokenizer.padding_side = "left"
+        if device_map is None:
+            model = model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
+        return cls(model.eval(), processor, **options)
+
+    def missing(self, configs: Sequence[Config]) -> dict[str, str]:
+        """Configurations that this model cannot run, with the reason; nothing is run for it.
+
+        Raises:
+            TokPruneError: a reason that no other model would mend, such as an option that does not exist.
+        """
+        reasons = {}
+        for config in configs:
+            if config.method in BARE:
+                continue
+            try:
+                tokprune.attach(self.model, config.method, **config.budget).detach()
+            except MissingSignalError as error:
+                reasons[config.method] = str(error)
+        return reasons
+
+    def out_of_reach(self, task: Task, samples: Sequence[Sample], configs: Sequence[Config]) -> dict[str, str]:
+        """Labels of configurations whose budget in FLOPs this model cannot be held to, with the reason.
+
+        What is in reach depends on the layout of a picture, so one of every size is tried.
+        """
+        pictures = {s.image_id: s for s in samples}
+        sizes = {task.image(image_id).size: sample for image_id, sample in pictures.items()}
+        reasons: dict[str, str] = {}
+        for sample in sizes.values():
+            inputs = self.prepare(task, [sample], [sample.image_id])
+            for config in configs:
+                if config.flops_ratio is not None and config.label not in reasons:
+                    try:
+                        self.answer(inputs, config, (0,), max_new_tokens=1)
+                    except BudgetError as error:
+                        reasons[config.label] = str(error)
+        return reasons
+
+    def text_tokens(self, samples: Sequence[Sample]) -> int:
+        """Median number of prompt tokens beside the picture."""
+        prompts = [self.prompt(s.question) for s in samples]
+        ids = self.processor.tokenizer(prompts)["input_ids"]
+        return round(median(sum(i != self.model.config.image_token_id for i in row) for row in ids))
+
+    def prompt(self, question: str) -> str:
+        """The question in the processor's chat template, or in LLaVA 1.5's where there is none.
+
+        Raises:
+            RunError: it holds a placeholder of its own.
+        """
+        question += self.suffix
+        if "<image>" in question:
+            raise RunError(f"leave <image> out of the question {question!r}; the prompt puts it in place")
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        return f"USER: <image>\n{question} ASSISTANT:"
+
+    def prepare(
+        self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1
+    ) -> dict[str, torch.Tensor]:
+        """Left-padded inputs on the model's device; with `scale`, of pictures of other height and width."""
+        images = [[_scaled(task.image(i), scale)] for i in image_ids]
+        text = [self.prompt(s.question) for s in samples]
+        inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
+        return inputs.to(self.device, self.model.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; weights of a model spread by `device_map` may lie elsewhere between passes."""
+        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
+        placed = getattr(hook, "execution_device", None)
+        return self.model.device if placed is None else torch.device(placed)
+
+    @functools.cached_property
+    def shape(self) -> Shape | None:
+        """The model as the ledger sees it; None where its cost is not known."""
+        try:
+            return shape_from_config(self.model.config)
+        except UnsupportedModelError:
+            return None
+
+    def fingerprint(self) -> str:
+        """A checksum of the weights' names, shapes and some of their values: tells checkpoints apart."""
+        total = 0
+        for name, weight in _weights(self.model):
+            head = weight.flatten()[:256].float().cpu().numpy().tobytes()
+            total = zlib.crc32(f"{name} {tuple(weight.shape)}".encode() + head, total)
+        return f"{total:08x}"
+
+    def prompt_fingerprint(self) -> str:
+        """A checksum of the prompt and of the processor's settings."""
+        return f"{zlib.crc32((self.prompt('?') + self.processor.to_json_string()).encode()):08x}"
+
+    @torch.no_grad()
+    def answer(
+        self, inputs, config: Config, salts: Sequence[int], max_new_tokens: int | None = None
+    ) -> tuple[torch.Tensor, Any, Stopwatch]:
+        """New tokens, the report (None for the bare model), and the times."""
+        n_new = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        bare = config.method in BARE
+        with nullcontext() if bare else tokprune.attach(self.model, config.method, **config.budget) as attachment:
+            if attachment is not None:
+                attachment.salts = list(salts)
+            with Stopwatch(self.model) as watch:
+                out = self.model.generate(**inputs, max_new_tokens=n_new, do_sample=False)
+            report = None if attachment is None else attachment.report
+        return out[:, inputs["input_ids"].shape[1] :], report, watch
+
+    def rows(
+        self,
+        task: Task,
+        samples: Sequence[Sample],
+        config: Config,
+        asked: Asked,
+        whole: Asked,
+        batch: int = 0,
+    ) -> tuple[list[SampleRow], BatchTime]:
+        """One row a sample of a batch, and its times; what pruning saves is counted from `whole`."""
+        salts = [zlib.crc32(s.id.encode()) for s in samples]
+        tokens, report, watch = self.answer(asked.inputs, config, salts)
+        before, after = whole.columns, (report.prefills[0].rows if report else None) or asked.columns
+        by_layer = report.row_layers(0, after) if report else [[n] for n in after]
+        n_layers = len(self.model.model.language_model.layers)
+        n_mean = [mean(i.placeholders_by_layer(n_layers)) for i in report.encoded] if report else asked.n_visual
+        n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
+        selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
+        stops = _stop_ids(self.model)
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        rows = [
+            SampleRow(
+                task=task.name,
+                config=config.label,
+                batch=batch,
+                method=config.method,
+                keep_ratio=config.keep_ratio,
+                flops_ratio=config.flops_ratio,
+                sample=s.id,
+                kind=s.kind,
+                expected=s.expected,
+                answer=text.strip(),
+                right=s.is_right(text),
+                words_right=s.begins_right(text),
+                stopped=bool(set(row.tolist()) & stops),
+                n_visual_before=whole.n_visual[i],
+                n_visual_after=n_kept[i],
+                n_visual_mean=n_mean[i],
+                llm_columns_before=before[i],
+                llm_columns_after=by_layer[i][-1],
+                costs=self._costs((whole, asked), i, (before[i], by_layer[i]), selectors[i]),
+            )
+            for i, (s, text, row) in enumerate(zip(samples, texts, tokens, strict=True))
+        ]
+        decode_s = watch.decode_s / (tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
+        time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
+        return rows, time
+
+    def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], selector: Ops) -> Costs:
+        language_model = self.model.model.language_model
+        bytes_per_value = language_model.dtype.itemsize
+        if len(columns[1]) == 1:  # the bare model: the same in every layer
+            columns = columns[0], columns[1] * len(language_model.layers)
+        before, after = (a.crops[i] if a.crops else 0 for a in asked)
+        return Costs.of(self.shape if before else None, columns, selector, bytes_per_value, (before, after))
+
+    @torch.no_grad()
+    def asked(self, inputs) -> Asked:
+        """Inputs with what the model makes of them.
+
+        Its crops are asked of the model itself: this is also the first run, which is slow, and no configuration should
+        pay for it. They are unknown for a model that cannot be attached to.
+        """
+        columns = inputs["attention_mask"].sum(1).tolist()
+        n_visual = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
+        if self.model.config.model_type not in tokprune.list_models():
+            return Asked(inputs, columns, n_visual, [])
+        with tokprune.attach(self.model, "uniform", keep_ratio=1) as attachment:
+            self.model(**inputs, logits_to_keep=1)
+            return Asked(inputs, columns, n_visual, [i.layout.n_crops for i in attachment.report.encoded])
+
+    def run(
+        self,
+        task: Task,
+        samples: Sequence[Sample],
+        configs: Sequence[Config],
+        batch_size: int = 32,
+        todo: Iterable[tuple[int, list[Config]]] | None = None,
+    ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
+        """Rows and times of configurations on batches, as they come; every one on every batch without `todo`."""
+        others = dict(zip((s.id for s in samples), _other_pictures(samples), strict=True))
+        for batch, open_ in batches(samples, configs, batch_size) if todo is None else todo:
+            part = samples[batch * batch_size : (batch + 1) * batch_size]
+            ids = [s.image_id for s in part]
+            whole = self.asked(self.prepare(task, part, ids))
+            other = half = whole
+            if any(c.shuffled for c in open_):
+                other = self.asked(self.prepare(task, part, [others[s.id] for s in part]))
+            if any(c.method == DOWNSAMPLE for c in open_):
+                half = self.asked(self.prepare(task, part, ids, scale=0.5))
+            for config in open_:
+                if config.shuffled:
+                    yield config, *self.rows(task, part, config, other, other, batch)
+                else:
+                    seen = half if config.method == DOWNSAMPLE else whole
+                    yield config, *self.rows(task, part, config, seen, whole, batch)
+
+
+def batches(
+    samples: Sequence[Sample],
+    configs: Sequence[Config],
+    batch_size: int,
+    done: Container[tuple[str, int]] = (),
+) -> list[tuple[int, list[Config]]]:
+    """Batches with the configurations that have not answered them; (label, batch) in `done` have."""
+    found = []
+    for batch in range(-(-len(samples) // batch_size)):
+        turn = batch % len(configs)  # no configuration is always first
+        open_ = [c for c in [*configs[turn:], *configs[:turn]] if (c.label, batch) not in done]
+        if open_:
+            found.append((batch, open_))
+    return found
+
+
+@dataclass
+class Asked:
+    """Prepared questions: columns and placeholders of every row, and the crops of its picture, where known."""
+
+    inputs: Any
+    columns: list[int]
+    n_visual: list[int]
+    crops: list[int]
+
+
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights, fetched one module at a time where they are offloaded."""
+    if not any(p.is_meta for p in model.parameters()):
+        yield from model.state_dict().items()
+        return
+    from accelerate.utils import align_module_device
+
+    kept = set(model.state_dict())
+    for prefix, module in model.named_modules():
+        with align_module_device(module):
+            own = (*module.named_parameters(prefix, recurse=False), *module.named_buffers(prefix, recurse=False))
+            yield from ((name, weight.detach()) for name, weight in own if name in kept)
+
+
+def _stop_ids(model: torch.nn.Module) -> set[int]:
+    stop = model.generation_config.eos_token_id
+    return set(stop) if isinstance(stop, list) else {stop}
+
+
+def _scaled(picture: Image.Image, scale: float) -> Image.Image:
+    if scale == 1:
+        return picture
+    size = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(tuple(size), Image.Resampling.BICUBIC)
+
+
+def _other_pictures(samples: Sequence[Sample]) -> list[str]:
+    """For every sample the picture of the sample half the list further on; a neighbour where it is the same."""
+    ids = [s.image_id for s in samples]
+    n = len(ids)
+    others = []
+    for i in range(n):
+        steps = (ids[(i + n // 2 + k) % n] for k in range(n))
+        others.append(next((other for other in steps if other != ids[i]), ids[i]))
+    return others

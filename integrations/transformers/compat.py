@@ -1,0 +1,263 @@
+"""Everything that tokprune takes from transformers without a promise: names, attributes and behaviour of its releases.
+
+Nothing else in the package names these things. Each has a test in `tests/contract/test_compat.py` that fails with a
+sentence when a release changes it. transformers itself is not imported here: what is asked for hangs on the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.core.errors import UnsupportedCacheError, UnsupportedModelError
+
+OLDEST, NEWEST = "4.57.6", "5.24.0"  # releases of transformers that the laws run on, and some between
+LAYERS_STATE = "_tokprune_layers"  # on a cache whose layers were cut: what each of them holds
+# Outputs of a multimodal model that hold encoded pictures: features up to 5.23, the encoder's whole output from 5.24.
+FEATURE_FIELDS = ("image_hidden_states", "video_hidden_states")
+ENCODED_FIELDS = ("image_outputs", "video_outputs")
+
+
+# ------------------------------------------------------------------------------------------- releases
+
+
+def transformers_release() -> str:
+    """The installed release of transformers."""
+    return importlib.metadata.version("transformers")
+
+
+def is_newer_than_tested(release: str) -> bool:
+    """Whether a release has another major or minor number than any that was tested, and a higher one."""
+    found, newest = ([int(part) for part in text.split(".")[:2]] for text in (release, NEWEST))
+    return found > newest
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Warn once a process where transformers is newer than the newest release that was tested."""
+    release = transformers_release()
+    if is_newer_than_tested(release):
+        warnings.warn(
+            f"transformers {release} is newer than {NEWEST}, the newest release that tokprune is tested on; "
+            "check it with: tokprune doctor",
+            stacklevel=3,
+        )
+
+
+def torchvision_fault() -> str | None:
+    """Why an installed torchvision keeps transformers from importing its models; None where it does not."""
+    try:
+        importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # whatever a broken binary raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+# ------------------------------------------------------------------------------------------- KV caches
+
+
+def cache_of(named: Mapping) -> Any:
+    """The cache among the keywords or in the output of a call; `past_key_values` before 5.24."""
+    found = named.get("cache")
+    if found is None and "cache" not in getattr(type(named), "__dataclass_fields__", ()):
+        found = named.get("past_key_values")
+    return found
+
+
+def as_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword with which a model's forward takes a cache."""
+    takes = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": cache}
+
+
+def past_length(cache: Any) -> int:
+    """Tokens in a cache; 0 without one."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def cached_keys(cache: Any, layer: int) -> Tensor:
+    """Keys that a layer holds, (B, H, P, d)."""
+    return cache.layers[layer].keys
+
+
+def crop_cache(cache: Any, n: int) -> None:
+    """Take the last n tokens out of every layer."""
+    cache.crop(-n)
+
+
+def crop_layer(cache: Any, layer: int, length: int) -> None:
+    """Cut one layer back to a length."""
+    held = cache.layers[layer]
+    excess = held.get_seq_length() - length
+    if excess > 0:
+        held.crop(-excess)
+
+
+def refuse_unsupported(cache: Any, mask: Any) -> None:
+    """Raise UnsupportedCacheError for caches and masks that cannot be shortened."""
+    _refuse_cache(cache)
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UnsupportedCacheError(
+            f"an attention mask of your own ({_kind_of_mask(mask)}) cannot be shortened with the tokens; pass the "
+            "2-D attention_mask that the processor makes, with attn_implementation='sdpa' or 'eager'"
+        )
+
+
+def _kind_of_mask(mask: Any) -> str:
+    return f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
+
+
+def _refuse_cache(cache: Any) -> None:
+    if cache is None:
+        return
+    layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    layers.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
+    names = {type(cache).__name__, *layers}
+    for word, kind, instead in (
+        ("Static", "static", "leave cache_implementation out"),
+        ("Quant", "quantised", "leave cache_implementation out"),
+        ("Sliding", "sliding-window", "use a model or configuration without sliding_window"),
+    ):
+        if any(word in name for name in names):
+            raise UnsupportedCacheError(
+                f"a {kind} cache ({type(cache).__name__}) cannot hold pruned sequences; {instead} (DynamicCache)"
+            )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedCacheError(
+            "an offloaded cache cannot hold pruned sequences; leave cache_implementation='offloaded' out (DynamicCache)"
+        )
+    if names != {"DynamicCache", "DynamicLayer"}:
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} ({', '.join(sorted(layers))}) cannot hold pruned sequences; use a DynamicCache"
+        )
+
+
+# ------------------------------------------------------------------------------------------- encoded pictures
+
+
+def features_of(encoded: Any) -> Any:
+    """What an encode function made of pictures: releases 5 return an output object, releases 4 the features."""
+    return getattr(encoded, "pooler_output", encoded)
+
+
+def with_features(encoded: Any, features: Any) -> Any:
+    """The same with other features; the object that was given stays as it is."""
+    if not hasattr(encoded, "pooler_output"):
+        return features
+    twin = copy.copy(encoded)
+    twin.pooler_output = features
+    return twin
+
+
+def replace_features(out: Any, change: Callable[[Any], Any]) -> Any:
+    """The output of a multimodal model with the pictures that it hands back changed.
+
+    What it hands back is passed again by generate() at every step without a cache, so that object stays as it is.
+    """
+    if isinstance(out, tuple):
+        return tuple(map(change, out))
+    for field in FEATURE_FIELDS:
+        if field in out:
+            out[field] = change(out[field])
+    for field in ENCODED_FIELDS:
+        if field in out:
+            out[field] = with_features(out[field], change(features_of(out[field])))
+    return out
+
+
+# ------------------------------------------------------------------------------------------- modules
+
+
+def attention_implementation(module: Any) -> str:
+    """Name of a module's attention implementation; "" where none is set."""
+    return getattr(module.config, "_attn_implementation", "") or ""
+
+
+def rotary(language_model: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (B, n, d), that a language model turns queries and keys by, at positions (B, n)."""
+    return language_model.rotary_emb(like, positions)
+
+
+def without_blind_rows(module: Any, mask: Tensor | None, n_new: int, dtype: torch.dtype) -> Tensor | None:
+    """A mask (B, P + n_new) with which padding is not NaN.
+
+    Eager attention takes its softmax in float32, where float64's least number is an infinity: a row that sees nothing
+    becomes NaN, and spreads. There the mask is made ready, (B, 1, n_new, P + n_new), and padding sees everything.
+    """
+    if mask is None or n_new == 1 or dtype != torch.float64 or attention_implementation(module) != "eager":
+        return mask
+    valid = mask.bool()
+    past = mask.shape[1] - n_new
+    causal = torch.ones(n_new, mask.shape[1], dtype=torch.bool, device=mask.device).tril(past)
+    seen = (causal & valid[:, None]) | ~valid[:, past:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (B, H, S, d) of an attention module, turned by its own rotary embedding."""
+    return sys.modules[type(attention).__module__].apply_rotary_pos_emb(x, x, cos, sin)[0]
+
+
+def has_rotary(attention: Any) -> bool:
+    """Whether `rotate` works on an attention module."""
+    return hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
+
+
+def forget_compiled_code() -> None:
+    """Let torch.compile trace everything anew: code that it made before does not notice hooks that come or go."""
+    if "torch._dynamo" in sys.modules and sys.modules["torch._dynamo"].convert_frame.input_codes.seen:
+        torch.compiler.reset()
+
+
+def pack_image_features(base: Any, crops: list[Tensor], sizes: Any, newline: Tensor, ratio: str | None) -> list[Tensor]:
+    """Values of patches through a LLaVA-NeXT model's own packing; releases differ in what it takes."""
+    takes = inspect.signature(base.pack_image_features).parameters
+    options: dict[str, Any] = {"image_newline": newline}
+    if "vision_feature_select_strategy" in takes:
+        options["vision_feature_select_strategy"] = base.config.vision_feature_select_strategy
+    if "vision_aspect_ratio" in takes:
+        options["vision_aspect_ratio"] = ratio
+    return list(base.pack_image_features(crops, sizes, **options)[0])
+
+
+def anyres_grid(base: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the crops of a picture of (height, width) pixels."""
+    config = base.config
+    shape = _module_of(base).get_anyres_image_grid_shape
+    return tuple(shape(size, config.image_grid_pinpoints, config.vision_config.image_size))
+
+
+def n_anyres_crops(base: Any, size: tuple[int, int]) -> int:
+    """Crops of a picture of (height, width) pixels, the thumbnail among them."""
+    config = base.config
+    count = _module_of(base).image_size_to_num_patches
+    return int(count(size, config.image_grid_pinpoints, config.vision_config.image_size))
+
+
+def _module_of(base: Any) -> Any:
+    for kind in type(base).__mro__:
+        module = sys.modules.get(kind.__module__)
+        if hasattr(module, "image_size_to_num_patches"):
+            return module
+    raise UnsupportedModelError(f"{type(base).__name__} does not say how pictures are cut into crops")
+
+
+def positions_of_4(kwargs: Mapping, past: int, n: int, device: torch.device) -> dict[str, Tensor]:
+    """`cache_position` where a call of transformers 4 carries one, for n columns behind `past`; else nothing."""
+    if kwargs.get("cache_position") is None:
+        return {}
+    return {"cache_position": torch.arange(past, past + n, device=device)}

@@ -1,0 +1,191 @@
+"""Encoded pictures: split by image, selected from, and marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.core import ops
+from tokprune.core.budget import Budget
+from tokprune.core.clock import span
+from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.layout import Layout
+from tokprune.core.signals import Kind, Signal
+from tokprune.core.tokens import Count
+from tokprune.cost.selection import SelectionCost
+from tokprune.prune.report import ImageReport
+from tokprune.prune.request import Request
+from tokprune.prune.select import Picture, Selector, most_specials
+
+from .caches import mark_dropped
+from .families.base import ModelFamily
+from .passes import Call
+
+
+@dataclass
+class Encoded:
+    """Images as one encode function made them.
+
+    Args:
+        name: the encode function.
+        arguments: of its call.
+        features: (N, D) an entry: an image, or a tile where only the prompt tells images apart.
+        collected: what the tower's taps gave, by crop.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    features: list[Tensor]
+    collected: dict[Signal | str, Tensor] = field(default_factory=dict)
+
+
+@span("select")
+def by_image(adapter: ModelFamily, encoded: Encoded, runs: Sequence[int] | None = None) -> list[Picture]:
+    """Rows, layout and packed signals of every image.
+
+    Raises:
+        UnsupportedModelError: the layouts do not have as many rows as there are features.
+    """
+    name, arguments = encoded.name, encoded.arguments
+    layouts = adapter.layouts(name, arguments, encoded.features, runs or ())
+    lengths = [len(layout.crop) for layout in layouts]
+    if sum(lengths) != sum(map(len, encoded.features)):
+        raise UnsupportedModelError(
+            f"{name} gave {sum(map(len, encoded.features))} rows where the layout of the pictures says {sum(lengths)}"
+        )
+    features = encoded.features
+    if lengths != list(map(len, features)):
+        features = list(torch.cat(features).split(lengths))
+    pictures = [Picture(rows, layout) for rows, layout in zip(features, layouts, strict=True)]
+    for signal, values in encoded.collected.items():
+        if isinstance(signal, Signal):
+            for picture, own in zip(pictures, _signal_by_image(adapter, encoded, layouts, signal, values), strict=True):
+                picture.signals[signal] = own
+    states = encoded.collected.get("states")
+    if states is None:
+        return pictures
+    if adapter.tower.has_cls and adapter.selection(arguments) == "full":
+        states = states[:, 1:]
+    return [
+        replace(picture, states=own) if adapter.merges_states(picture.layout) else picture
+        for picture, own in zip(pictures, _packed(adapter, encoded, layouts, states), strict=True)
+    ]
+
+
+def _signal_by_image(
+    adapter: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], signal: Signal, values: Tensor
+) -> list[Tensor]:
+    """A signal of every image, as `Picture` holds it."""
+    if signal.kind is Kind.CLS_STATE:
+        n_crops = adapter.crops_of(encoded.name, encoded.arguments, len(values))
+        return list(values.to(encoded.features[0].device).split(n_crops))
+    return [rows.transpose(0, 1) for rows in _packed(adapter, encoded, layouts, values)]
+
+
+def _packed(adapter: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], values: Tensor) -> list[Tensor]:
+    """Values of patches, (crops, patches, ...), through the model's own packing: (N_visual, ...) an image."""
+    device = encoded.features[0].device
+    rows = torch.cat(adapter.pack(encoded.name, encoded.arguments, values.flatten(2).to(device)))
+    n_visual = [layout.n_visual for layout in layouts]
+    if len(rows) == sum(n_visual):  # special tokens were not packed
+        visual = list(rows.split(n_visual))
+    else:
+        pairs = zip(rows.split([len(layout.crop) for layout in layouts]), layouts, strict=True)
+        visual = [r[ops.on_device(layout.visual, device)] for r, layout in pairs]
+    return [v.unflatten(1, values.shape[2:]) for v in visual]
+
+
+class Pruner:
+    """What is asked for before the language model, on one model: marks the rows that are dropped and keeps the books.
+
+    Args:
+        adapter: of the model.
+        request: what was asked for.
+        signals: collected from the vision tower.
+    """
+
+    def __init__(self, adapter: ModelFamily, request: Request, signals: frozenset[Signal]):
+        self.adapter, self.request, self._signals = adapter, request, signals
+        method = request.before
+        self.reads_states = method is not None and method.space == "tower" and adapter.tower.projects_rows
+        self._selector = None
+        if method is not None:
+            project = adapter.projector if self.reads_states else None
+            budget, label = request.before_budget, request.label
+            self._selector = Selector(method, budget, label, request.newlines, self._flops, project)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is to be dropped before the language model, whatever the picture."""
+        if self.request.replay is not None:
+            return False
+        budget = self.request.before_budget
+        return self._selector is None or (budget is not None and budget.is_everything)
+
+    @span("select")
+    def prune(self, pictures: Sequence[Picture], salts: Sequence[int], call: Call) -> list[Tensor]:
+        """The rows of every image, marked where they are dropped."""
+        if self.request.replay is not None:
+            return self._replayed(pictures, call)
+        marked = [p.features for p in pictures]
+        keeps = [rows.new_ones(len(rows), dtype=torch.bool) for rows in marked]
+        for group in self._selector.groups(pictures, salts) if self._selector else ():
+            call.touched = True
+            call.below_budget |= self._selector.method.count is not Count.CONTENT
+            call.bad.append(group.given.isnan().any())
+            call.dropped.append((~group.keep).any())
+            rows = mark_dropped(group.features, group.keep)
+            for place, i in enumerate(group.members):
+                marked[i], keeps[i] = rows[place], group.keep[place]
+        for picture, keep in zip(pictures, keeps, strict=True):
+            call.clamped |= self._asked_more(picture.layout)
+            call.images.append(self._image_report(picture.layout, keep, collected=bool(picture.signals)))
+        return marked
+
+    def _replayed(self, pictures: Sequence[Picture], call: Call) -> list[Tensor]:
+        """The same for images of which it is known what to keep."""
+        marked = []
+        for picture in pictures:
+            rows, layout = picture.features, picture.layout
+            keep = self.request.replay.keep(len(call.images), 0, len(layout.crop)).to(rows.device)
+            call.touched = True
+            call.bad.append(rows.isnan().any())
+            call.dropped.append((~keep).any())
+            call.images.append(ImageReport(keep, layout, self.adapter.crop_patches(layout)))
+            marked.append(mark_dropped(rows, keep))
+        return marked
+
+    def _flops(self, layout: Layout, n_keep: int) -> int:
+        """What keeping so many tokens of an image costs, with the reference text."""
+        n_special = most_specials(layout, n_keep, self.request.newlines)
+        n_patches = self.adapter.crop_patches(layout)
+        budget = self.request.before_budget or Budget(flops_ratio=1)
+        ledger = self._cost(layout).prefill(layout, n_keep, budget.flops_text + n_special, n_patches)
+        return getattr(ledger, budget.flops_scope).flops
+
+    def _image_report(self, layout: Layout, keep: Tensor, collected: bool) -> ImageReport:
+        n_patches = self.adapter.crop_patches(layout)
+        if self._selector is None or self.adapter.shape is None:
+            return ImageReport(keep, layout, n_patches)
+        n_keep, content = self._selector.n_keep(layout), self._selector.method.count is Count.CONTENT
+        cost = self._cost(layout)
+        # Counted when it is asked for: what a picture decides is not known before.
+        return ImageReport(
+            keep,
+            layout,
+            n_patches,
+            lambda n_kept: cost.selector(layout, n_kept if content else n_keep, n_patches, collected),
+        )
+
+    def _cost(self, layout: Layout) -> SelectionCost:
+        method: Any = self.request.before
+        in_tower = self.reads_states and self.adapter.merges_states(layout)
+        return SelectionCost(self.adapter.shape, self._signals, method.cost, in_tower, method.count is not Count.EXACT)
+
+    def _asked_more(self, layout: Layout) -> bool:
+        budget = self.request.before_budget
+        return budget is not None and budget.keep_tokens is not None and budget.keep_tokens > layout.n_visual

@@ -1,0 +1,67 @@
+"""Hugging Face transformers: one file a model family, named by `config.model_type`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.registry import Registry
+
+from .base import ModelFamily
+
+FAMILIES = Registry(
+    what="model adapter",
+    table={
+        "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
+        "llava": "tokprune.integrations.transformers.families.llava:Llava",
+        "llava_next": "tokprune.integrations.transformers.families.llava_next:LlavaNext",
+        "llava_onevision": "tokprune.integrations.transformers.families.llava_onevision:LlavaOnevision",
+    },
+    listing="tokprune.list_models()",
+)
+
+
+def family_of(model: Any) -> ModelFamily:
+    """The adapter of a model; a PEFT model is unwrapped.
+
+    Raises:
+        UnsupportedModelError: no adapter, or a wrapping that hooks cannot follow.
+    """
+    model = _unwrapped(model)
+    return FAMILIES.load(_model_type(model))(model)
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} calls copies of the model that hooks do not follow; attach to model.module"
+        )
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
+    for part in model.modules():
+        name = type(part).__name__
+        if name == "OptimizedModule":
+            raise UnsupportedModelError(
+                "torch.compile() put a part of the model into another module; use its compile() method instead, as in "
+                "model.model.language_model.compile()"
+            )
+        if name.startswith(("FullyShardedDataParallel", "FSDP")):
+            raise UnsupportedModelError("the model is wrapped in FSDP; attach to an unsharded model")
+    return model
+
+
+def _model_type(model: nn.Module) -> str:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no config.model_type: not a transformers model")
+    if model_type not in FAMILIES.names():
+        raise UnsupportedModelError(
+            f"no model adapter for model_type {model_type!r} ({type(model).__name__}). "
+            f"Supported: {', '.join(FAMILIES.names())} (tokprune.list_models())"
+        )
+    return model_type

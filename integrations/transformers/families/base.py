@@ -1,0 +1,212 @@
+"""What a model adapter is: where a model family keeps its vision tower, its features and its language model.
+
+To add a family, answer these: through which functions do pictures become features (`encode_functions`)? Is
+there one row per placeholder id, and which ids are placeholders? Does the tower have a [CLS] token, and at
+which layers do its features end? Which rows show no patch (newlines)? Which state does the model cache on
+itself? Then write one file with a subclass, and one line in the table of this package.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.layout import Layout
+from tokprune.core.signals import Decoder, Kind, Signal, Tower
+from tokprune.cost.flops import Shape
+from tokprune.cost.shapes import shape_from_config
+
+from ..compat import attention_implementation
+
+# What tells one language model's configuration from another's.
+FINGERPRINT = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+class TowerKind(NamedTuple):
+    """A kind of vision tower: its name for tables, and whether it has a [CLS] token."""
+
+    name: str
+    has_cls: bool
+
+
+class ModelFamily:
+    """One model family. Knows no method.
+
+    Args:
+        model: a transformers model of this family, with or without its language-modelling head.
+
+    Attributes:
+        encode_functions: functions of the base model that turn pictures into rows for the language model, each
+            with the field of the configuration that names its placeholder id.
+        images_from_prompt: whether only the prompt tells which crops make up an image; then tokens are selected
+            when the language model runs, not when pictures are encoded.
+        default_positions: what positions="auto" means here.
+        towers: the vision towers it knows, by `vision_config.model_type`.
+        one_patch_a_row: whether the projector takes one patch a row (no pixel shuffle).
+    """
+
+    encode_functions: ClassVar[Mapping[str, str]] = {"get_image_features": "image_token_id"}
+    images_from_prompt: ClassVar[bool] = False
+    default_positions: ClassVar[str] = "contiguous"
+    towers: ClassVar[Mapping[str, TowerKind]] = {}
+    one_patch_a_row: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.base: Any = model if hasattr(model, "language_model") and not hasattr(model, "lm_head") else model.model
+        kind = self.base.config.vision_config.model_type
+        if kind not in self.towers:
+            raise UnsupportedModelError(
+                f"the {self.base.config.model_type!r} adapter knows the towers {', '.join(self.towers)}; this model "
+                f"has {kind!r}, which packs its pictures differently"
+            )
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder that takes `inputs_embeds`."""
+        return self.base.language_model
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """By encode function, the id in `input_ids` that stands for one visual token."""
+        found = {name: getattr(self.base.config, field, None) for name, field in self.encode_functions.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @functools.cached_property
+    def tower(self) -> Tower:
+        """Depth of the vision tower, whether it has a [CLS] token, and whether merged states can be projected."""
+        config = self.base.config.vision_config
+        one_layer = isinstance(self.base.config.vision_feature_layer, int)
+        has_cls = self.towers[config.model_type].has_cls
+        return Tower(config.num_hidden_layers, has_cls, self.one_patch_a_row and one_layer)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Depth, width and a hash of the language model's configuration."""
+        config = self.language_model.config
+        named = {name: getattr(config, name, None) for name in FINGERPRINT}
+        text = json.dumps({**named, "model_type": config.model_type}, sort_keys=True, default=str)
+        return Decoder(
+            len(self.language_model.layers), config.hidden_size, hashlib.sha256(text.encode()).hexdigest()[:16]
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Kind and size of the model, as saved attachments note them."""
+        return {
+            "model_type": self.base.config.model_type,
+            "decoder_layers": self.decoder.n_layers,
+            "decoder_width": self.decoder.width,
+            "tower_layers": self.tower.n_layers,
+            "tower_has_cls": self.tower.has_cls,
+        }
+
+    @functools.cached_property
+    def shape(self) -> Shape | None:
+        """What the ledger needs, or None for a family that it cannot count."""
+        try:
+            return shape_from_config(self.base.config)
+        except UnsupportedModelError:
+            return None
+
+    @property
+    def supplies(self) -> frozenset[Kind]:
+        """Kinds of signals that can be collected."""
+        return self.supplies_of(self.tower)
+
+    @classmethod
+    def supplies_of(cls, tower: Tower) -> frozenset[Kind]:
+        """Kinds of signals from such a tower."""
+        kinds = {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TEXT_EMBEDS} | {k for k in Kind if k.is_decoder}
+        if tower.has_cls:
+            kinds |= {Kind.CLS_ROW, Kind.CLS_STATE} if tower.projects_rows else {Kind.CLS_ROW}
+        return frozenset(kinds)
+
+    def supplies_all(self, signals: frozenset[Signal]) -> bool:
+        """Whether every signal is of a kind that can be collected."""
+        return all(s.kind in self.supplies for s in signals)
+
+    def check_attention(self, positions: str) -> None:
+        """Raise where the language model's attention implementation cannot serve a shorter sequence."""
+        implementation = attention_implementation(self.language_model)
+        if "flex" in implementation:
+            raise UnsupportedModelError(
+                "flex attention masks cannot be shortened; load with attn_implementation='sdpa'"
+            )
+        if "flash" in implementation and positions == "original":
+            raise UnsupportedModelError(
+                "flash attention takes gaps in positions for several packed sequences; "
+                "use positions='contiguous', or attn_implementation='sdpa'"
+            )
+
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        """Layers of the vision tower; transformers 4 nests some towers once more."""
+        tower = self.base.vision_tower
+        return getattr(tower, "vision_model", tower).encoder.layers
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """The attention module of a vision layer; has q_proj, k_proj, num_heads and scale."""
+        return self.vision_layers[layer].self_attn
+
+    @property
+    def read_layer(self) -> int:
+        """The vision layer whose output the projector reads."""
+        index = self.base.config.vision_feature_layer
+        index = index if isinstance(index, int) else index[-1]
+        return (index if index >= 0 else len(self.vision_layers) + 1 + index) - 1
+
+    def selection(self, arguments: Mapping[str, Any]) -> str:
+        """Feature selection of a call: "default" cuts the tower's first row off, "full" leaves it."""
+        return arguments.get("vision_feature_select_strategy") or self.base.config.vision_feature_select_strategy
+
+    @property
+    def projector(self) -> nn.Module:
+        """From states of the tower to rows for the language model."""
+        return self.base.multi_modal_projector
+
+    def layouts(
+        self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
+    ) -> list[Layout]:
+        """Where the rows of every encoded image lie.
+
+        Args:
+            name: the encode function.
+            arguments: of the call.
+            features: what it returned, one (N, D) an entry.
+            runs: placeholders of every image in the prompt; only where `images_from_prompt`.
+        """
+        raise NotImplementedError
+
+    def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
+        """Values of patches, (crops, patches, C), through the model's own packing: (N, C) an entry of `features`.
+
+        Rows that show no patch hold NaN.
+        """
+        return list(values)
+
+    def crops_of(self, name: str, arguments: Mapping[str, Any], n_crops: int) -> list[int]:
+        """How many of the encoded crops belong to each entry of `features`."""
+        return [1] * n_crops
+
+    def merges_states(self, layout: Layout) -> bool:
+        """Whether packed rows of this image are projected patches one by one, so that states can be merged instead."""
+        return self.tower.projects_rows
+
+    def crop_patches(self, layout: Layout) -> int | None:
+        """Patches of a crop where the picture's size decides; None where the configuration does."""
+        return None

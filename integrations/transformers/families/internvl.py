@@ -1,0 +1,112 @@
+"""InternVL in transformers' own form (model_type "internvl"): tiles, pixel shuffle, a thumbnail behind its tiles."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokprune.core.errors import TokPruneError
+from tokprune.core.layout import Layout
+
+from .base import ModelFamily, TowerKind
+
+POOLED = 8  # a thumbnail is told by its colours on a grid of so many cells a side
+LIKE = 0.5  # ... that differ from its tiles' by less than this share of their variance
+
+
+class InternVL(ModelFamily):
+    """InternVLForConditionalGeneration. A visual token shows as many patches as the pixel shuffle folds into it.
+
+    A signal of a token is the mean over its patches. The model is told neither which tiles make up an image nor
+    how they lie: the first is read off the runs of placeholders in the prompt, so tokens are selected when the
+    language model runs; the second, and which tile is the thumbnail, off the pixels.
+    """
+
+    images_from_prompt: ClassVar[bool] = True
+    one_patch_a_row: ClassVar[bool] = False
+    towers: ClassVar = {"internvl_vision": TowerKind("InternViT", True)}
+
+    @property
+    def vision_layers(self) -> Sequence[nn.Module]:
+        """Layers of the vision tower."""
+        return self.base.vision_tower.encoder.layer
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """Self-attention of a layer; its queries and keys may be normalised."""
+        return self.vision_layers[layer].attention
+
+    def layouts(
+        self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
+    ) -> list[Layout]:
+        """One a run of placeholders in the prompt."""
+        n_tile = len(features[0])
+        side = round(n_tile**0.5)
+        if any(run % n_tile for run in runs):
+            raise TokPruneError(
+                f"the prompt has runs of {sorted(set(runs))} image placeholders, and a tile has {n_tile}; "
+                "pass the prompt whole (without prefill_chunk_size), as the processor made it"
+            )
+        tiles = arguments["pixel_values"].split([run // n_tile for run in runs])
+        arranged = _arranged(tiles)
+        return [_layout(len(t), side, *a) for t, a in zip(tiles, arranged, strict=True)]
+
+    def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
+        """Through `pixel_shuffle`, then the mean over the patches of a token."""
+        side, channels = round(values.shape[1] ** 0.5), values.shape[-1]
+        grid = values.unflatten(1, (side, side))
+        folded = self.base.pixel_shuffle(grid, scale_factor=self.base.config.downsample_ratio)
+        return list(folded.unflatten(-1, (-1, channels)).mean(-2).flatten(1, 2))
+
+
+def _arranged(images: Sequence[Tensor]) -> list[tuple[tuple[int, int], int]]:
+    """((rows, columns) of the crops, which tile is the thumbnail or -1) of every image; one read from the device."""
+    candidates = [_candidates(len(tiles)) for tiles in images]
+    errors = [
+        torch.stack([_difference(tiles, *c) for c in choices]) if len(choices) > 1 else tiles.new_zeros(1).float()
+        for tiles, choices in zip(images, candidates, strict=True)
+    ]
+    read = iter(torch.cat(errors).tolist())
+    found = []
+    for choices in candidates:
+        values = list(itertools.islice(read, len(choices)))
+        best = min(range(len(choices)), key=lambda i: values[i])
+        alike = len(choices) == 1 or values[best] < LIKE
+        found.append(choices[best] if alike else ((1, choices[best][0][0] * choices[best][0][1] + 1), -1))
+    return found
+
+
+def _candidates(n_tiles: int) -> list[tuple[tuple[int, int], int]]:
+    """Grids of all tiles but one, which is the thumbnail; the last tile, and squarer grids, first."""
+    if n_tiles == 1:
+        return [((0, 0), 0)]
+    n = n_tiles - 1
+    grids = sorted(((r, n // r) for r in range(1, n + 1) if n % r == 0), key=lambda g: abs(g[0] - g[1]))
+    return [(grid, thumbnail) for thumbnail in (n, 0) for grid in grids]
+
+
+def _difference(tiles: Tensor, grid: tuple[int, int], thumbnail: int) -> Tensor:
+    """Mean squared difference of a tile and the mosaic of the others, over the mosaic's variance."""
+    others = torch.cat([tiles[:thumbnail], tiles[thumbnail + 1 :]]).float()
+    rows, columns = grid
+    mosaic = others.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, H, W)
+    pooled = F.adaptive_avg_pool2d(mosaic[None], POOLED)
+    alone = F.adaptive_avg_pool2d(tiles[thumbnail][None].float(), POOLED)
+    return (pooled - alone).square().mean() / pooled.var().clamp(min=1e-6)
+
+
+def _layout(n_tiles: int, side: int, grid: tuple[int, int], thumbnail: int) -> Layout:
+    places, crop = [], 0
+    for tile in range(n_tiles):
+        if tile == thumbnail:
+            top = left = number = 0
+        else:
+            number, (top, left) = crop + 1, (side * v for v in divmod(crop, grid[1]))
+            crop += 1
+        places += [(number, top + r, left + c) for r in range(side) for c in range(side)]
+    crops, row, column = zip(*places, strict=True)
+    return Layout(crops, row, column, grid)

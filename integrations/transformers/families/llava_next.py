@@ -1,0 +1,105 @@
+"""LLaVA-NeXT (model_type "llava_next"): a thumbnail and crops of any resolution, unpadded, with newlines."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.core.layout import NEWLINE, Layout
+
+from ..compat import anyres_grid, n_anyres_crops, pack_image_features
+from .llava import Llava
+
+
+class LlavaNext(Llava):
+    """LlavaNextForConditionalGeneration. Packed space is the thumbnail, then the unpadded mosaic, one to one.
+
+    Signals and coordinates go through the model's own `pack_image_features`, a newline of NaN with them.
+    """
+
+    def layouts(
+        self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
+    ) -> list[Layout]:
+        """From where the coordinates of patches come to lie; cached by the image's size."""
+        tiled = self.tiled(arguments)
+        ratio = self._aspect_ratio(arguments)
+        return [self._layout(tuple(s), t, ratio) for s, t in zip(self._sizes(arguments), tiled, strict=True)]
+
+    def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
+        """Through `pack_image_features`."""
+        crops = values.split(self.crops_of(name, arguments, len(values)))
+        return self._pack(list(crops), arguments["image_sizes"], self._aspect_ratio(arguments))
+
+    def crops_of(self, name: str, arguments: Mapping[str, Any], n_crops: int) -> list[int]:
+        """As the model counts them from the image's size."""
+        pairs = zip(self._sizes(arguments), self.tiled(arguments), strict=True)
+        return [self._n_crops(tuple(size)) if tiled else 1 for size, tiled in pairs]
+
+    def tiled(self, arguments: Mapping[str, Any]) -> list[bool]:
+        """Whether each image is cut into crops."""
+        return [True] * len(arguments["image_sizes"])
+
+    def crop_patches(self, layout: Layout) -> None:
+        """Crops have the size of the configuration."""
+        return None
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a crop."""
+        vision = self.base.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def _sizes(self, arguments: Mapping[str, Any]) -> list[list[int]]:
+        sizes = arguments["image_sizes"]
+        return sizes.tolist() if isinstance(sizes, Tensor) else [list(size) for size in sizes]
+
+    def _aspect_ratio(self, arguments: Mapping[str, Any]) -> str | None:
+        return None
+
+    def _n_crops(self, size: tuple[int, int]) -> int:
+        return n_anyres_crops(self.base, size)
+
+    def _pack(self, crops: list[Tensor], sizes: Any, aspect_ratio: str | None) -> list[Tensor]:
+        newline = crops[0].new_full((crops[0].shape[-1],), torch.nan)
+        return pack_image_features(self.base, crops, sizes, newline, aspect_ratio)
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - an adapter lives as long as its attachment
+    def _layout(self, size: tuple[int, int], tiled: bool, aspect_ratio: str | None) -> Layout:
+        side = self.side
+        grid = anyres_grid(self.base, size) if tiled else (0, 0)
+        packed = self._pack([_coordinates(side, *grid)], torch.tensor([size]), aspect_ratio)[0]
+        return _read_layout(packed.tolist(), side, grid)
+
+
+def _coordinates(side: int, n_rows: int, n_columns: int) -> Tensor:
+    """(crops, patches, 3): whether a crop of the mosaic, row and column in it; the thumbnail first."""
+    inside = torch.arange(side).float()
+    row, column = (t.flatten() for t in torch.meshgrid(inside, inside, indexing="ij"))
+    crops = [torch.stack([torch.zeros(side * side), row, column], -1)]
+    for i in range(n_rows):
+        for j in range(n_columns):
+            crops.append(torch.stack([torch.ones(side * side), row + i * side, column + j * side], -1))
+    return torch.stack(crops)
+
+
+def _read_layout(packed: list[list[float]], side: int, grid: tuple[int, int]) -> Layout:
+    """A layout from packed coordinates; where the mosaic was made smaller they lie between patches."""
+    crop, row, column = [], [], []
+    mosaic_row = mosaic_column = 0
+    for in_mosaic, y, x in packed:
+        if in_mosaic != in_mosaic:  # NaN: a newline
+            place = (NEWLINE, mosaic_row if mosaic_column else -1, -1)
+            mosaic_row, mosaic_column = mosaic_row + 1, 0
+        elif in_mosaic:
+            down, right = (int((v + 0.5) // side) for v in (y, x))
+            place = (1 + down * grid[1] + right, mosaic_row, mosaic_column)
+            mosaic_column += 1
+        else:
+            place = (0, int(y), int(x))
+        for values, value in zip((crop, row, column), place, strict=True):
+            values.append(value)
+    return Layout(tuple(crop), tuple(row), tuple(column), grid)

@@ -1,0 +1,359 @@
+"""The hooks of an attachment: pictures are encoded and marked, the prompt is counted, promises are checked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.core import ops
+from tokprune.core.errors import BadFeaturesError, NotCopyable, NothingPrunedError, OptionError, TokPruneError
+from tokprune.core.signals import Kind, Signal
+from tokprune.prune.copies import salts_of
+from tokprune.prune.report import Prefill
+from tokprune.prune.request import Request
+
+from .caches import without_marks
+from .compat import cache_of, past_length, replace_features
+from .encode import Encoded, Pruner, by_image
+from .families.base import ModelFamily
+from .hooks import Hooks
+from .layers.select import LayerSelector
+from .layers.shorten import LayerShortener
+from .passes import BASE, DECODER, HEAD, Call, Context, Pass, Passes
+from .pauses import Pauses
+from .prompt import matching_rows, placeholders, places_of, same_places, text_of
+from .shorten import Ran, Shortener
+from .tower_taps import TowerTap, split_features
+from .turns import Again, given_again
+
+
+class Observer(NotCopyable):
+    """Everything that an attachment does while the model runs.
+
+    Args:
+        adapter: of the model.
+        request: what was asked for.
+        signals: what is collected from the vision tower.
+    """
+
+    def __init__(self, adapter: ModelFamily, request: Request, signals: frozenset[Signal]):
+        self.adapter, self.request, self.signals = adapter, request, signals
+        self.salts: Sequence[int] = (0,)
+        self.passes, self.pauses = Passes(), Pauses()
+        self.newest: Context | None = None  # of the thread that began a call last
+        self.pruner = Pruner(adapter, request, signals)
+        self.cutter = LayerSelector(adapter, request, self) if request.between else None
+        self._reads_prompt = adapter.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
+        reads_states = self.pruner.reads_states
+        self._tap = TowerTap(adapter, signals, self.passes, reads_states) if signals or reads_states else None
+        self._shortener = Shortener(adapter.language_model, request.positions, self)
+        self.hooks = Hooks(adapter.model)
+
+    def install(self) -> None:
+        """Put the hooks on the model; where one fails, none stays."""
+        try:
+            self._install(self.hooks)
+        except BaseException:
+            self.hooks.close()
+            raise
+
+    def _install(self, hooks: Hooks) -> None:
+        adapter = self.adapter
+        for name in adapter.encode_functions:
+            original = getattr(adapter.base, name)
+            encode = functools.partial(self._encode, name, original, inspect.signature(original))
+            hooks.replace(adapter.base, name, encode)
+        if hasattr(adapter.model, "generate"):
+            hooks.replace(adapter.model, "generate", functools.partial(self._generate, adapter.model.generate))
+        if self._tap:
+            self._tap.install(hooks)
+        if adapter.model is not adapter.base:
+            hooks.before(adapter.model, functools.partial(self._enter, HEAD))
+            hooks.after(adapter.model, functools.partial(self._leave, HEAD))
+        hooks.before(adapter.base, self._before_model)
+        hooks.after(adapter.base, self._after_model)
+        hooks.before(adapter.language_model, functools.partial(self._enter, DECODER))
+        if self._reads_prompt:  # before compaction, which looks for marks
+            hooks.before(adapter.language_model, self._mark_late)
+        if self.cutter:
+            LayerShortener(adapter.language_model, self._shortener, self.cutter, self.cutter.first).install(hooks)
+            self.cutter.tap.install(hooks, self.cutter.tapped)
+        else:
+            self._shortener.install(hooks)
+        hooks.after(adapter.language_model, functools.partial(self._leave, DECODER))
+
+    @property
+    def paused(self) -> bool:
+        """Whether this thread is to see the bare model."""
+        return self.pauses.hold_here
+
+    # ------------------------------------------------------------------------------- calls
+
+    def _generate(self, original: Callable, *args, **kwargs) -> Any:
+        """Note that the passes to come are one call of the user."""
+        found = (x for x in (*args[:1], *map(kwargs.get, PROMPTS)) if isinstance(x, Tensor) and x.ndim > 1)
+        n_rows, n_prompt = next(found, torch.empty(0, 0)).shape[:2]
+        with self.passes.generating(n_rows or None, n_prompt or None, _brings_features(kwargs)):
+            return original(*args, **kwargs)
+
+    def _begin(self, context: Context) -> Call:
+        call = context.begin()
+        if context is self.passes.calls:
+            self.newest = context
+        return call
+
+    def _enter(self, level: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        this = self.passes.enter(level)
+        this.joins |= _brings_features(kwargs)
+        cache, asked, generation = cache_of(kwargs), kwargs.get("logits_to_keep"), this.generation
+        if level != HEAD or generation is None or generation.n_prompt is None or not isinstance(asked, int):
+            return
+        if cache is not None and not past_length(cache):
+            # Assisted decoding proposes tokens behind the prompt already in its first pass, and asks for their logits.
+            passed = _passed(args, kwargs)
+            n_behind = 0 if passed is None else passed.shape[1] - generation.n_prompt
+            this.n_candidates = max(0, min(asked - 1, n_behind))
+
+    def _leave(self, level: int, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        self.passes.leave(level)
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Count the prompt's placeholders, on the device; take what the cache holds already out of the prompt."""
+        this = self.passes.enter(BASE)
+        this.joins |= _brings_features(kwargs)
+        passed = _passed(args, kwargs)
+        if passed is None or passed.shape[1] <= 1:
+            return None
+        again = given_again(args, kwargs, tuple(self.adapter.placeholder_ids.values()))
+        if again is not None:
+            this.n_again, args, kwargs = again.n, again.args, again.kwargs
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        this.by_hand = ids is None
+        this.masks = placeholders(ids, embeds, self.adapter.placeholder_ids, self.adapter.base)
+        if ids is not None and this.generation is not None and this.generation.n_rows not in (None, len(ids)):
+            # generate() of older releases repeats the pictures of every beam and encodes them here.
+            this.rows = ids
+        return None if again is None else (args, kwargs)
+
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        """Take the marks out of the features that the model hands back."""
+        this = self.passes.leave(BASE)
+        out = replace_features(out, without_marks)
+        return Again.expanded(out, this.n_again) if this and this.n_again else out
+
+    # ------------------------------------------------------------------------------- pictures
+
+    def _encode(self, name: str, original: Callable, signature: inspect.Signature, *args, **kwargs) -> Any:
+        """Encode pictures and mark the rows of dropped tokens."""
+        if self.paused:
+            return original(*args, **kwargs)
+        if kwargs.get("return_dict") is False:
+            raise OptionError(f"{name}(return_dict=False) cannot carry marks; leave it out, or use attachment.paused()")
+        self.hooks.check()
+        context = self.passes.context
+        call = self._call_of_encode(name, context)
+        try:
+            out, collected = self._collect(functools.partial(original, *args, **kwargs))
+            features, put_back = split_features(out)
+            bound = signature.bind(*args, **kwargs).arguments
+            encoded = Encoded(name, {**bound, **bound.get("kwargs", {})}, features, collected)
+            if self._reads_prompt and not (self.pruner.keeps_all and not self.adapter.images_from_prompt):
+                call.pending.append(encoded)
+                return out
+            pictures = by_image(self.adapter, encoded)
+            start = len(call.images)
+            marked = self.pruner.prune(pictures, salts_of(tuple(self.salts), len(pictures), start), call)
+            call.by_name[name] = range(start, len(call.images))
+        except BaseException:
+            context.call = None  # what was half encoded must not be taken for the next call's
+            raise
+        return put_back(marked) if call.touched else out
+
+    def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict]:
+        if self._tap and not self.pruner.keeps_all:
+            return self._tap.collect(original)
+        with self.passes.encoding():
+            return original(), {}
+
+    def _call_of_encode(self, name: str, context: Context) -> Call:
+        call, this = context.call, self.passes.current
+        joins = self.passes.joins
+        if call is None or call.ran or name in call.encoded or (call.by_hand and joins is False):
+            call = self._begin(context)
+            call.by_hand = joins is None
+        call.encoded.add(name)
+        if this is not None and this.rows is not None:
+            call.rows = this.rows
+        return call
+
+    def _mark_late(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Select and mark where the prompt had to be known; a prompt that comes again gets the same marks."""
+        this, embeds = self.passes.current, kwargs.get("inputs_embeds")
+        call = this.call if this else None
+        if self.paused or this is None or call is None or embeds is None or embeds.shape[1] == 1:
+            return None
+        if call.pending:
+            try:
+                self._find_pictures(this, call, embeds)
+                self._select_late(this, call, embeds, kwargs.get("attention_mask"))
+            except BaseException as error:
+                keeps_all = self.pruner.keeps_all and (self.cutter is None or self.cutter.keeps_all)
+                if keeps_all and isinstance(error, TokPruneError):
+                    call.pending = []  # a part of a prompt of which everything is kept
+                    return None
+                this.context.call = None
+                raise
+        elif past_length(cache_of(kwargs)) or not _comes_again(this, call, embeds):
+            return None
+        if not call.touched:
+            return None
+        embeds = embeds.clone()
+        for place, marked, _ in call.marks:
+            for row in place.rows:
+                embeds[row, ops.on_device(place.columns, embeds.device)] = marked.to(embeds)
+        return args, {**kwargs, "inputs_embeds": embeds}
+
+    def _find_pictures(self, this: Pass, call: Call, embeds: Tensor) -> None:
+        """Find pictures that were merged by hand, where no placeholder tells of them."""
+        if any(bool(mask.any()) for mask in this.masks.values()):
+            return
+        if not this.by_hand and BASE in this.entered:
+            return
+        found = {e.name: matching_rows(embeds, e.features) for e in call.pending}
+        if not any(bool(mask.any()) for mask in found.values()):
+            raise NothingPrunedError(
+                f"pictures were encoded for {self.request.label!r}, and inputs_embeds shows neither image placeholders "
+                "nor their features; pass input_ids with pixel_values, or run text alone inside attachment.paused()"
+            )
+        none = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        this.masks = {name: found.get(name, none) for name in self.adapter.placeholder_ids}
+
+    def _select_late(self, this: Pass, call: Call, embeds: Tensor, attention_mask: Tensor | None) -> None:
+        """Select for everything that was encoded for this prompt."""
+        masks = this.masks
+        if not any(bool(mask.any()) for mask in masks.values()):
+            return  # text alone: what was encoded is for a prompt to come
+        for encoded in call.pending:
+            mask, n_encoded = masks[encoded.name], sum(map(len, encoded.features))
+            if self.adapter.images_from_prompt:
+                places = places_of(mask, n_encoded, None)
+                pictures = by_image(self.adapter, encoded, [len(p.columns) for p in places])
+            else:
+                pictures = by_image(self.adapter, encoded)
+                places = places_of(mask, n_encoded, [len(p.features) for p in pictures])
+            for signal in self.signals:
+                if signal.kind is Kind.TEXT_EMBEDS:
+                    rows = [p.rows[0] for p in places]
+                    n_behind = this.n_candidates
+                    end = embeds.shape[1] - n_behind
+                    inside = [mask[:, :end] for mask in masks.values()]
+                    valid = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - n_behind]
+                    text = text_of(embeds[:, :end], inside, valid, rows)
+                    for picture, own in zip(pictures, text, strict=True):
+                        picture.signals[signal] = own.to(picture.features.device)
+            start = len(call.images)
+            marked = self.pruner.prune(pictures, salts_of(tuple(self.salts), len(places), start), call)
+            call.by_name[encoded.name] = range(start, len(call.images))
+            call.marks += zip(places, marked, (p.features for p in pictures), strict=True)
+        call.pending, call.masks = [], masks
+
+    # ------------------------------------------------------------------------------- the language model
+
+    def flags(self) -> dict[str, Tensor]:
+        """Scalars for the one synchronisation of a prefill."""
+        flags: dict[str, Tensor] = {}
+        this = self.passes.current
+        if this is None:
+            return flags
+        if this.masks:
+            flags["placeholders"] = torch.stack([mask.sum() for mask in this.masks.values()]).sum()
+        call = this.call
+        if call and call.bad and not self.paused:
+            flags["bad_features"] = torch.stack(call.bad).any()
+            flags["dropped"] = torch.stack(call.dropped).any()
+        return flags
+
+    def before_prefill(self, facts: Mapping[str, int], starts_call: bool) -> None:
+        """Raise where what happened is not what was asked for."""
+        if self.paused:
+            if facts["marked"]:
+                raise TokPruneError(
+                    "the features were encoded while the attachment was active and are used while it is paused; "
+                    "encode them again inside paused()"
+                )
+            return
+        self.hooks.check()
+        this, placeholders = self.passes.current, facts.get("placeholders", 0)
+        assert this is not None  # noqa: S101 - the hook before this one began it
+        context, shows_pictures = this.context, bool(facts["marked"] or placeholders)
+        if context.waiting is not None and shows_pictures:
+            context.call, context.waiting = context.waiting, None
+        call = this.call
+        if starts_call and not shows_pictures and call and not call.ran and call.by_hand and facts.get("dropped"):
+            context.waiting, call = call, None  # its pictures are for a prompt to come
+        if call is None or (starts_call and call.ran and not shows_pictures):
+            call = self._text_alone(this)
+        encoded_now = bool(call.images) and not (starts_call and call.ran)
+        if starts_call:
+            call.prefills.clear()  # without a cache every step passes the whole prompt again
+        this.facts = facts
+        if facts.get("bad_features"):
+            this.context.call = None
+            raise BadFeaturesError("the vision tower or the projector produced NaN; run it in float32 or bfloat16")
+        # A chunk of a prompt may hold kept tokens alone; then it is enough that this call dropped some.
+        is_chunk = placeholders < sum(len(i.layout.crop) for i in call.images)
+        keeps_all = self.pruner.keeps_all or (bool(call.images) and not call.below_budget)
+        as_promised = facts["marked"] or keeps_all or (encoded_now and is_chunk and facts.get("dropped"))
+        if placeholders and not as_promised:
+            raise NothingPrunedError(
+                f"the prompt has image placeholders and {self.request.label!r} asks for fewer tokens, but nothing was "
+                "dropped: the features were not encoded under this attachment. Pass pixel_values, or encode "
+                "them again, or use attachment.paused()"
+            )
+
+    def _text_alone(self, this: Pass) -> Call:
+        """The call of a pass over text: a new one, or, inside of a generation about something else, one beside it."""
+        if this.generation is not None and this.context.main is not None:
+            this.aside = Call()
+            return this.aside
+        return self._begin(this.context)
+
+    def after_prefill(self, ran: Ran) -> None:
+        """Note the lengths of a pass over a prompt; candidates of assisted decoding are none."""
+        this = self.passes.current
+        call = this.call if this else None
+        if call is None or this is None or self.paused:
+            return
+        call.ran = True
+        if this.generation is not None and this.context.main is None:
+            this.context.main = call
+        facts = this.facts
+        if ran.past_inner == 0 or facts.get("marked") or facts.get("placeholders"):
+            call.prefills.append(Prefill(**vars(ran)))
+
+
+PROMPTS = ("inputs", "input_ids", "inputs_embeds")
+
+
+def _passed(args: tuple, kwargs: Mapping) -> Tensor | None:
+    """What a call of the model is about: ids, or embeddings."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return ids if ids is not None else kwargs.get("inputs_embeds")
+
+
+def _brings_features(kwargs: Mapping) -> bool:
+    """Whether a call is given pictures that the caller encoded."""
+    return any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
+
+
+def _comes_again(this: Pass, call: Call, embeds: Tensor) -> bool:
+    """Whether this is the prompt of a call, with its pictures; without a cache it is passed at every step."""
+    if not same_places(call.masks, this.masks):
+        return False
+    pairs = ((embeds[row, list(p.columns)], rows) for p, _, rows in call.marks for row in p.rows)
+    return all(torch.equal(there, rows.to(there)) for there, rows in pairs)

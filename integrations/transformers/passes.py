@@ -1,0 +1,255 @@
+"""What a thread is doing with an attached model: calls, generations, and passes that may lie inside each other.
+
+A hook of the user may call the model again while a pass is under way. What is known of a pass is kept by pass, so
+that the outer one goes on as if nothing had happened. A pass that ended by an exception is known by its frame, which
+is no longer on the stack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokprune.prune.report import ImageReport, Prefill
+
+HEAD, BASE, DECODER = range(3)  # where a forward is entered: the model with its head, without, its language model
+_MODULE_FILE = nn.Module._call_impl.__code__.co_filename
+_BEGUN = itertools.count()
+
+
+@dataclass
+class Call:
+    """What one call of the model did: begun by an encode, or by a language-model pass on an empty cache."""
+
+    encoded: set[str] = field(default_factory=set)
+    images: list[ImageReport] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
+    bad: list[Tensor] = field(default_factory=list)  # whether features held NaN, on the device
+    dropped: list[Tensor] = field(default_factory=list)  # whether tokens were dropped, on the device
+    below_budget: bool = False  # some image had more tokens than its budget, so some have to be dropped
+    touched: bool = False  # a method ran
+    pending: list = field(default_factory=list)  # `selection.Encoded`, to be selected when the prompt is known
+    marks: list = field(default_factory=list)  # (`prompt.Place`, marked rows, rows before) of what was selected then
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # placeholders of the prompt that they were found in
+    by_name: dict[str, range] = field(default_factory=dict)  # places in `images` by encode function
+    prompt: Mapping[str, Tensor] = field(default_factory=dict)  # placeholders of the prompt in which layers were cut
+    clamped: bool = False
+    by_hand: bool = False  # begun by an encode of the user, outside of any generate or forward
+    ran: bool = False
+    rows: Tensor | None = None  # input_ids whose rows may be beam copies
+
+
+@dataclass
+class Context:
+    """Calls that follow each other.
+
+    Args:
+        call: the last one that was begun.
+        main: the call that a generation is about, whatever else the model is asked meanwhile.
+        waiting: a call whose pictures the user encoded, while text alone runs before they are used.
+        begun: rises with every call of any thread.
+    """
+
+    call: Call | None = None
+    main: Call | None = None
+    waiting: Call | None = None
+    begun: int = -1
+
+    def begin(self) -> Call:
+        """A new call."""
+        self.call, self.begun = Call(), next(_BEGUN)
+        return self.call
+
+    @property
+    def shown(self) -> Call | None:
+        """The call to be reported."""
+        return self.main or self.call
+
+
+@dataclass
+class Pass:
+    """One forward of the model, from where it is entered until it is left there.
+
+    Args:
+        context: whose calls it belongs to.
+        generation: the generate() that it is a step of.
+        inside: calls of what hooks run inside of it.
+        masks: placeholders by encode function, (B, S) bool.
+        rows: input_ids whose rows may be beam copies.
+        facts: read from the device in the one synchronisation of a prefill.
+        by_hand: whether the caller made the embeddings.
+        joins: whether it was given pictures that the caller encoded.
+        n_candidates: columns behind the prompt that assisted decoding proposes in the same pass.
+        n_again: leading columns that the cache holds already.
+        aside: the call of a pass that a generation makes beside its own.
+        shortening, layers, plan, tap: what is under way before and between the decoder layers.
+    """
+
+    context: Context
+    generation: Generation | None = None
+    inside: Context = field(default_factory=Context)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
+    facts: Mapping[str, int] = field(default_factory=dict)
+    by_hand: bool = False
+    joins: bool = False
+    n_candidates: int = 0
+    n_again: int = 0
+    aside: Call | None = None
+    shortening: Any = None
+    layers: Any = None
+    plan: Any = None
+    tap: Any = None
+    entered: dict[int, FrameType | None] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
+
+    @property
+    def call(self) -> Call | None:
+        """The call that it belongs to."""
+        return self.aside or self.context.call
+
+
+@dataclass
+class Generation:
+    """One generate() of the user.
+
+    Args:
+        inside: calls of its passes.
+        n_rows, n_prompt: rows and columns of its prompt; None where they are not known.
+        joins: whether it was given pictures that the caller encoded.
+    """
+
+    inside: Context
+    n_rows: int | None
+    n_prompt: int | None
+    joins: bool
+
+
+@dataclass
+class Encoding:
+    """One run of an encode function; hooks of the vision tower may call the model, too."""
+
+    inside: Context = field(default_factory=Context)
+    collected: dict | None = None  # by the tower's taps
+
+
+class Passes(threading.local):
+    """What this thread is doing."""
+
+    def __init__(self) -> None:
+        self.calls = Context()
+        self._stack: list[Pass | Generation | Encoding] = []
+
+    @property
+    def _top(self) -> Pass | Generation | Encoding | None:
+        return self._stack[-1] if self._stack else None
+
+    @property
+    def current(self) -> Pass | None:
+        """The innermost pass, where it is what is under way."""
+        return self._top if isinstance(self._top, Pass) else None
+
+    @property
+    def context(self) -> Context:
+        """Calls to which an encode function that runs now belongs."""
+        self._forget_dead()
+        this = self.current
+        if this is not None and DECODER not in this.entered and DECODER not in this.left:
+            return this.context
+        return self._inside
+
+    @property
+    def joins(self) -> bool | None:
+        """Whether what is under way was given pictures that the caller encoded; None where nothing is."""
+        top = self._top
+        return top.joins if isinstance(top, Pass | Generation) else None
+
+    @property
+    def _inside(self) -> Context:
+        """Calls to which a forward that is entered now belongs."""
+        return self.calls if self._top is None else self._top.inside
+
+    def enter(self, level: int) -> Pass:
+        """A part of the model begins to run; the pass that it belongs to."""
+        self._forget_dead()
+        this = self.current
+        if this is None or level <= max(this.entered) or level in this.left:
+            top = self._top
+            this = Pass(self._inside, top if isinstance(top, Generation) else None)
+            self._stack.append(this)
+        this.entered[level] = _frame()
+        return this
+
+    def leave(self, level: int) -> Pass | None:
+        """A part of the model has run; the pass that it belonged to."""
+        while (this := self.current) is not None and level not in this.entered:
+            self._stack.pop()  # it ended by an exception that somebody caught
+        if this is None:
+            return None
+        del this.entered[level]
+        this.left.add(level)
+        if not this.entered:
+            self._stack.pop()
+        return this
+
+    @contextlib.contextmanager
+    def generating(self, n_rows: int | None, n_prompt: int | None, joins: bool) -> Iterator[None]:
+        """A generation of the user runs."""
+        self._forget_dead()
+        context = Context() if isinstance(self._top, Generation) else self._inside
+        context.main = None
+        try:
+            with self._pushed(Generation(context, n_rows, n_prompt, joins)):
+                yield
+        finally:
+            context.call, context.main = context.shown, None
+
+    @contextlib.contextmanager
+    def encoding(self) -> Iterator[Encoding]:
+        """An encode function runs."""
+        this = Encoding()
+        with self._pushed(this):
+            yield this
+
+    @property
+    def collecting(self) -> dict | None:
+        """What the tower's taps have collected of the picture that is being encoded; None where nothing is."""
+        top = self._top
+        return top.collected if isinstance(top, Encoding) else None
+
+    @contextlib.contextmanager
+    def _pushed(self, scope: Generation | Encoding) -> Iterator[None]:
+        depth = len(self._stack)
+        self._stack.append(scope)
+        try:
+            yield
+        finally:
+            del self._stack[depth:]
+
+    def _forget_dead(self) -> None:
+        """Forget passes that ended by an exception."""
+        while (this := self.current) is not None and not any(map(_is_running, this.entered.values())):
+            self._stack.pop()
+
+
+def _frame() -> FrameType | None:
+    """The frame of the module whose hook runs."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename != _MODULE_FILE:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    found: FrameType | None = sys._getframe(1)
+    while found is not None and found is not frame:
+        found = found.f_back
+    return found is not None

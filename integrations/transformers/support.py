@@ -1,0 +1,75 @@
+"""Which method runs on which model: what methods need against what model adapters supply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokprune.core.errors import MissingSignalError
+from tokprune.core.signals import Kind, Signal, Tower
+from tokprune.methods import METHODS
+from tokprune.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Support:
+    """A method on a model family with one kind of vision tower.
+
+    Args:
+        model: `config.model_type`.
+        tower: name of the kind of tower.
+        method: as `attach` takes it.
+        works: whether it runs as it is.
+        instead: what to type where it does not run as it is; empty where nothing helps.
+    """
+
+    model: str
+    tower: str
+    method: str
+    works: bool
+    instead: str = ""
+
+    @property
+    def answer(self) -> str:
+        """Does it run? "yes", what to type instead, or "no"."""
+        return "yes" if self.works else self.instead or "no"
+
+
+def list_support() -> list[Support]:
+    """Every method on every model family, from what methods need and adapters supply."""
+    from .families import FAMILIES
+
+    pairs = []
+    for model in FAMILIES.names():
+        adapter = FAMILIES.load(model)
+        for kind in adapter.towers.values():
+            tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=adapter.one_patch_a_row)
+            supplied = adapter.supplies_of(tower)
+            pairs += [_pair(model, kind.name, name, tower, supplied) for name in METHODS.names()]
+    return pairs
+
+
+def _pair(model: str, tower_name: str, name: str, tower: Tower, supplied: frozenset[Kind]) -> Support:
+    method = METHODS.build(name)
+    works = all(s.kind in supplied for s in method.needs(tower))
+    instead = "" if works or not method.if_missing else f"{name}:{method.if_missing}"
+    return Support(model, tower_name, name, works, instead)
+
+
+def checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
+    """What a method needs from the tower of a model.
+
+    Raises:
+        MissingSignalError: the tower does not supply it; the message names methods that work.
+    """
+    signals = method.needs(adapter.tower)
+    if not adapter.supplies_all(signals):
+        missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
+        works = [n for n in METHODS.names() if adapter.supplies_all(METHODS.build(n).needs(adapter.tower))]
+        tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
+        typed = label in METHODS.names() and method.if_missing
+        option = f" (or {label}:{method.if_missing})" if typed else ""
+        raise MissingSignalError(
+            f"{label!r} needs {', '.join(missing)}, but this model's vision tower {tower}. "
+            f"Methods that work here: {', '.join(works)}{option}"
+        )
+    return signals

@@ -1,0 +1,143 @@
+"""Signals from the vision tower, collected while a picture is encoded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.core import attention
+from tokprune.core.clock import span
+from tokprune.core.errors import NotCopyable, TokPruneError
+from tokprune.core.signals import Kind, Signal
+
+from .compat import features_of, with_features
+from .families.base import ModelFamily
+from .hooks import Hooks
+from .passes import Passes
+
+
+def split_features(out: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """What an encode function returned, as one (N, D) an image, and how to put new ones back."""
+    given = features_of(out)
+
+    def put_back(features: list[Tensor]) -> Any:
+        return with_features(out, torch.stack(features) if isinstance(given, Tensor) else type(given)(features))
+
+    return list(given), put_back
+
+
+class TowerTap(NotCopyable):
+    """Collects signals from the vision tower; open only while a picture is encoded.
+
+    Hooks on the projections see what attention sees, whichever attention implementation runs, and cost no
+    extra product of hidden states. With `states`, what the projector takes is collected, too.
+    """
+
+    def __init__(self, adapter: ModelFamily, signals: frozenset[Signal], passes: Passes, states: bool = False):
+        self.adapter, self.states, self._passes = adapter, states, passes
+        self.signals = frozenset(s for s in signals if s.kind is not Kind.TEXT_EMBEDS)
+        self.n_special = 1 if adapter.tower.has_cls else 0
+
+    def install(self, hooks: Hooks) -> None:
+        """Register the hooks."""
+        for layer in sorted({layer for s in self.signals for layer in s.layers}):
+            module = self.adapter.attention_module(layer)
+            for side in ("q", "k"):
+                # Where queries and keys are normalised, attention sees them after that.
+                projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
+                hook = functools.partial(self._seen, layer, module, side)
+                hooks.after(projection, hook)
+        if any(s.kind is Kind.CLS_STATE for s in self.signals):
+            layer = self.adapter.vision_layers[self.adapter.read_layer]
+            hooks.after(layer, self._cls_seen)
+        if self.states:
+            hooks.before(self.adapter.projector, self._states_seen)
+
+    def collect(self, encode: Callable[[], Any]) -> tuple[Any, dict[Signal | str, Tensor]]:
+        """What an encode function returns, and what was collected meanwhile.
+
+        Collected is every signal, (crops, patches, l, ...) or (crops, D), and "states", (crops, patches, D).
+
+        Raises:
+            TokPruneError: a layer did not run.
+        """
+        with self._passes.encoding() as encoding:
+            encoding.collected = {}
+            out = encode()
+        return out, self._complete(encoding.collected)
+
+    @span("signals")
+    def _complete(self, rows: dict) -> dict[Signal | str, Tensor]:
+        missing = sorted({layer for s in self.signals for layer in s.layers if (s, layer) not in rows})
+        if missing:
+            raise TokPruneError(
+                f"vision layers {missing} did not run while the picture was encoded; "
+                "choose layers up to the one whose features the model reads. If the tower is compiled, compile decoder "
+                "layers instead, or use a method that reads nothing of the tower"
+            )
+        found = {s: rows[s] for s in self.signals if s.kind is Kind.CLS_STATE}
+        # The tower's layers may sit on several devices.
+        found |= {
+            s: torch.stack([rows[s, layer].to(rows[s, s.layers[0]].device) for layer in s.layers], 2)
+            for s in self.signals
+            if s.kind.is_per_token
+        }
+        return found | ({"states": rows["states"]} if self.states else {})
+
+    @torch.no_grad()
+    def _seen(
+        self, layer: int, module: nn.Module, side: str, projection: nn.Module, args: tuple, kwargs: dict, out: Tensor
+    ):
+        rows = self._open
+        if rows is None:
+            return
+        sides = rows.setdefault(("sides", layer), {})
+        sides[side] = out
+        if len(sides) == 2:
+            del rows["sides", layer]
+            q, k = (sides[s].unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for s in ("q", "k"))
+            asked = [s for s in self.signals if layer in s.layers]
+            # Autocast would turn the products back to half precision.
+            with span("signals"), torch.autocast(q.device.type, enabled=False):
+                for signal, row in signal_rows(asked, q, k, module.scale, self.n_special):
+                    rows[signal, layer] = row
+
+    def _cls_seen(self, layer: nn.Module, args: tuple, kwargs: dict, out):
+        rows = self._open
+        if rows is not None:
+            state = (out[0] if isinstance(out, tuple) else out)[:, 0].float()
+            rows.update({s: state for s in self.signals if s.kind is Kind.CLS_STATE})
+
+    def _states_seen(self, projector: nn.Module, args: tuple, kwargs: dict):
+        rows = self._open
+        if rows is not None:
+            rows["states"] = args[0]
+
+    @property
+    def _open(self) -> dict | None:
+        """Where to collect; None where no picture is being encoded for this attachment."""
+        return self._passes.collecting
+
+
+def signal_rows(signals: list[Signal], q: Tensor, k: Tensor, scale: float, n_special: int):
+    """(signal, (crops, patches, ...)) for every signal asked of one layer; q and k are (crops, H, T, d)."""
+    for s in signals:
+        if s.kind is Kind.KEYS:
+            yield s, k[:, :, n_special:].transpose(1, 2).float()
+    for form, heads in sorted({(s.form, s.heads) for s in signals if s.kind is not Kind.KEYS}):
+        asked = {s.kind: s for s in signals if (s.form, s.heads) == (form, heads)}
+        queries, keys, by = attention.as_one_head(q, k) if heads == "single" else (q, k, scale)
+        if Kind.CLS_ROW in asked:
+            yield asked[Kind.CLS_ROW], attention.cls_row(queries, keys, by, form, n_special)
+        if Kind.RECEIVED in asked and Kind.GIVEN in asked:
+            received, given = attention.received_and_given(queries, keys, by, form, n_special)
+            yield asked[Kind.RECEIVED], received
+            yield asked[Kind.GIVEN], given
+        elif Kind.RECEIVED in asked:
+            yield asked[Kind.RECEIVED], attention.received(queries, keys, by, form, n_special)
+        elif Kind.GIVEN in asked:
+            yield asked[Kind.GIVEN], attention.given(queries, keys, by, form, n_special)

@@ -1,0 +1,117 @@
+"""What every command asks of its arguments before it does anything, and how a command line ends.
+
+An option is typed once unless it says that it can be repeated, a name is not blank, and a whole number fits 32 bits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from ..core import interrupts
+from ..core.errors import RunError, TokPruneError
+
+MOST = 2**31 - 1  # no picture, prompt or run has more of anything
+FREE = ("suffix", "question", "model_args", "gen_kwargs")  # texts that name nothing and may be empty
+
+
+class Command(TyperCommand):
+    """A command that checks what was typed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as typer does, with the checks of this module.
+
+        Raises:
+            RunError: something is typed twice or blank, or a number is too large.
+        """
+        if args or not self.no_args_is_help:
+            given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            if not any(parameter.is_eager for parameter in order):  # --help helps, whatever else is there
+                _check_once(order)
+                for parameter in order:
+                    _check_named(parameter, given.get(str(parameter.name)))
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            _check_size(parameter, ctx.params.get(str(parameter.name)))
+        return rest
+
+
+class App(typer.Typer):
+    """Commands that check what was typed."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        """As that of typer."""
+        return super().command(name, **{"cls": Command, **options})
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line to the end of the process; bad input is one clear line on stderr and exit code 2."""
+    try:
+        interrupts.end()
+        sys.exit(app(standalone_mode=False))
+    except KeyboardInterrupt:
+        sys.exit(interrupts.CODE)
+    except TokPruneError as error:
+        _fail(str(error))
+    except Exception as error:
+        # Usage errors of the command-line library, which may be vendored: told apart by what they carry.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} Type tokprune --help, or tokprune COMMAND --help")
+
+
+def check_most(option: str, number: int, most: int = MOST) -> None:
+    """Raise RunError where a whole number is too large to be meant."""
+    if abs(number) > most:
+        raise RunError(f"{option} takes whole numbers of at most {most}, not one of {len(str(abs(number)))} digits")
+
+
+def _check_once(order: list[Any]) -> None:
+    """Raise where an option is typed again, which would silently take the place of the one before."""
+    for parameter, n in Counter(order).items():
+        if n > 1 and not getattr(parameter, "multiple", False):
+            joined = ", with commas between values" if "commas" in (parameter.help or "") else ""
+            raise RunError(f"{_flag(parameter)} is typed {n} times and can have one value; type it once{joined}")
+
+
+def _check_named(parameter: Any, value: Any) -> None:
+    """Raise where a text, or one of several, is blank."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if parameter.name in FREE or not any(isinstance(v, str) and not v.strip(" \t\r\n\v\f,") for v in values):
+        return
+    said = (parameter.help or "a value").rstrip(".")
+    listed = _existing(parameter, said)
+    raise RunError(f"{_flag(parameter)} is blank; it takes: {said}{listed and f'. There are: {listed}'}")
+
+
+def _existing(parameter: Any, said: str) -> str:
+    """Names that an option takes and its help does not list."""
+    if parameter.name in ("method", "methods", "score"):
+        import tokprune
+
+        return ", ".join(tokprune.list_methods())
+    if "known shape" in said.lower():
+        from ..cost.shapes import KNOWN
+
+        return ", ".join(KNOWN)
+    return ""
+
+
+def _check_size(parameter: Any, value: Any) -> None:
+    if isinstance(value, int):
+        check_most(_flag(parameter), value)
+
+
+def _flag(parameter: Any) -> str:
+    """As it is typed, --keep, or IMAGE for an argument without a name."""
+    return max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.name).upper()
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"tokprune: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,175 @@
+"""The command line. Bad input gets one clear line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tokprune
+
+from ..core.budget import Budget
+from ..core.errors import RunError
+from ..core.files import replacing
+from ..cost.flops import Ledger, Ops
+from ..prune.pictures import open_picture
+from . import estimate, tables
+from . import runs
+from .arguments import App, check_most, run
+from .extras import eval_module, load_runner
+
+app = App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """tokprune: fewer visual tokens for multimodal LLMs, without training."""
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, with what they promise and where they come from."""
+    tables.console().print(tables.methods_table())
+
+
+@app.command()
+def models() -> None:
+    """Show which method runs on which model family and vision tower."""
+    tables.console().print(tables.support_table())
+
+
+@app.command()
+def flops(
+    model: Annotated[str, typer.Option(help="A known shape such as llava-1.5-7b, a local folder, or a hub id.")],
+    visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture; one crop by default.")] = None,
+    text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
+    keep: Annotated[float, typer.Option(help="Ratio of the visual tokens kept.")] = 0.25,
+    crops: Annotated[int | None, typer.Option(help="Crops encoded; by default as many as the tokens fill.")] = None,
+    method: Annotated[str, typer.Option(help="Count the signals of this method as selector.")] = "",
+    layers: Annotated[bool, typer.Option("--layers", help="Show every decoder layer.")] = False,
+) -> None:
+    """Show what a prefill costs, part by part, before and after pruning; nothing is run or downloaded for a shape."""
+    shape = estimate.shape_of(model)
+    visual = shape.n_visual if visual is None else visual
+    if min(visual, text, 1 if crops is None else crops) < 1:
+        raise RunError("--visual, --text and --crops take whole numbers of at least 1")
+    for option, n in (("--visual", visual), ("--text", text), ("--crops", crops or 1)):
+        check_most(option, n, estimate.MOST)
+    found = estimate.kept(shape, method, keep, visual, text)
+    columns = [n + text for n in found.by_layer]
+    before = shape.picture(visual, crops) + shape.read(visual + text)
+    after = shape.picture(visual, crops, found.signals) + shape.read(columns)
+    after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=found.products)
+    tables.console().print(tables.ledger_table(shape, (before, after), (visual + text, columns), layers))
+    n_crops = crops or -(-visual // shape.n_visual)
+    typer.echo(
+        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; --visual takes another number)"
+        + (f", keep {keep:g}." if found.budgeted else ", as many kept as the method says.")
+    )
+    share = before.before_llm.flops / before.prefill.flops
+    typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
+
+
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="Name or specification; repeatable, or several with commas.")
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Ratio of the visual tokens kept; 0.25 by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG to write; kept.png where neither this nor --json is given.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="A JSON file to write: indices and places of kept tokens.")] = None,
+    model: Annotated[
+        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    question: Annotated[str, typer.Option(help="Asked beside the picture.")] = "what is in the image?",
+) -> None:
+    """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
+    explained = eval_module("report.explained", needs=())
+    out = Path("kept.png") if out is None and json is None else out
+    _check_apart(image, out, json)
+    specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
+    ratio = 0.25 if keep is None else keep
+    Budget(keep_ratio=ratio)
+    decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
+    if keep is not None and decides:
+        raise RunError(
+            f"{decides[0]!r} takes no budget; leave --keep out, or draw it apart{estimate.with_budget(decides[0])}"
+        )
+    budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
+    picture = open_picture(image)
+    found = explained.asked(load_runner(model), picture, question, list(zip(specs, budgets, strict=True)))
+    if json is not None:
+        from . import doctor as checks
+
+        here = checks.versions()
+        versions = {name: here[name] for name in ("python", "tokprune", "torch", "transformers", "device")}
+        asked = {"model": model, "image": str(image), "question": question, "versions": versions}
+        with _writing(json, "--json"):
+            found.write_json(json, **asked)
+    if out is not None:
+        with _writing(out, "--out"):
+            sheet = found.sheet()
+            with replacing(out) as new:
+                sheet.save(new, format="PNG")
+    for line in found.lines:
+        typer.echo(line)
+    if json is not None:
+        typer.echo(f"{json}: kept indices of {len(specs)} method{'s' * (len(specs) > 1)}")
+    if out is not None:
+        typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
+
+
+def _check_apart(image: Path, out: Path | None, json: Path | None) -> None:
+    """Raise where one of the files would be written over another."""
+    named = {"the picture": image, "--out": out, "--json": json}
+    given = [(name, os.path.realpath(path)) for name, path in named.items() if path is not None]
+    for (one, first), (other, second) in itertools.combinations(given, 2):
+        if first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)):
+            raise RunError(f"{one} and {other} are both {first}; name another file with {other}")
+
+
+@contextlib.contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
+    """One line where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; name another file with {option}") from error
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, check on the embedded model that pruning prunes, and exit with 1 where it does not."""
+    from . import doctor as checks
+
+    console = tables.console()
+    for name, version in checks.versions().items():
+        console.print(f"{name:14} {version}", highlight=False)
+    failed = 0
+    for finding in checks.findings(load_runner()):
+        failed += not finding.ok
+        console.print(f"{'ok    ' if finding.ok else 'FAILED'} {finding.what}: {finding.seen}", highlight=False)
+    if failed:
+        typer.echo(f"tokprune: {failed} checks failed; do not trust a number from this installation", err=True)
+        raise typer.Exit(1)
+    console.print("All checks passed.")
+
+
+app.add_typer(runs.app)
+
+
+def main() -> None:
+    """The console script."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What a method would cost on a model that is not loaded, for `tokprune flops`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokprune
+
+from ..core.budget import Budget
+from ..core.errors import RunError, why_unloadable
+from ..core.layout import Layout, grid_layout
+from ..core.signals import Decoder, Kind, Signal, Tower
+from ..core.tokens import Count
+from ..cost.flops import Ops, Shape
+from ..cost.selection import SelectionCost, cut_ops
+from ..cost.shapes import KNOWN, known_shape, shape_from_config
+from ..prune.report import by_layer
+
+MOST = 10_000_000  # tokens of a kind that are counted one by one
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Visual tokens of one picture in every decoder layer, signals of the vision tower, and what selecting computes."""
+
+    by_layer: list[int]
+    signals: frozenset[Signal] = frozenset()
+    products: Ops = field(default_factory=Ops)
+    budgeted: bool = True
+
+
+def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept:
+    """What a method keeps of so many visual tokens beside so much text; fewer where it keeps whole rows or a grid.
+
+    Raises:
+        RunError: only the picture tells, or the method does not run on this shape.
+    """
+    budget, n_layers = Budget(keep_ratio=keep), shape.text.n_layers
+    if not method:
+        return Kept([budget.n_keep(visual)] * n_layers)
+    built: Any = tokprune.get_method(method)
+    if built.count is Count.CONTENT or built.is_filter:
+        raise RunError(
+            f"how many tokens {method!r} keeps depends on the picture; leave --method out for the budget alone"
+            f"{with_budget(method)}"
+        )
+    if built.needs_file:
+        raise RunError(
+            f"{method!r} fits one model; attach it there, or type its counts, as fastv:schedule=layers/2x288"
+        )
+    before, between = built.stages
+    ratio = keep ** (1 / max(built.n_budgets, 1))
+    n_keep, products = visual, Ops()
+    signals: frozenset[Signal] = frozenset()
+    if before is not None:
+        n_keep, signals, products = _before(shape, method, before, Budget(keep_ratio=ratio).n_keep(visual), visual)
+    if between is None:
+        return Kept([n_keep] * n_layers, signals, products, built.takes_budget)
+    left = Budget(keep_ratio=ratio).n_keep(n_keep) if between.takes_budget else 0
+    cuts = between.cuts(Decoder(n_layers, shape.text.width), n_keep, left)
+    counts, layout = by_layer(cuts, n_keep, n_layers), grid_layout(1, n_keep)
+    for layer, n in cuts.items():
+        columns = counts[layer - 1] + text
+        products += cut_ops(shape, between.cost, between.reads(layer), layer, layout, n, columns, text)
+    return Kept(counts, signals, products, built.takes_budget)
+
+
+def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> tuple[int, frozenset[Signal], Ops]:
+    """Of a method before the language model."""
+    has_cls = shape.vision.n_special > 0
+    projects_rows = shape.projector[0] == shape.vision.stack.width
+    signals = method.needs(Tower(shape.vision.stack.n_layers, has_cls, projects_rows))
+    if not has_cls and any(s.kind is Kind.CLS_ROW for s in signals):
+        raise RunError(f"{label!r} needs a [CLS] token, which the tower of {shape.name} lacks; see tokprune models")
+    n_keep = n_keep if method.takes_budget else 0
+    least = method.min_keep(grid_layout(1, visual))
+    if method.takes_budget and n_keep < min(least, visual) and method.count is Count.EXACT:
+        raise RunError(f"{label!r} cannot keep {n_keep} tokens; its least is {least}")
+    if n_keep == visual:
+        return n_keep, frozenset(), Ops()
+    tiles = [i // shape.n_visual for i in range(visual)]
+    layout = Layout(tuple(tiles), tuple(range(visual)), (0,) * visual, (1, max(tiles)))
+    cost = SelectionCost(shape, signals, method.cost, method.space == "tower" and projects_rows)
+    return n_keep, signals, cost.selector(layout, n_keep, collected=False)
+
+
+def with_budget(spec: str) -> str:
+    """What to type where a method that decides by itself is asked for a budget."""
+    option = tokprune.get_method(spec).if_budget
+    return f", or type {spec}:{option}" if option else ""
+
+
+def shape_of(model: str) -> Shape:
+    """A known shape, or that of a folder or a hub id; code that it brings along is never run.
+
+    Raises:
+        RunError: its configuration cannot be read.
+    """
+    if model in KNOWN or ("/" not in model and not Path(model).exists()):
+        return known_shape(model)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # whatever a broken or foreign folder makes transformers raise
+        raise RunError(f"cannot read the configuration of {model!r}: {why_unloadable(error)}") from error
+    return shape_from_config(config)

@@ -1,0 +1,96 @@
+"""Tables for the terminal: methods, models and ledgers."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+import tokprune
+
+from ..core.tokens import Stage
+from ..cost.flops import COMPAT, PARTS, Ledger, Ops, Shape
+
+_PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
+
+
+def console(quiet: bool = False) -> Console:
+    """The terminal; what users type is shown as it is, since brackets are no markup."""
+    return Console(markup=False, quiet=quiet, width=None if sys.stdout.isatty() else 150)
+
+
+def methods_table() -> Table:
+    """What each method keeps and promises."""
+    table = Table("method", "keeps", "where", "count", "source", title="Methods", title_justify="left")
+    for name in tokprune.list_methods():
+        method = tokprune.get_method(name)
+        first = (type(method).__doc__ or "").strip().partition("\n")[0]
+        preset = "" if str(method).endswith("()") else f" As {method}."
+        count = "filter" if method.is_filter else "none" if name == "blind" else method.count.value
+        where = "between layers" if method.stage is Stage.DECODER else "before the LLM"
+        table.add_row(name, first + preset, where, count, method.source or "control")
+    return table
+
+
+def support_table() -> Table:
+    """Which method runs on which model."""
+    pairs = tokprune.list_support()
+    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
+    cell = {(p.model, p.tower, p.method): p.answer for p in pairs}
+    table = Table("method", title="Models; an option stands where a method does not run as it is", title_justify="left")
+    for model, tower in columns:
+        table.add_column(f"{model}\n{tower}", overflow="fold")
+    for name in tokprune.list_methods():
+        table.add_row(name, *(cell[(*column, name)].removeprefix(f"{name}:") for column in columns))
+    return table
+
+
+def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, list[int]], layers: bool) -> Table:
+    """Parts of two ledgers beside each other; `layers` shows every decoder layer.
+
+    Args:
+        shape: the model.
+        pair: unpruned and kept.
+        columns: of the prompt, unpruned, and kept by decoder layer.
+        layers: whether to show every decoder layer.
+    """
+    left = columns[1]
+    mean = sum(left) / len(left)
+    by_layer = "" if left[0] == left[-1] else f" ({mean:.1f} in the mean over layers)"
+    title = f"{shape.name}: {columns[0]} -> {left[-1]} tokens{by_layer}; 1 MAC = 2 FLOPs, attention counted dense"
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(("part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all")):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for part in PARTS:
+        _add(table, _PART_NAMES.get(part, part), pair[0].part(part), pair[1].part(part))
+        if part == "decoder" and layers:
+            for i, (before, after) in enumerate(zip(pair[0].layers, pair[1].layers, strict=True)):
+                _add(table, f"  layer {i}", before, after)
+    table.add_section()
+    _add(table, "LLM", pair[0].llm, pair[1].llm)
+    _add(table, "whole prefill", pair[0].prefill, pair[1].prefill)
+    _add(table, "decode, per token", shape.decode(columns[0]), shape.decode(columns[1]))
+    table.add_section()
+    for name, formula in COMPAT.items():
+        # The papers have one number of tokens for all layers.
+        a, b = formula(shape.text, columns[0]).macs, formula(shape.text, round(mean)).macs
+        table.add_row(f"{name}'s formula (LLM alone)", f"{a / 1e9:,.2f}", "", f"{b / 1e9:,.2f}", "", _percent(a, b))
+    table.add_section()
+    for dtype, size in (("half precision", 2), ("float32", 4)):
+        a, b = (n * shape.text.kv_bytes(size) for n in (columns[0] * len(left), sum(left)))
+        table.add_row(f"KV cache, {dtype}", f"{a / 2**20:.1f} MiB", "", f"{b / 2**20:.1f} MiB", "", _percent(a, b))
+    return table
+
+
+def _add(table: Table, name: str, before: Ops, after: Ops) -> None:
+    numbers = [_giga(n) for ops in (before, after) for n in (ops.macs, ops.flops)]
+    table.add_row(name, *numbers, _percent(before.macs, after.macs))
+
+
+def _giga(n: int) -> str:
+    return "< 0.01" if 0 < n < 5e6 else f"{n / 1e9:,.2f}"
+
+
+def _percent(before: int, after: int) -> str:
+    return f"{100 * after / before:.1f} %" if before else ""

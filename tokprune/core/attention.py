@@ -1,0 +1,91 @@
+"""Rows and column means of a vision layer's attention, from its queries and keys; no map is ever kept.
+
+Shapes: q and k are (B, H, T, d), of which the first `n_special` tokens (a [CLS], registers) show no patch;
+results are over the N = T - n_special patches, mean over heads, float32, whatever the dtype of q and k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .signals import Form
+
+CHUNK = 128  # queries at a time, fewer where B * H * CHUNK * T floats would be more than LARGEST; costs no time
+LARGEST = 2**25
+
+
+def cls_row(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 1) -> Tensor:
+    """Attention of the first token to every patch, (B, N); O(H T d), no T x T product.
+
+    The softmax runs over all T keys; the columns of special tokens are cut off afterwards.
+    """
+    logits = (q[:, :, :1].float() @ k.float().transpose(-1, -2) * scale)[:, :, 0]  # (B, H, T)
+    row = logits.softmax(-1) if form == "softmax" else logits
+    return row.mean(1)[:, n_special:]
+
+
+def rows(q: Tensor, k: Tensor, scale: float, allowed: Tensor) -> Tensor:
+    """Attention of some queries over all keys, (G, H, R, K) float32; a decoder's, with fewer key heads than queries.
+
+    Args:
+        q: (G, H, R, d), rotated.
+        k: (G, H_kv, K, d), rotated.
+        scale: of the logits.
+        allowed: (G, R, K) bool, keys that a query sees.
+    """
+    grouped = q.float().unflatten(1, (k.shape[1], -1))  # (G, H_kv, H / H_kv, R, d)
+    logits = grouped @ k.float().transpose(-1, -2)[:, :, None] * scale
+    return logits.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1).flatten(1, 2)
+
+
+def as_one_head(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The same queries and keys as a single head over the full width, and its scale."""
+    q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, k))
+    return q, k, q.shape[-1] ** -0.5
+
+
+def received(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0) -> Tensor:
+    """Attention every patch receives from all patches, mean over queries, (B, N)."""
+    if form == "logits":
+        return _mean_logits(k, q, scale, n_special)
+    return _received_and_given(q, k, scale, n_special)[0]
+
+
+def given(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0) -> Tensor:
+    """Attention every patch gives to all patches, mean over keys, (B, N).
+
+    After the softmax this is (1 - attention to the special tokens) / N: nearly constant.
+    """
+    if form == "logits":
+        return _mean_logits(q, k, scale, n_special)
+    return _received_and_given(q, k, scale, n_special)[1]
+
+
+def received_and_given(
+    q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Both at once: after the softmax they share one pass over the queries."""
+    if form == "logits":
+        return received(q, k, scale, form, n_special), given(q, k, scale, form, n_special)
+    return _received_and_given(q, k, scale, n_special)
+
+
+def _mean_logits(own: Tensor, others: Tensor, scale: float, n_special: int) -> Tensor:
+    # The mean over the other side of a product is the product with the mean: one matrix-vector product.
+    mean = others[:, :, n_special:].float().mean(2)  # (B, H, d)
+    return (own[:, :, n_special:].float() @ mean[..., None] * scale)[..., 0].mean(1)
+
+
+def _received_and_given(
+    q: Tensor, k: Tensor, scale: float, n_special: int, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    heads, n_patches = q.shape[1], q.shape[2] - n_special
+    chunk = max(1, min(chunk, LARGEST // (len(q) * heads * q.shape[2])))
+    k_t = k.float().transpose(-1, -2)
+    column_sum, rows = q.new_zeros(q.shape[0], n_patches, dtype=torch.float32), []
+    for queries in q[:, :, n_special:].split(chunk, dim=2):
+        patches = (queries.float() @ k_t * scale).softmax(-1)[..., n_special:]  # (B, H, chunk, N)
+        column_sum = column_sum + patches.sum((1, 2))
+        rows.append(patches.sum((1, 3)))
+    return column_sum / (heads * n_patches), torch.cat(rows, dim=1) / (heads * n_patches)

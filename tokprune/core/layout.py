@@ -1,0 +1,116 @@
+"""Where the rows of an image lie: crops, newlines, and the grids that they make up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Region:
+    """A full grid of tokens: the thumbnail, or the mosaic of the crops; `index` is in raster order."""
+
+    height: int
+    width: int
+    index: tuple[int, ...]
+
+
+NEWLINE, NO_PATCH = -1, -2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of one image lie, host side: crop, row and column of every token, each of length N.
+
+    Crop 0 is the thumbnail or the only crop, 1.. the others, in raster order. Rows and columns of a thumbnail are
+    its own, those of the crops are of their mosaic. Crop -1 is a newline at the end of mosaic row `row`, or of the
+    whole picture where that is -1; crop -2 shows no patch either (a [CLS] feature). Both are never scored and
+    count apart.
+
+    Args:
+        crop, row, column: of every token.
+        crop_grid: rows and columns of crops, (0, 0) where there is a thumbnail or an only crop and no other.
+    """
+
+    crop: tuple[int, ...]
+    row: tuple[int, ...]
+    column: tuple[int, ...]
+    crop_grid: tuple[int, int] = (0, 0)
+
+    @property
+    def n_visual(self) -> int:
+        """Tokens that show a patch."""
+        return len(self.visual)
+
+    @property
+    def n_newlines(self) -> int:
+        """Newlines."""
+        return self.crop.count(NEWLINE)
+
+    @functools.cached_property
+    def visual(self) -> tuple[int, ...]:
+        """Indices of the tokens that show a patch."""
+        return tuple(i for i, crop in enumerate(self.crop) if crop >= 0)
+
+    @functools.cached_property
+    def crops(self) -> tuple[int, ...]:
+        """Crops that have tokens, ascending."""
+        return tuple(sorted({c for c in self.crop if c >= 0}))
+
+    @functools.cached_property
+    def crop_places(self) -> tuple[int, ...]:
+        """Place of every visual token's crop among `crops`."""
+        places = {crop: place for place, crop in enumerate(self.crops)}
+        return tuple(places[self.crop[i]] for i in self.visual)
+
+    @functools.cached_property
+    def crop_sizes(self) -> tuple[int, ...]:
+        """Tokens of every crop, in the order of `crops`."""
+        return tuple(self.crop_places.count(place) for place in range(len(self.crops)))
+
+    @property
+    def n_crops(self) -> int:
+        """Crops that the tower encodes: the thumbnail or only crop, and those of the mosaic, padding among them."""
+        rows, columns = self.crop_grid
+        return int(0 in self.crops) + rows * columns
+
+    @property
+    def height(self) -> int:
+        """Rows of the mosaic, or of the only crop."""
+        return self.regions[-1].height if self.regions else 0
+
+    @property
+    def width(self) -> int:
+        """Columns of the mosaic, or of the only crop."""
+        return self.regions[-1].width if self.regions else 0
+
+    @functools.cached_property
+    def regions(self) -> tuple[Region, ...]:
+        """The thumbnail or only crop, and the mosaic of the others, as far as they exist."""
+        parts = ([i for i in self.visual if self.crop[i] == 0], [i for i in self.visual if self.crop[i] > 0])
+        return tuple(self._region(part) for part in parts if part)
+
+    def _region(self, index: list[int]) -> Region:
+        raster = sorted(index, key=lambda i: (self.row[i], self.column[i]))
+        height, width = 1 + max(self.row[i] for i in index), 1 + max(self.column[i] for i in index)
+        return Region(height, width, tuple(raster))
+
+    @functools.cached_property
+    def without_specials(self) -> Layout:
+        """The same without the rows that show no patch."""
+        return self if len(self.visual) == len(self.crop) else self.part(self.visual)
+
+    def part(self, index: Sequence[int]) -> Layout:
+        """The layout of some of the tokens."""
+        crop, row, column = (tuple(t[i] for i in index) for t in (self.crop, self.row, self.column))
+        return Layout(crop, row, column, self.crop_grid)
+
+
+@functools.lru_cache(maxsize=64)
+def grid_layout(height: int, width: int, n_leading: int = 0) -> Layout:
+    """One crop in raster order, after `n_leading` rows that show no patch."""
+    rows = [r for r in range(height) for _ in range(width)]
+    columns = [c for _ in range(height) for c in range(width)]
+    special, nowhere = (NO_PATCH,) * n_leading, (-1,) * n_leading
+    return Layout(crop=special + (0,) * (height * width), row=nowhere + tuple(rows), column=nowhere + tuple(columns))

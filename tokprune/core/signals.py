@@ -1,0 +1,153 @@
+"""What methods may ask for: signals of a vision tower or a language model, and what they may know of both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from .errors import OptionError
+
+
+class Kind(Enum):
+    """Kinds of signals, with their shapes; G images of one layout, l layers asked for, N visual tokens.
+
+    CLS_ROW: attention of the [CLS] query to every visual token, mean over heads, (G, l, N); a softmax row is
+    not renormalised after the [CLS] column is cut off. RECEIVED: attention that a visual token receives from
+    all visual tokens of its crop, mean over heads and queries, (G, l, N). GIVEN: attention that it gives to all
+    visual tokens of its crop, mean over heads and keys, (G, l, N). KEYS: keys of every head, (G, l, N, H, d).
+    CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for the C crops that it encodes; only
+    where the projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt,
+    (G, T, D), rows of zeros elsewhere; known when the language model runs, not before. All are float32.
+
+    Of the language model, for a cut before one of its layers; n visual tokens are still there, T tokens of text:
+    LM_ROW: attention of the last prompt token to them, mean over heads, (G, l, n); the softmax runs over the whole
+    row, text among it. LM_MASS: the part of that row on all visual tokens of the prompt, (G, l). LM_TEXT_ROWS:
+    attention of every text token to them, mean over heads, (G, T, n). LM_KEYS, LM_TEXT_KEYS: keys after the rotary
+    embedding, of the heads that store them, (G, n, H, d) and (G, T, H, d). LM_TEXT_STATES: hidden states of the text
+    at the cut, (G, T, D); LM_FIRST_STATE: that of the prompt's first token, (G, D). LM_EMBEDS: visual tokens as the
+    language model received them, (G, N, D); LM_TEXT_EMBEDS: the text, (G, T, D).
+    """
+
+    CLS_ROW = "cls_row"
+    RECEIVED = "received"
+    GIVEN = "given"
+    KEYS = "keys"
+    CLS_STATE = "cls_state"
+    TEXT_EMBEDS = "text_embeds"
+    LM_ROW = "lm_row"
+    LM_MASS = "lm_mass"
+    LM_TEXT_ROWS = "lm_text_rows"
+    LM_KEYS = "lm_keys"
+    LM_TEXT_KEYS = "lm_text_keys"
+    LM_TEXT_STATES = "lm_text_states"
+    LM_FIRST_STATE = "lm_first_state"
+    LM_EMBEDS = "lm_embeds"
+    LM_TEXT_EMBEDS = "lm_text_embeds"
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether axis 2 goes over visual tokens of the vision tower."""
+        return self in (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN, Kind.KEYS)
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it is of the language model's layers."""
+        return self.value.startswith("lm_")
+
+
+Form = Literal["softmax", "logits"]
+
+
+Heads = Literal["mean", "single"]
+
+
+Text = Literal["after", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A kind with its layers (absolute, 0-based) and, for attention, how it is computed.
+
+    Args:
+        kind: what it is.
+        layers: of the vision tower, or of the language model for kinds of its own; empty for kinds that belong to none.
+        form: after or before the softmax.
+        heads: mean over the tower's heads, or one head over the full width.
+        text: for kinds about text: what comes after the image, after the last image of the prompt, or all of it.
+            Where nothing comes after, it is the prompt's last token.
+    """
+
+    kind: Kind
+    layers: tuple[int, ...] = ()
+    form: Form = "softmax"
+    heads: Heads = "mean"
+    text: Text = "after"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What methods may know of a vision tower.
+
+    Args:
+        n_layers: its depth.
+        has_cls: whether it has a [CLS] token.
+        projects_rows: whether the projector takes one patch a row, so that merged states can be projected anew.
+    """
+
+    n_layers: int
+    has_cls: bool
+    projects_rows: bool = True
+
+    def layer(self, index: int) -> int:
+        """The absolute index of a layer; negative ones count from the end.
+
+        Raises:
+            OptionError: the tower has no such layer.
+        """
+        if not -self.n_layers <= index < self.n_layers:
+            raise OptionError(
+                f"layer {index} does not exist: this vision tower has {self.n_layers} layers; "
+                f"type an index from {-self.n_layers} to {self.n_layers - 1}"
+            )
+        return index % self.n_layers
+
+    def scaled(self, index: int, depth: int) -> int:
+        """The layer as far into this tower as `index` is into a paper's tower of `depth` layers."""
+        return min(round(index * self.n_layers / depth), self.n_layers - 1)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What methods may know of a language model.
+
+    Args:
+        n_layers: its depth.
+        width: of its hidden states.
+        fingerprint: a hash of its configuration; what was fitted to one fits no other.
+    """
+
+    n_layers: int
+    width: int = 0
+    fingerprint: str = ""
+
+    def layer(self, index: int) -> int:
+        """The absolute index of a layer to cut before; negative ones count from the end.
+
+        Raises:
+            OptionError: there is no such layer, or it is the first.
+        """
+        found = index + self.n_layers if index < 0 else index
+        if not 1 <= found < self.n_layers:
+            first = "nothing is cut before layer 0 (a method before the language model does that)"
+            raise OptionError(
+                f"cannot cut before layer {index}: "
+                + (first if found == 0 else f"this language model has {self.n_layers} layers")
+                + f"; type an index from 1 to {self.n_layers - 1}"
+            )
+        return found
+
+    def scaled(self, index: int, depth: int) -> int:
+        """The layer as far into this language model as `index` is into a paper's of `depth` layers; at least 1."""
+        return max(1, min(math.floor(index * self.n_layers / depth + 0.5), self.n_layers - 1))

@@ -1,0 +1,108 @@
+"""The record that travels: the visual tokens of a group of images, and what a method promises about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from .errors import MissingSignalError
+from .layout import Layout
+from .signals import Form, Heads, Kind, Signal
+
+
+class Stage(Enum):
+    """Where a method acts: before the language model, or between its decoder layers."""
+
+    PRE_LLM = "pre-llm"
+    DECODER = "decoder"
+
+
+class Count(Enum):
+    """What a method promises about the number of tokens it keeps.
+
+    EXACT: the budget, always. AT_MOST: the budget or fewer, known from the layout (whole rows, pooling
+    grids). CONTENT: depends on the picture.
+    """
+
+    EXACT = "exact"
+    AT_MOST = "at most"
+    CONTENT = "content"
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of G images of one layout, in packed space: one row per placeholder.
+
+    Args:
+        features: (G, N, D), as the language model would see them.
+        layout: of every image of the group.
+        keep: (G, N) bool; before a method ran, what filters left.
+        signals: what the method asked for.
+        scores: (G, N) float32, higher is kept; None where a method does not score.
+        salts: one integer an image, for seeded randomness.
+        index: (G, N), between decoder layers: which of the layout's tokens the present ones are; else None.
+    """
+
+    features: Tensor
+    layout: Layout
+    keep: Tensor
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
+    salts: tuple[int, ...] = ()
+    index: Tensor | None = None
+
+    @classmethod
+    def of(cls, features: Tensor, layout: Layout, signals=None, salts=None) -> VisualTokens:
+        """Tokens of which nothing is dropped yet."""
+        keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        return cls(features, layout, keep, dict(signals or {}), None, tuple(salts or (0,) * len(features)))
+
+    @property
+    def n_visual(self) -> int:
+        """N."""
+        return self.features.shape[1]
+
+    def has(self, kind: Kind) -> bool:
+        """Whether there is a signal of this kind."""
+        return any(s.kind is kind for s in self.signals)
+
+    def signal(self, kind: Kind, form: Form | None = None, heads: Heads = "mean") -> Tensor:
+        """The one signal of a kind (and form) over these heads.
+
+        Raises:
+            MissingSignalError: there is none, or more than one.
+        """
+        found = [s for s in self.signals if s.kind is kind and form in (None, s.form) and s.heads == heads]
+        if len(found) != 1:
+            have = ", ".join(sorted(f"{s.kind.name} ({s.form})" for s in self.signals)) or "none"
+            raise MissingSignalError(f"asked for one {kind.name} signal, found {len(found)}; present: {have}")
+        return self.signals[found[0]]
+
+    def keeping(self, index: Tensor, scores: Tensor | None = None) -> VisualTokens:
+        """The same tokens of which those at `index`, (G, K), are kept."""
+        keep = torch.zeros_like(self.keep).scatter(1, index, True)
+        return replace(self, keep=keep, scores=scores if scores is not None else self.scores)
+
+    def part(self, index: Sequence[int], crop: int) -> VisualTokens:
+        """The tokens of one crop, given their indices and the crop's place among `layout.crops`."""
+        at = torch.tensor(index).to(self.features.device, non_blocking=True)
+        signals = {}
+        for signal, values in self.signals.items():
+            if signal.kind.is_per_token:
+                values = values[:, :, at]
+            elif signal.kind is Kind.CLS_STATE:
+                number = self.layout.crops[crop] - int(self.layout.crops[0] > 0)
+                values = values[:, number : number + 1]
+            signals[signal] = values
+        return replace(
+            self,
+            features=self.features[:, at],
+            layout=self.layout.part(index),
+            keep=self.keep[:, at],
+            signals=signals,
+            scores=None if self.scores is None else self.scores[:, at],
+        )

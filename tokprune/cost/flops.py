@@ -1,0 +1,316 @@
+"""The ledger: what one prefill and one decoded token cost, part by part, and the bytes of the KV cache.
+
+Conventions, the same everywhere: a multiply-accumulate (MAC) is two FLOPs; attention is counted dense, without
+the half that a causal mask would save; softmax, norms, activations, biases and embeddings count nothing, as in
+`torch.utils.flop_counter`; the LM head runs on the last position of a prompt, as in `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..core.signals import Kind, Signal
+
+PARTS = ("vision", "projector", "selector", "decoder", "lm_head")
+
+
+@dataclass(frozen=True, order=True)
+class Ops:
+    """An amount of arithmetic: `macs` multiply-accumulates, `flops` = 2 x macs."""
+
+    macs: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations."""
+        return 2 * self.macs
+
+    def __add__(self, other: Ops) -> Ops:
+        return Ops(self.macs + other.macs)
+
+    def __mul__(self, times: int) -> Ops:
+        return Ops(self.macs * times)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of transformer layers.
+
+    Args:
+        n_layers: how many run.
+        width: of the hidden states.
+        mlp_width: of the MLP.
+        n_heads, n_kv_heads: query heads, and key and value heads (fewer under grouped-query attention).
+        head_dim: width of a head.
+        gated: three MLP matrices (SwiGLU and its kin) or two.
+        n_windowed: layers whose queries see `window` keys alone.
+        window: tokens.
+    """
+
+    n_layers: int
+    width: int
+    mlp_width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    gated: bool = True
+    n_windowed: int = 0
+    window: int = 0
+
+    def layer(self, n_query: int, n_key: int) -> Ops:
+        """One layer on `n_query` tokens whose attention runs over `n_key` tokens."""
+        inner = self.n_heads * self.head_dim
+        projections = 2 * self.width * inner + 2 * self.width * self.n_kv_heads * self.head_dim
+        mlp = (3 if self.gated else 2) * self.width * self.mlp_width
+        return Ops(n_query * (projections + mlp) + 2 * n_query * n_key * inner)
+
+    def all_layers(self, n_tokens: int) -> Ops:
+        """Every layer on the same tokens."""
+        windowed = self.layer(n_tokens, self.window) * self.n_windowed
+        return self.layer(n_tokens, n_tokens) * (self.n_layers - self.n_windowed) + windowed
+
+    def kv_bytes(self, bytes_per_value: int = 2) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.n_kv_heads * self.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A vision tower, by crop.
+
+    Args:
+        stack: its layers, all that run, also those behind the one whose features are read.
+        n_patches: patches of a crop.
+        n_special: tokens that show no patch, such as [CLS].
+        patch_values: pixel values of a patch, 3 x 14 x 14 for instance.
+        pooling_head: SigLIP's attention-pooling head, which runs though nothing reads it.
+    """
+
+    stack: Stack
+    n_patches: int
+    n_special: int
+    patch_values: int
+    pooling_head: bool = False
+
+    def crop(self, n_patches: int | None = None) -> Ops:
+        """One crop; of another size where `n_patches` says so."""
+        n_patches = self.n_patches if n_patches is None else n_patches
+        n_tokens, s = n_patches + self.n_special, self.stack
+        head = s.width * (2 * s.width + 2 * n_tokens * s.width + 2 * n_tokens + 2 * s.mlp_width)
+        embedding = n_patches * self.patch_values * s.width
+        return s.all_layers(n_tokens) + Ops(embedding + (head if self.pooling_head else 0))
+
+    def signals(self, signals: Iterable[Signal], n_patches: int | None = None) -> Ops:
+        """Collecting signals from the tower's queries and keys, one crop; see `tokprune.core.attention`."""
+        n_patches = self.n_patches if n_patches is None else n_patches
+        n_tokens, inner = n_patches + self.n_special, self.stack.n_heads * self.stack.head_dim
+        products = set()  # (layer, what is multiplied): received and given share their softmax rows
+        for s in signals:
+            for layer in s.layers:
+                if s.kind is Kind.CLS_ROW:
+                    products.add((layer, s.form, s.heads, "cls", n_tokens))
+                elif s.kind is Kind.KEYS:
+                    continue  # what the tower computes anyway
+                elif s.form == "logits":
+                    products.add((layer, s.form, s.heads, s.kind.value, n_patches))
+                else:
+                    products.add((layer, s.form, s.heads, "map", n_patches * n_tokens))
+        return Ops(inner * sum(p[-1] for p in products))
+
+
+def decoder_signals(stack: Stack, signals: Iterable[Signal], layer: int, n_columns: int, n_text: int) -> Ops:
+    """Computing signals for a cut before a decoder layer, of one row of a batch; see `tokprune.core.attention`.
+
+    Args:
+        stack: the decoder.
+        signals: what is asked for.
+        layer: the first that sees fewer columns; scores of its own need its keys ahead of it.
+        n_columns: of the row at the cut.
+        n_text: tokens of text, for signals about all of them.
+    """
+    inner = stack.n_heads * stack.head_dim
+    products: set[tuple] = set()
+    for s in signals:
+        queries = {Kind.LM_ROW: 1, Kind.LM_MASS: 1, Kind.LM_TEXT_ROWS: n_text}.get(s.kind, 0)
+        for at in s.layers:
+            products.add((at, s.kind is Kind.LM_TEXT_ROWS, queries * inner * n_columns))
+            if at == layer and s.kind is not Kind.LM_TEXT_STATES:  # those are there
+                ahead = queries * inner + n_columns * stack.n_kv_heads * stack.head_dim
+                products.add((at, "ahead", ahead * stack.width))
+    return Ops(sum(p[-1] for p in products))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A multimodal model, as far as its cost depends on it.
+
+    Args:
+        name: for tables.
+        vision: the tower.
+        projector: widths from the tower to the language model, (1024, 4096, 4096) for two layers.
+        n_rows: rows of a crop that the projector runs on.
+        n_visual: visual tokens of a crop.
+        text: the decoder layers of the language model.
+        vocabulary: rows of the LM head.
+        any_size: the tower takes a picture of any size as one crop; numbers by crop are those of one size.
+    """
+
+    name: str
+    vision: Vision
+    projector: tuple[int, ...]
+    n_rows: int
+    n_visual: int
+    text: Stack
+    vocabulary: int
+    any_size: bool = False
+
+    def project(self, n_rows: int) -> Ops:
+        """The projector on so many rows."""
+        return Ops(n_rows * sum(a * b for a, b in zip(self.projector, self.projector[1:], strict=False)))
+
+    @property
+    def lm_head(self) -> Ops:
+        """The LM head on one position."""
+        return Ops(self.vocabulary * self.text.width)
+
+    def encode(self, crops: int = 1, n_patches: int | None = None, selector: Ops | None = None) -> Ledger:
+        """Tower, projector and selector of one picture.
+
+        Args:
+            crops: that the tower encodes.
+            n_patches: of a crop, where they differ from the configuration's.
+            selector: what a method computes for this picture.
+        """
+        n_rows = self.n_rows if n_patches is None else round(self.n_rows * n_patches / self.vision.n_patches)
+        return Ledger(
+            vision=self.vision.crop(n_patches) * crops,
+            projector=self.project(n_rows) * crops,
+            selector=selector or Ops(),
+            layers=(Ops(),) * self.text.n_layers,
+        )
+
+    def read(
+        self, columns: int | Sequence[int], *, rows: int = 1, past: int | Sequence[int] = 0, bytes_per_value: int = 2
+    ) -> Ledger:
+        """Decoder layers and LM head on a prompt.
+
+        Args:
+            columns: tokens, text and visual, in every decoder layer, or one count a layer.
+            rows: rows of the batch; `columns` is then the padded width.
+            past: tokens that the KV cache held before, in every layer or one count a layer.
+            bytes_per_value: 2 in half precision, 4 in float32.
+        """
+        pairs = list(zip(self._per_layer(columns), self._per_layer(past), strict=True))
+        return Ledger(
+            layers=tuple(self.text.layer(n, n + before) * rows for n, before in pairs),
+            lm_head=self.lm_head * rows,
+            kv_bytes=sum(self.text.kv_bytes(bytes_per_value) * n * rows for n, _ in pairs),
+        )
+
+    def picture(self, n_visual: int, crops: int | None = None, signals: Iterable[Signal] = ()) -> Ledger:
+        """Encoding as many crops as so many visual tokens fill, or one picture of the size that has them."""
+        if self.any_size:
+            crops, n_patches = 1, round(self.vision.n_patches * n_visual / self.n_visual)
+        else:
+            crops, n_patches = crops or -(-n_visual // self.n_visual), None
+        selector = self.vision.signals(signals, n_patches) * crops
+        return self.encode(crops, n_patches, selector)
+
+    def prefill(
+        self,
+        columns: int | Sequence[int],
+        *,
+        crops: int = 1,
+        signals: Iterable[Signal] = (),
+        rows: int = 1,
+        bytes_per_value: int = 2,
+    ) -> Ledger:
+        """One picture and its prompt, up to the first token; arguments as in `encode` and `read`."""
+        selector = self.vision.signals(signals) * crops
+        return self.encode(crops, selector=selector) + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
+
+    def decode(self, past: int | Sequence[int], rows: int = 1) -> Ops:
+        """One decoded token behind `past` tokens in the KV cache, LM head included."""
+        steps = (self.text.layer(1, n + 1) * rows for n in self._per_layer(past))
+        return sum(steps, self.lm_head * rows)
+
+    def _per_layer(self, count: int | Sequence[int]) -> list[int]:
+        return [count] * self.text.n_layers if isinstance(count, int) else list(count)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What one prefill costs by part, and the cache it leaves; ledgers of several passes add up.
+
+    Args:
+        layers: decoder layers of the language model, one entry each.
+        vision, projector, selector: before the language model.
+        lm_head: on the last position.
+        kv_bytes: keys and values of the prompt.
+    """
+
+    layers: tuple[Ops, ...]
+    vision: Ops = Ops()
+    projector: Ops = Ops()
+    selector: Ops = Ops()
+    lm_head: Ops = Ops()
+    kv_bytes: int = 0
+
+    @property
+    def decoder(self) -> Ops:
+        """All decoder layers."""
+        return sum(self.layers, Ops())
+
+    @property
+    def llm(self) -> Ops:
+        """Decoder layers and LM head: the "LLM FLOPs" of reports and tables."""
+        return self.decoder + self.lm_head
+
+    @property
+    def before_llm(self) -> Ops:
+        """Vision tower and projector: what dropping their tokens later cannot save."""
+        return self.vision + self.projector
+
+    @property
+    def prefill(self) -> Ops:
+        """Everything up to the first token."""
+        return self.before_llm + self.selector + self.llm
+
+    def part(self, name: str) -> Ops:
+        """One of `PARTS`."""
+        return getattr(self, name)
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(
+            layers=tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)),
+            vision=self.vision + other.vision,
+            projector=self.projector + other.projector,
+            selector=self.selector + other.selector,
+            lm_head=self.lm_head + other.lm_head,
+            kv_bytes=self.kv_bytes + other.kv_bytes,
+        )
+
+
+# ------------------------------------------------------------------------------------- papers' formulas
+
+
+def fastv_macs(stack: Stack, n_tokens: int) -> Ops:
+    """FastV's and DivPrune's formula, L(4nd^2 + 2n^2d + 2ndm): MACs, and two of the three MLP matrices of a LLaMA.
+
+    Neither grouped-query attention nor the LM head is in it; the papers print its value as FLOPs.
+    """
+    n, d, m = n_tokens, stack.width, stack.mlp_width
+    return Ops(stack.n_layers * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m))
+
+
+def sparsevlm_macs(stack: Stack, n_tokens: int) -> Ops:
+    """SparseVLM's and PyramidDrop's formula, L(4nd^2 + 2n^2d + 3ndm): MACs, printed as FLOPs.
+
+    With n = 576 and no text it is the 3.82 T often quoted for LLaVA-1.5-7B.
+    """
+    n, d, m = n_tokens, stack.width, stack.mlp_width
+    return Ops(stack.n_layers * (4 * n * d * d + 2 * n * n * d + 3 * n * d * m))
+
+
+COMPAT = {"FastV": fastv_macs, "SparseVLM": sparsevlm_macs}

@@ -1,0 +1,175 @@
+"""Shapes for the ledger: known models by name, and any configuration of a family that can be counted."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from ..core.errors import UnknownNameError, UnsupportedModelError
+from .flops import Shape, Stack, Vision
+
+# model_type of a language model -> whether its MLP has three matrices
+TEXT_FAMILIES = {
+    "gemma": True,
+    "gemma2": True,
+    "llama": True,
+    "mistral": True,
+    "opt": False,
+    "phi": False,
+    "phi3": True,
+    "qwen2": True,
+    "qwen3": True,
+}
+# model_type of a vision tower -> its tokens that show no patch
+VISION_FAMILIES = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
+
+
+def shape_from_config(config: Any) -> Shape:
+    """The shape of a transformers configuration with a vision tower and a language model; nothing is downloaded.
+
+    Raises:
+        UnsupportedModelError: a family whose cost is not known here; better none than a wrong one.
+    """
+    model_type = getattr(config, "model_type", type(config).__name__)
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"cannot count the FLOPs of model_type {model_type!r}; known: {', '.join(sorted(FAMILIES))}, "
+            f"or a shape by name: {', '.join(KNOWN)}"
+        )
+    return FAMILIES[model_type](config)
+
+
+def _text(config: Any) -> Stack:
+    if config.model_type not in TEXT_FAMILIES:
+        raise UnsupportedModelError(
+            f"cannot count the FLOPs of a language model of type {config.model_type!r}; "
+            f"known: {', '.join(TEXT_FAMILIES)}"
+        )
+    heads = config.num_attention_heads
+    return Stack(
+        n_layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        mlp_width=getattr(config, "intermediate_size", None) or config.ffn_dim,
+        n_heads=heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        gated=TEXT_FAMILIES[config.model_type],
+    )
+
+
+def _vision(config: Any) -> Vision:
+    if config.model_type not in VISION_FAMILIES:
+        raise UnsupportedModelError(
+            f"cannot count the FLOPs of a vision tower of type {config.model_type!r}; "
+            f"known: {', '.join(VISION_FAMILIES)}"
+        )
+    (height, width), (patch_height, patch_width) = _pair(config.image_size), _pair(config.patch_size)
+    heads = config.num_attention_heads
+    stack = Stack(
+        n_layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        mlp_width=config.intermediate_size,
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=config.hidden_size // heads,
+        gated=False,
+    )
+    return Vision(
+        stack=stack,
+        n_patches=(height // patch_height) * (width // patch_width),
+        n_special=VISION_FAMILIES[config.model_type],
+        patch_values=config.num_channels * patch_height * patch_width,
+        pooling_head=bool(getattr(config, "vision_use_head", config.model_type.startswith("siglip"))),
+    )
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def _llava(config: Any) -> Shape:
+    """LLaVA, LLaVA-NeXT and LLaVA-OneVision: a two-layer MLP on every row of the tower that is read."""
+    vision, text = _vision(config.vision_config), _text(config.text_config)
+    layers = config.vision_feature_layer
+    n_read = 1 if isinstance(layers, int) else len(layers)
+    n_rows = vision.n_patches + (vision.n_special if config.vision_feature_select_strategy == "full" else 0)
+    widths = (vision.stack.width * n_read, text.width, text.width)
+    return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+
+
+def _internvl(config: Any) -> Shape:
+    """InternVL: pixel shuffle, then a two-layer MLP."""
+    vision, text = _vision(config.vision_config), _text(config.text_config)
+    folds = round(1 / config.downsample_ratio) ** 2
+    widths = (vision.stack.width * folds, text.width, text.width)
+    n_rows = vision.n_patches // folds
+    return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+
+
+FAMILIES: dict[str, Callable[[Any], Shape]] = {
+    "internvl": _internvl,
+    "llava": _llava,
+    "llava_next": _llava,
+    "llava_onevision": _llava,
+}
+
+
+# ------------------------------------------------------------------------------------------ by name
+
+_CLIP_L_336 = Vision(Stack(24, 1024, 4096, 16, 16, 64, gated=False), 576, 1, 3 * 14 * 14)
+_SIGLIP_SO400M_384 = Vision(Stack(26, 1152, 4304, 16, 16, 72, gated=False), 729, 0, 3 * 14 * 14)
+_INTERNVIT_300M_448 = Vision(Stack(24, 1024, 4096, 16, 16, 64, gated=False), 1024, 1, 3 * 14 * 14)
+# One picture of 1008 x 1008; four of the 32 layers see all of it, the others windows of 8 x 8 patches.
+_QWEN2_5_VIT_1008 = Vision(
+    Stack(32, 1280, 3420, 16, 16, 80, gated=True, n_windowed=28, window=64), 5184, 0, 2 * 3 * 14 * 14
+)
+_VICUNA_7B = Stack(32, 4096, 11008, 32, 32, 128)
+_VICUNA_13B = Stack(40, 5120, 13824, 40, 40, 128)
+_MISTRAL_7B = Stack(32, 4096, 14336, 32, 8, 128)
+_QWEN2_HALF_B = Stack(24, 896, 4864, 14, 2, 64)
+_QWEN2_1_5B = Stack(28, 1536, 8960, 12, 2, 128)
+_QWEN2_7B = Stack(28, 3584, 18944, 28, 4, 128)
+
+
+def _clip_llava(name: str, text: Stack) -> Shape:
+    return Shape(name, _CLIP_L_336, (1024, text.width, text.width), 576, 576, text, 32064)
+
+
+def _onevision(name: str, text: Stack) -> Shape:
+    return Shape(name, _SIGLIP_SO400M_384, (1152, text.width, text.width), 729, 729, text, 152000)
+
+
+def _internvl3(name: str, text: Stack) -> Shape:
+    return Shape(name, _INTERNVIT_300M_448, (4096, text.width, text.width), 256, 256, text, 151674)
+
+
+KNOWN: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        _clip_llava("llava-1.5-7b", _VICUNA_7B),
+        _clip_llava("llava-1.5-13b", _VICUNA_13B),
+        _clip_llava("llava-next-7b", _VICUNA_7B),
+        _clip_llava("llava-next-mistral-7b", _MISTRAL_7B),
+        _clip_llava("llava-next-13b", _VICUNA_13B),
+        _onevision("onevision-0.5b", _QWEN2_HALF_B),
+        _onevision("onevision-7b", _QWEN2_7B),
+        _internvl3("internvl3-1b", _QWEN2_HALF_B),
+        _internvl3("internvl3-2b", _QWEN2_1_5B),
+        _internvl3("internvl3-8b", _QWEN2_7B),
+        Shape("qwen2.5-vl-7b", _QWEN2_5_VIT_1008, (5120, 5120, 3584), 1296, 1296, _QWEN2_7B, 152064, any_size=True),
+    )
+}
+
+
+def known_shape(name: str) -> Shape:
+    """A shape by name, such as "llava-1.5-7b".
+
+    Raises:
+        UnknownNameError: no such shape.
+    """
+    if name not in KNOWN:
+        near = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UnknownNameError(f"no shape named {name!r}.{hint} Known: {', '.join(KNOWN)}")
+    return KNOWN[name]

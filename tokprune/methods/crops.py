@@ -1,0 +1,112 @@
+"""What methods share that look at thumbnails and crops, or compress every crop by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import ops
+from ..core.layout import Layout
+from ..core.tokens import VisualTokens
+
+
+def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]) -> Tensor:
+    """(G, N) bool: of every crop as many of the highest scores as `counts` says, (G, C) or one tuple for all."""
+    if isinstance(counts, tuple):
+        counts = ops.on_device(counts, scores.device).expand(len(scores), -1)
+    return ops.keep_top_of_parts(scores, ops.on_device(layout.crop_places, scores.device), counts)
+
+
+def crop_by_crop(
+    tokens: VisualTokens, n_keeps: tuple[int, ...], select: Callable[[VisualTokens, int], VisualTokens]
+) -> VisualTokens:
+    """Select in every crop by itself, and put the crops together; a crop with a share of 0 keeps nothing."""
+    layout, keep, features = tokens.layout, torch.zeros_like(tokens.keep), tokens.features
+    for place, n_keep in enumerate(n_keeps):
+        index = [i for i, p in enumerate(layout.crop_places) if p == place]
+        if not n_keep:
+            continue
+        part = select(tokens.part(index, place), n_keep)
+        at = ops.on_device(index, keep.device)
+        keep, features = keep.index_copy(1, at, part.keep), features.index_copy(1, at, part.features)
+    return replace(tokens, keep=keep, features=features)
+
+
+def in_order(tokens: VisualTokens, keep: Tensor, rows: Tensor) -> VisualTokens:
+    """Tokens with the rows (G, K, D) written, in their order, into the K kept places, ascending."""
+    places = ops.keep_top(keep.float(), rows.shape[1])
+    return replace(tokens, keep=keep, features=ops.put(tokens.features, places, rows))
+
+
+def sum_by_crop(values: Tensor, layout: Layout) -> Tensor:
+    """Sums over the crop of every token, at every token; values are (G, N) or (G, N, D)."""
+    places = ops.on_device(layout.crop_places, values.device)
+    sums = values.new_zeros(len(values), len(layout.crops), *values.shape[2:]).index_add(1, places, values)
+    return sums[:, places]
+
+
+def norm_by_crop(values: Tensor, layout: Layout) -> Tensor:
+    """L2 norm of the values (G, N) of every token's crop, at every token, above 0."""
+    return sum_by_crop(values.square(), layout).sqrt().clamp(min=1e-12)
+
+
+def unlike_mean(features: Tensor, layout: Layout) -> Tensor:
+    """Minus the cosine of every token to the mean of its crop, (G, N)."""
+    unit = F.normalize(features.float(), dim=-1)
+    return -(unit * F.normalize(sum_by_crop(features.float(), layout), dim=-1)).sum(-1)
+
+
+def rearranged(tokens: VisualTokens, order: Tensor) -> VisualTokens:
+    """Kept rows in another order in the same places; order is (G, N), kept tokens first."""
+    n = tokens.n_visual
+    places = torch.where(tokens.keep, torch.arange(n, device=order.device), n).sort(1).values
+    more = torch.cat([tokens.features, tokens.features[:, :1]], 1)  # one more row takes what is not kept
+    return replace(tokens, features=ops.put(more, places, ops.take(tokens.features, order))[:, :-1])
+
+
+def thumbnail_cells(layout: Layout) -> list[int]:
+    """Which crop of the mosaic, 0.. in raster order, every token of the thumbnail shows; what is left over, the last.
+
+    Padding of the mosaic plays no part: the crops share the thumbnail evenly.
+    """
+    thumbnail, (rows, columns) = layout.regions[0], layout.crop_grid
+    down = [min(y // max(thumbnail.height // rows, 1), rows - 1) for y in range(thumbnail.height)]
+    right = [min(x // max(thumbnail.width // columns, 1), columns - 1) for x in range(thumbnail.width)]
+    return [i * columns + j for i in down for j in right]
+
+
+def counts_by_cell(values: Tensor, cells: list[int], layout: Layout) -> Tensor:
+    """Sums of the thumbnail's values (G, N_t) by cell, for the crops that have tokens, (G, crops of the mosaic)."""
+    rows, columns = layout.crop_grid
+    sums = values.new_zeros(len(values), rows * columns).index_add(1, ops.on_device(cells, values.device), values)
+    return sums[:, ops.on_device([crop - 1 for crop in layout.crops if crop > 0], values.device)]
+
+
+def thumbnail_on_mosaic(scores: Tensor, layout: Layout) -> Tensor:
+    """The thumbnail's scores, bilinear, where the tokens of crops lie, (G, N); its own tokens hold nothing of use."""
+    thumbnail, mosaic = layout.regions
+    grid = scores[:, ops.on_device(thumbnail.index, scores.device)].view(-1, 1, thumbnail.height, thumbnail.width)
+    large = F.interpolate(grid, (mosaic.height, mosaic.width), mode="bilinear", align_corners=False).flatten(1)
+    at = [layout.row[i] * mosaic.width + layout.column[i] if layout.crop[i] else 0 for i in layout.visual]
+    return large[:, ops.on_device(at, scores.device)]
+
+
+def is_thumbnail(layout: Layout, device: torch.device) -> Tensor:
+    """(N,) bool: the tokens of crop 0."""
+    return ops.on_device([layout.crop[i] == 0 for i in layout.visual], device)
+
+
+def compacted_places(layout: Layout) -> list[int]:
+    """Where tokens would lie in the padded mosaic if the unpadded ones of a crop were its first patches."""
+    side, columns = layout.regions[0].width, layout.crop_grid[1]
+    seen, places = dict.fromkeys(layout.crops, 0), []
+    for i in layout.visual:
+        crop = layout.crop[i]
+        (down, right), (y, x) = divmod(max(crop - 1, 0), max(columns, 1)), divmod(seen[crop], side)
+        places.append((down * side + y) * side * columns + right * side + x)
+        seen[crop] += 1
+    return places

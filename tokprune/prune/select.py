@@ -1,0 +1,238 @@
+"""Selecting visual tokens of encoded pictures: plain tensors in, kept rows out; independent of any model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import ops
+from ..core.budget import Budget
+from ..core.errors import BudgetError, OptionError
+from ..core.layout import NEWLINE, Layout
+from ..core.signals import Signal
+from ..core.tokens import Count, VisualTokens
+from ..methods import Spec
+from ..methods.base import Method
+from .copies import salts_of
+from .request import Newlines, request_of
+
+Project = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture or video.
+
+    Args:
+        features: (N, D), one row for each placeholder in the prompt.
+        layout: where the rows lie; `tokprune.core.layout.grid_layout(24, 24)` for one crop of 24 x 24 tokens.
+        signals: what the method `needs`: (l, N_visual, ...) of the tokens that show a patch, for l layers; (C, D) of
+            crops or (T, D) of text for kinds that are not about tokens.
+        states: (N_visual, D_tower), the tower's states that `project` makes rows of, one to one; None where it cannot.
+    """
+
+    features: Tensor
+    layout: Layout
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a picture.
+
+    Args:
+        index: (K,) int64, ascending: the kept rows among the N.
+        features: (K, D): those rows, changed where the method merges.
+    """
+
+    index: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures of one layout from which tokens were dropped.
+
+    Args:
+        members: their places among all pictures.
+        given: (G, N, D), their rows as they were.
+        features: (G, N, D), changed where the method merges.
+        keep: (G, N) bool.
+    """
+
+    members: list[int]
+    given: Tensor
+    features: Tensor
+    keep: Tensor
+
+
+class Selector:
+    """A method with its budget.
+
+    Args:
+        method: selects before the language model.
+        budget: None for a method that decides by itself.
+        label: the method as it was asked for, for messages.
+        newlines: which newlines stay.
+        flops: (layout, n_keep) to FLOPs, for a budget of them.
+        project: from states of the tower to rows, for methods that merge states.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        budget: Budget | None,
+        label: str,
+        newlines: Newlines,
+        flops: Callable[[Layout, int], int] | None = None,
+        project: Project | None = None,
+    ):
+        self.method, self.budget, self.label, self.newlines = method, budget, label, newlines
+        self._flops, self._project = flops, project
+        self.n_keep = functools.lru_cache(maxsize=64)(self._n_keep)  # a FLOPs budget is searched for
+
+    def _n_keep(self, layout: Layout) -> int:
+        """Visual tokens to keep of a picture; 0 where the method decides by itself."""
+        if self.budget is None:
+            return 0
+        least = min(self.method.min_keep(layout), layout.n_visual)
+        flops = None if self._flops is None else functools.partial(self._flops, layout)
+        return checked_least(self.budget.n_keep(layout.n_visual, flops, least), least, layout.n_visual, self.label)
+
+    def groups(self, pictures: Sequence[Picture], salts: Sequence[int]) -> Iterator[Group]:
+        """Select, group by group of pictures with one layout; pictures of which all is kept are in no group."""
+        for layout in dict.fromkeys(p.layout for p in pictures):
+            n_keep = self.n_keep(layout)
+            if n_keep >= layout.n_visual:
+                continue  # before any method code: the model stays bit-identical
+            members = [i for i, p in enumerate(pictures) if p.layout == layout]
+            group = [pictures[i] for i in members]
+            rows = stacked([p.features for p in group])
+            features, keep = self._select(group, rows, tuple(salts[i] for i in members), n_keep)
+            yield Group(members, rows, features, keep)
+
+    def _select(
+        self, group: Sequence[Picture], rows: Tensor, salts: tuple[int, ...], n_keep: int
+    ) -> tuple[Tensor, Tensor]:
+        """Features and keep of pictures of one layout; special tokens (newlines, [CLS]) never reach the method."""
+        first = group[0]
+        layout = first.layout
+        visual = ops.on_device(layout.visual, rows.device)
+        own = rows if layout.n_visual == len(layout.crop) else rows[:, visual]
+        states = None if first.states is None or self._project is None else stacked([p.states for p in group])
+        signals = {s: stacked([p.signals[s] for p in group]) for s in first.signals}
+        tokens = VisualTokens.of(own if states is None else states, layout.without_specials, signals, salts)
+        with torch.autocast(rows.device.type, enabled=False):  # it would compare tokens in half precision
+            selected = self.method.select(tokens, n_keep)
+        features = selected.features if states is None else self._projected(selected, own, n_keep)
+        if own is rows:
+            return features, selected.keep
+        keep = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        keep = with_newlines(keep.index_copy(1, visual, selected.keep), layout, self.newlines)
+        return rows if features is own else rows.index_copy(1, visual, features), keep
+
+    def _projected(self, selected: VisualTokens, own: Tensor, n_keep: int) -> Tensor:
+        """Tower states through the model's own projector: the kept ones, where their number is known."""
+        project: Any = self._project
+        if self.method.count is not Count.EXACT:
+            return project(selected.features).to(own.dtype)
+        kept = ops.keep_top(selected.keep.float(), n_keep)
+        return ops.put(own, kept, project(ops.take(selected.features, kept)))
+
+
+def select(
+    pictures: Sequence[Picture],
+    method: Spec,
+    *,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    salts: Sequence[int] = (0,),
+    newlines: Newlines | Any = "auto",
+    project: Project | None = None,
+    **options: Any,
+) -> list[Kept]:
+    """Select the visual tokens of encoded pictures, without a model.
+
+    Args:
+        pictures: what was encoded.
+        method: as `tokprune.attach` takes it; it acts before the language model.
+        keep_ratio: fraction of each picture's visual tokens to keep, in (0, 1].
+        keep_tokens: number of them to keep, instead of a fraction.
+        salts: for seeded methods, one a picture or one for all.
+        newlines: which newlines stay, as `tokprune.attach` takes it.
+        project: the model's projector, (..., D_tower) to (..., D), for methods that merge states of the tower.
+        **options: options of the method.
+
+    Returns:
+        One entry a picture. Reading `index` is the only device synchronisation.
+
+    Raises:
+        TokPruneError: as `tokprune.attach`.
+        MissingSignalError: a picture lacks a signal that the method needs.
+    """
+    request = request_of(method, options, keep_ratio=keep_ratio, keep_tokens=keep_tokens, newlines=newlines)
+    if request.before is None or request.between is not None:
+        raise OptionError(f"{request.label!r} acts between decoder layers; select() takes methods such as 'vtc_cls'")
+    selector = Selector(request.before, request.before_budget, request.label, request.newlines, project=project)
+    rows = [p.features for p in pictures]
+    keeps = [torch.ones(len(r), dtype=torch.bool, device=r.device) for r in rows]
+    for group in selector.groups(pictures, salts_of(salts, len(pictures))):
+        for place, i in enumerate(group.members):
+            rows[i], keeps[i] = group.features[place], group.keep[place]
+    index = [keep.nonzero()[:, 0] for keep in keeps]
+    return [Kept(i, r[i]) for i, r in zip(index, rows, strict=True)]
+
+
+def stacked(rows: Sequence[Any]) -> Tensor:
+    """(G, ...) from G tensors of one shape; one alone is not copied."""
+    return torch.stack(list(rows)) if len(rows) > 1 else rows[0][None]
+
+
+def checked_least(n_keep: int, least: int, n_visual: int, label: str) -> int:
+    """The number of tokens to keep.
+
+    Raises:
+        BudgetError: it is below what the method can meet.
+    """
+    if n_keep < least:
+        raise BudgetError(
+            f"{label!r} cannot keep {n_keep} of {n_visual} tokens, its minimum here is {least}; "
+            f"use keep_tokens={least} or more"
+        )
+    return n_keep
+
+
+def most_specials(layout: Layout, n_keep: int, newlines: str) -> int:
+    """Special tokens (newlines, [CLS]) that stay at most; a visual token keeps the newline of one row at most."""
+    n_newlines = layout.n_newlines
+    others = len(layout.crop) - layout.n_visual - n_newlines
+    if newlines == "drop":
+        return others if n_keep < layout.n_visual else others + n_newlines
+    return others + (n_newlines if newlines == "keep" else min(n_newlines, n_keep))
+
+
+def with_newlines(keep: Tensor, layout: Layout, newlines: str) -> Tensor:
+    """(G, N) bool with newlines kept by the policy: those of rows that keep a token, all, or none.
+
+    A newline that ends a whole picture counts as one of a row with all its tokens.
+    """
+    ends = [i for i, crop in enumerate(layout.crop) if crop == NEWLINE]
+    if not ends or newlines == "keep":
+        return keep
+    at = ops.on_device(ends, keep.device)
+    if newlines == "drop":
+        return keep.index_fill(1, at, False)
+    n_rows = 1 + max(layout.row)
+    mosaic = [i for i in layout.visual if layout.crop[i] > 0]
+    rows = ops.on_device([layout.row[i] for i in mosaic], keep.device)
+    used = keep.new_zeros(len(keep), n_rows, dtype=torch.int32)
+    used = used.index_add(1, rows, keep[:, ops.on_device(mosaic, keep.device)].int()) if mosaic else used
+    whole = keep[:, ops.on_device(layout.visual, keep.device)].any(1, keepdim=True)
+    used = torch.cat([used > 0, whole], 1)  # the last one is the whole picture
+    return keep.index_copy(1, at, used[:, ops.on_device([layout.row[i] for i in ends], keep.device)])
