@@ -18,8 +18,7 @@ from ..core.errors import RunError
 from ..core.files import replacing
 from ..cost.flops import Ledger, Ops
 from ..prune.pictures import open_picture
-from . import estimate, tables
-from . import runs
+from . import estimate, runs, tables
 from .arguments import App, check_most, run
 from .extras import eval_module, load_runner
 
