@@ -44,18 +44,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def pil(module: str, name: str):
-    """An image processor in its PIL form, or what transformers 4 has by the plain name."""
-    import importlib
-
-    try:
-        return getattr(
-            importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}"), f"{name}Pil"
-        )
-    except ImportError:
-        return getattr(importlib.import_module("transformers"), name)
-
-
 class ImageOnlyOnevision(LlavaOnevisionProcessor):
     """Without the video part, which needs torchvision."""
 
@@ -86,19 +74,13 @@ class ImageOnlyInternVL(InternVLProcessor):
 
 def processor(kind: str):
     """The processor of "llava_next", "llava_onevision" or "internvl"."""
-    side = {"height": tiny.SIDE, "width": tiny.SIDE}
+    images = tiny.family(kind).image_processor(tiny.config(kind))
     if kind == "llava_next":
-        images = pil("llava_next", "LlavaNextImageProcessor")(
-            size={"shortest_edge": tiny.SIDE}, crop_size=side, image_grid_pinpoints=tiny.PINPOINTS
-        )
         options = dict(patch_size=tiny.PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1)
         return LlavaNextProcessor(image_processor=images, tokenizer=tokenizer(), **options)
     if kind == "llava_onevision":
-        images = pil("llava_onevision", "LlavaOnevisionImageProcessor")(size=side, image_grid_pinpoints=tiny.PINPOINTS)
         return ImageOnlyOnevision(images, tokenizer(), num_image_tokens=tiny.N_VISUAL)
-    images = pil("got_ocr2", "GotOcr2ImageProcessor")(
-        size={"height": tiny.TILE, "width": tiny.TILE}, crop_to_patches=True, min_patches=1, max_patches=6
-    )
+    images.max_patches = 6
     return ImageOnlyInternVL(images, tokenizer(), image_seq_length=tiny.N_TILE)
 
 

@@ -7,28 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
-from transformers import (
-    CLIPVisionConfig,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+from tokprune.integrations.transformers import FAMILIES
+from tokprune.integrations.transformers.families.sizes import Sizes
+from transformers import AutoModelForImageTextToText
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from tokprune.cost.flops import Stack
 
 RELEASE = Version(transformers.__version__)
 CACHE = "cache" if Version("5.24") <= RELEASE else "past_key_values"
@@ -46,92 +37,47 @@ SIZES = ((24, 48), (40, 20), (30, 30), (20, 48), (5, 7))
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3))  # InternVL: rows and columns of crops; a thumbnail joins two or more
 
 
-def _vision(tower: str):
-    common = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
-    if tower == "clip":
-        return CLIPVisionConfig(**common, projection_dim=32)
-    if tower == "internvl":
-        common |= dict(image_size=[TILE, TILE], patch_size=[PATCH, PATCH])
-        return InternVLVisionConfig(**common, attention_bias=True, use_qk_norm=True)
-    return SiglipVisionConfig(**common, vision_use_head=False)
+# The real ones are 1024 wide and 24 deep, and 4096 wide and 32 deep.
+SIZES_OF_A_MODEL = Sizes(
+    text=Stack(n_layers=5, width=64, mlp_width=96, n_heads=4, n_kv_heads=2, head_dim=16),
+    tower=Stack(n_layers=4, width=32, mlp_width=48, n_heads=4, n_kv_heads=4, head_dim=8, gated=False),
+    text_type="llama",
+    tower_type="clip_vision_model",
+    vocabulary=VOCAB,
+    side=SIDE,
+    patch=PATCH,
+    image_id=IMAGE,
+    video_id=VIDEO,
+    grids=tuple(map(tuple, PINPOINTS)),
+    text_options=dict(
+        max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=1, eos_token_id=EOS, tie_word_embeddings=False
+    ),
+    tower_options=dict(projection_dim=32),
+)
+SIGLIP = dict(tower_type="siglip_vision_model", tower_options=dict(vision_use_head=False))
+OTHERWISE = {
+    "siglip": SIGLIP,
+    "llava_onevision": {**SIGLIP, "text_type": "qwen2"},
+    "internvl": dict(
+        tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
+    ),
+}
 
 
-def _text(cls=LlamaConfig):
-    return cls(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
+def family(kind: str):
+    """The class of the family of a kind of model."""
+    return FAMILIES.load("llava" if kind in TOWERS else kind)
 
 
 def config(kind: str = "clip"):
-    """A model in small: real values are 1024 wide and 24 deep, 4096 wide and 32 deep."""
-    if kind in TOWERS:
-        return LlavaConfig(
-            vision_config=_vision(kind),
-            text_config=_text(),
-            image_token_index=IMAGE,
-            image_seq_length=N_VISUAL,
-            vision_feature_layer=-2 if kind == "clip" else -1,
-            vision_feature_select_strategy="default" if kind == "clip" else "full",
-        )
-    if kind == "llava_next":
-        return LlavaNextConfig(
-            vision_config=_vision("clip"),
-            text_config=_text(),
-            image_token_index=IMAGE,
-            image_grid_pinpoints=PINPOINTS,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-        )
-    if kind == "llava_onevision":
-        return LlavaOnevisionConfig(
-            vision_config=_vision("siglip"),
-            text_config=_text(Qwen2Config),
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            image_grid_pinpoints=PINPOINTS,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_9",
-        )
-    return InternVLConfig(
-        vision_config=_vision("internvl"),
-        text_config=_text(Qwen2Config),
-        image_token_id=IMAGE,
-        image_seq_length=N_TILE,
-        downsample_ratio=0.5,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-
-
-CLASSES = {
-    "llava_next": LlavaNextForConditionalGeneration,
-    "llava_onevision": LlavaOnevisionForConditionalGeneration,
-    "internvl": InternVLForConditionalGeneration,
-}
+    """A model in small, as its family builds it."""
+    return family(kind).config_of(replace(SIZES_OF_A_MODEL, **OTHERWISE.get(kind, {})))
 
 
 def fresh_model(kind="clip", attn="sdpa", dtype=torch.float32):
     """A model of one's own, to break or to change."""
     torch.manual_seed(0)
-    model = CLASSES.get(kind, LlavaForConditionalGeneration)(config(kind)).eval()
+    model = AutoModelForImageTextToText.from_config(config(kind)).eval()
     sharpen(model)
     model.to(dtype)
     model.set_attn_implementation(attn)

@@ -17,12 +17,12 @@ import psutil
 import torch
 import transformers
 from PIL import Image
-from tokprune.integrations.transformers import features_of
+from tokprune.integrations.transformers import features_of, shape_from_config
 from transformers import AutoModelForImageTextToText
 
 from tokprune.core.errors import RunError
 from tokprune.cost.flops import Shape
-from tokprune.cost.shapes import KNOWN, known_shape, shape_from_config
+from tokprune.cost.shapes import KNOWN, known_shape
 
 PATCH = 14
 GIB = 2**30

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tokprune.integrations.transformers import shape_from_config
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokprune
 from tokprune.core.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError, why_unloadable
 from tokprune.cost.flops import Ops, Shape
-from tokprune.cost.shapes import shape_from_config
 
 from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task

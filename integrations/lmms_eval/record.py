@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import transformers
+from tokprune.integrations.transformers import shape_from_config
 
 import tokprune
 from tokprune.core.errors import RunError, UnsupportedModelError
 from tokprune.cost.flops import Ops, Shape
-from tokprune.cost.shapes import shape_from_config
 from tokprune.prune.report import ImageReport, Report
 
 

@@ -16,7 +16,7 @@ from .compat import (
     is_newer_than_tested,
     torchvision_fault,
 )
-from .families import FAMILIES, family_of
+from .families import FAMILIES, family_of, shape_from_config
 from .families.base import ModelFamily
 from .support import Support, list_support
 
@@ -35,5 +35,6 @@ __all__ = [
     "features_of",
     "is_newer_than_tested",
     "list_support",
+    "shape_from_config",
     "torchvision_fault",
 ]

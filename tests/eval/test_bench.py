@@ -23,13 +23,14 @@ from tokprune.eval.report import render
 from tokprune.eval.run.rows import NONE, Config
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.run.stopwatch import Memory
+from tokprune.integrations.transformers import shape_from_config
 
 import tokprune
 from tokprune.core.clock import PARTS, Parts, listen, span
 from tokprune.core.errors import RunError
 from tokprune.cost import shapes
 from tokprune.cost.flops import Shape, Stack, Vision
-from tokprune.cost.shapes import KNOWN, shape_from_config
+from tokprune.cost.shapes import KNOWN
 
 # Before the language model, between its layers, both, merging, at a layer of one's choice, by content.
 METHODS = ("vtc_cls", "fastv", "vtc_cls+fastv", "visionzip", "visual_exit:layer=2", "visual_exit", "prumerge")

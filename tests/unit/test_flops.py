@@ -10,6 +10,7 @@ import torch
 import transformers
 from counter import counted
 from specs import BUDGETED, HEAD_DIM, HEADS, SPECS, TOWER, build, mosaic_layout, n_keeps, scaled, tokens_for
+from tokprune.integrations.transformers import shape_from_config
 
 import tokprune
 from tokprune.core.errors import BudgetError, UnknownNameError, UnsupportedModelError
@@ -18,7 +19,7 @@ from tokprune.core.signals import Kind, Signal, Tower
 from tokprune.cost import shapes
 from tokprune.cost.flops import COMPAT, Ops, Stack, fastv_macs, sparsevlm_macs
 from tokprune.cost.selection import Widths
-from tokprune.cost.shapes import KNOWN, TEXT_FAMILIES, known_shape, shape_from_config
+from tokprune.cost.shapes import KNOWN, TEXT_FAMILIES, known_shape
 
 PARTS = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
 
@@ -102,13 +103,13 @@ def small_text(family: str) -> transformers.PretrainedConfig:
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_text_families_equal_the_counter(family):
-    from tokprune.cost.shapes import _text
+    from tokprune.cost.shapes import text_of
 
     config = small_text(family)
     model = transformers.AutoModel.from_config(config).eval()
     ids = torch.arange(4, 24)[None].repeat(2, 1)
     seen = counted(lambda: model(input_ids=ids, use_cache=False))
-    assert 2 * _text(config).all_layers(20).flops == within_a_percent(seen["all"])
+    assert 2 * text_of(config).all_layers(20).flops == within_a_percent(seen["all"])
 
 
 def small_vision(family: str):

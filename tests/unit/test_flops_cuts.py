@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from counter import counted
+from tokprune.integrations.transformers import shape_from_config
 
 import tokprune
 from tokprune.cost.flops import Ops
-from tokprune.cost.shapes import shape_from_config
 
 
 @pytest.mark.parametrize("kind", ["clip", "llava_next", "internvl"])

@@ -14,7 +14,7 @@ import tokprune
 from tokprune.integrations.transformers import (
     NEWEST,
     OLDEST,
-    features_of,
+    family_of,
     is_newer_than_tested,
     torchvision_fault,
 )
@@ -81,7 +81,7 @@ def findings(runner: Any) -> Iterator[Finding]:
 
 
 def _prunes(model, inputs: dict, method: str) -> Finding:
-    n_visual, built = model.config.image_seq_length, tokprune.get_method(method)
+    n_visual, built = int(_visual(model, inputs["input_ids"][:1]).sum()), tokprune.get_method(method)
     if built.is_filter:
         behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
         method, built = f"{method}+{behind}", tokprune.get_method(behind)
@@ -92,7 +92,7 @@ def _prunes(model, inputs: dict, method: str) -> Finding:
         kept, report = attachment.kept, attachment.report
         left = [image.left for image in report.images]
         _, in_generate = _watched(model, lambda: model.generate(**inputs, max_new_tokens=3, do_sample=False))
-    n_layers, counts, lengths = len(model.model.language_model.layers), [len(k) for k in left], _lengths(inputs)
+    n_layers, counts, lengths = family_of(model).decoder.n_layers, [len(k) for k in left], _lengths(inputs)
     by_layer = [image.n_by_layer(n_layers) for image in report.images]
     widths = [max(_columns(lengths, n_visual, at)) for at in zip(*by_layer, strict=True)]
     exits = isinstance(kept[0], dict) and not budget
@@ -109,6 +109,11 @@ def _prunes(model, inputs: dict, method: str) -> Finding:
     width = f"{columns[0]}" if columns[0] == columns[-1] else f"{columns[0]} ... {columns[-1]}"
     seen = f"visual tokens {n_visual} -> {shown}, decoder layers saw {max(lengths)} -> {width} columns"
     return Finding(f"{method} prunes", not found, "; ".join([seen, *found]))
+
+
+def _visual(model, ids: torch.Tensor) -> torch.Tensor:
+    """Which ids stand for visual tokens, bool."""
+    return torch.isin(ids, torch.tensor(list(family_of(model).placeholder_ids.values()), device=ids.device))
 
 
 def _least(built: tokprune.Method, n_keep: int) -> int:
@@ -131,19 +136,19 @@ def _differs(model, inputs: dict, kept: list, logits: torch.Tensor, built: tokpr
     """
     if not built.keeps_features or isinstance(kept[0], dict):
         return not bool(logits.isfinite().all())
+    family = family_of(model)
     for row, index in enumerate(kept):
         real = inputs["attention_mask"][row].bool()
         ids = inputs["input_ids"][row][real]
         embeds = model.get_input_embeddings()(ids)
-        features = model.model.get_image_features(inputs["pixel_values"][row : row + 1])
-        features = features_of(features)[0]
-        visual = (ids == model.config.image_token_id).nonzero()[:, 0]
+        (features,) = family.encode("get_image_features", pixel_values=inputs["pixel_values"][row : row + 1])
+        visual = _visual(model, ids).nonzero()[:, 0]
         columns = torch.ones_like(ids, dtype=torch.bool)
         columns[visual] = False
         columns[visual[index.to(visual.device)]] = True
         embeds[visual] = features.to(embeds.dtype)
-        out = model.model.language_model(inputs_embeds=embeds[columns][None], use_cache=False).last_hidden_state
-        wanted = model.lm_head(out)[0, -1].float()
+        out = family.language_model(inputs_embeds=embeds[columns][None], use_cache=False).last_hidden_state
+        wanted = model.get_output_embeddings()(out)[0, -1].float()
         if not torch.allclose(logits[row, -1].float(), wanted, atol=0.02 * float(wanted.abs().max())):
             return True
     return False
@@ -168,7 +173,7 @@ def _watched(model, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list
         hidden = args[0] if args else kwargs["hidden_states"]
         columns.append(hidden.shape[1])
 
-    layers = model.model.language_model.layers
+    layers = family_of(model).language_model.layers
     hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
     try:
         return run(), columns

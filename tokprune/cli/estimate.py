@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokprune
+from tokprune.integrations.transformers import shape_from_config
 
 from ..core.budget import Budget
 from ..core.errors import RunError, why_unloadable
@@ -15,7 +16,7 @@ from ..core.signals import Decoder, Kind, Signal, Tower
 from ..core.tokens import Count
 from ..cost.flops import Ops, Shape
 from ..cost.selection import SelectionCost, cut_ops
-from ..cost.shapes import KNOWN, known_shape, shape_from_config
+from ..cost.shapes import KNOWN, known_shape
 from ..prune.report import by_layer
 
 MOST = 10_000_000  # tokens of a kind that are counted one by one

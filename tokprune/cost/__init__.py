@@ -5,6 +5,6 @@
 
 from .flops import Ledger, Ops, Shape
 from .selection import SelectionCost, Widths, cut_ops
-from .shapes import known_shape, shape_from_config
+from .shapes import known_shape
 
-__all__ = ["Ledger", "Ops", "SelectionCost", "Shape", "Widths", "cut_ops", "known_shape", "shape_from_config"]
+__all__ = ["Ledger", "Ops", "SelectionCost", "Shape", "Widths", "cut_ops", "known_shape"]

@@ -1,9 +1,8 @@
-"""Shapes for the ledger: known models by name, and any configuration of a family that can be counted."""
+"""Shapes for the ledger: known models by name, and parts of a shape from the configurations of transformers."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from typing import Any
 
 from ..core.errors import UnknownNameError, UnsupportedModelError
@@ -25,22 +24,12 @@ TEXT_FAMILIES = {
 VISION_FAMILIES = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
 
 
-def shape_from_config(config: Any) -> Shape:
-    """The shape of a transformers configuration with a vision tower and a language model; nothing is downloaded.
+def text_of(config: Any) -> Stack:
+    """Decoder layers of a language model.
 
     Raises:
-        UnsupportedModelError: a family whose cost is not known here; better none than a wrong one.
+        UnsupportedModelError: of a kind whose cost is not known; better none than a wrong one.
     """
-    model_type = getattr(config, "model_type", type(config).__name__)
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"cannot count the FLOPs of model_type {model_type!r}; known: {', '.join(sorted(FAMILIES))}, "
-            f"or a shape by name: {', '.join(KNOWN)}"
-        )
-    return FAMILIES[model_type](config)
-
-
-def _text(config: Any) -> Stack:
     if config.model_type not in TEXT_FAMILIES:
         raise UnsupportedModelError(
             f"cannot count the FLOPs of a language model of type {config.model_type!r}; "
@@ -58,7 +47,12 @@ def _text(config: Any) -> Stack:
     )
 
 
-def _vision(config: Any) -> Vision:
+def vision_of(config: Any) -> Vision:
+    """A vision tower.
+
+    Raises:
+        UnsupportedModelError: of a kind whose cost is not known.
+    """
     if config.model_type not in VISION_FAMILIES:
         raise UnsupportedModelError(
             f"cannot count the FLOPs of a vision tower of type {config.model_type!r}; "
@@ -86,33 +80,6 @@ def _vision(config: Any) -> Vision:
 
 def _pair(side: Any) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else (side[0], side[1])
-
-
-def _llava(config: Any) -> Shape:
-    """LLaVA, LLaVA-NeXT and LLaVA-OneVision: a two-layer MLP on every row of the tower that is read."""
-    vision, text = _vision(config.vision_config), _text(config.text_config)
-    layers = config.vision_feature_layer
-    n_read = 1 if isinstance(layers, int) else len(layers)
-    n_rows = vision.n_patches + (vision.n_special if config.vision_feature_select_strategy == "full" else 0)
-    widths = (vision.stack.width * n_read, text.width, text.width)
-    return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
-
-
-def _internvl(config: Any) -> Shape:
-    """InternVL: pixel shuffle, then a two-layer MLP."""
-    vision, text = _vision(config.vision_config), _text(config.text_config)
-    folds = round(1 / config.downsample_ratio) ** 2
-    widths = (vision.stack.width * folds, text.width, text.width)
-    n_rows = vision.n_patches // folds
-    return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
-
-
-FAMILIES: dict[str, Callable[[Any], Shape]] = {
-    "internvl": _internvl,
-    "llava": _llava,
-    "llava_next": _llava,
-    "llava_onevision": _llava,
-}
 
 
 # ------------------------------------------------------------------------------------------ by name

@@ -8,11 +8,13 @@ from torch import nn
 
 from tokprune.core.errors import UnsupportedModelError
 from tokprune.core.registry import Registry
+from tokprune.cost.flops import Shape
+from tokprune.cost.shapes import KNOWN
 
 from .base import ModelFamily
 
 FAMILIES = Registry(
-    what="model adapter",
+    what="model family",
     table={
         "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
         "llava": "tokprune.integrations.transformers.families.llava:Llava",
@@ -31,6 +33,21 @@ def family_of(model: Any) -> ModelFamily:
     """
     model = _unwrapped(model)
     return FAMILIES.load(_model_type(model))(model)
+
+
+def shape_from_config(config: Any) -> Shape:
+    """The ledger's view of a configuration; nothing is downloaded.
+
+    Raises:
+        UnsupportedModelError: a family, a tower or a language model whose cost is not known.
+    """
+    model_type = getattr(config, "model_type", type(config).__name__)
+    if model_type not in FAMILIES.names():
+        raise UnsupportedModelError(
+            f"cannot count the FLOPs of model_type {model_type!r}; use one of {', '.join(FAMILIES.names())}, "
+            f"or a shape by name: {', '.join(KNOWN)}"
+        )
+    return FAMILIES.load(model_type).shape_of(config)
 
 
 def _unwrapped(model: Any) -> nn.Module:
@@ -61,7 +78,7 @@ def _model_type(model: nn.Module) -> str:
         raise UnsupportedModelError(f"{type(model).__name__} has no config.model_type: not a transformers model")
     if model_type not in FAMILIES.names():
         raise UnsupportedModelError(
-            f"no model adapter for model_type {model_type!r} ({type(model).__name__}). "
+            f"no model family for model_type {model_type!r} ({type(model).__name__}). "
             f"Supported: {', '.join(FAMILIES.names())} (tokprune.list_models())"
         )
     return model_type

@@ -15,14 +15,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from tokprune.core.errors import UnsupportedModelError
 from tokprune.core.layout import Layout
 from tokprune.core.signals import Decoder, Kind, Signal, Tower
 from tokprune.cost.flops import Shape
-from tokprune.cost.shapes import shape_from_config
 
-from ..compat import attention_implementation
+from ..compat import attention_implementation, features_of
+from .sizes import Sizes
 
 # What tells one language model's configuration from another's.
 FINGERPRINT = (
@@ -50,6 +51,7 @@ class ModelFamily:
         model: a transformers model of this family, with or without its language-modelling head.
 
     Attributes:
+        model_type: `config.model_type`.
         encode_functions: functions of the base model that turn pictures into rows for the language model, each
             with the field of the configuration that names its placeholder id.
         images_from_prompt: whether only the prompt tells which crops make up an image; then tokens are selected
@@ -59,6 +61,7 @@ class ModelFamily:
         one_patch_a_row: whether the projector takes one patch a row (no pixel shuffle).
     """
 
+    model_type: ClassVar[str] = ""
     encode_functions: ClassVar[Mapping[str, str]] = {"get_image_features": "image_token_id"}
     images_from_prompt: ClassVar[bool] = False
     default_positions: ClassVar[str] = "contiguous"
@@ -85,6 +88,10 @@ class ModelFamily:
         """By encode function, the id in `input_ids` that stands for one visual token."""
         found = {name: getattr(self.base.config, field, None) for name, field in self.encode_functions.items()}
         return {name: value for name, value in found.items() if value is not None}
+
+    def encode(self, name: str, **arguments: Any) -> list[Tensor]:
+        """Rows of pictures through one of the encode functions, (N, D) an entry."""
+        return list(features_of(getattr(self.base, name)(**arguments)))
 
     @functools.cached_property
     def tower(self) -> Tower:
@@ -119,9 +126,43 @@ class ModelFamily:
     def shape(self) -> Shape | None:
         """What the ledger needs, or None for a family that it cannot count."""
         try:
-            return shape_from_config(self.base.config)
+            return self.shape_of(self.base.config)
         except UnsupportedModelError:
             return None
+
+    @classmethod
+    def shape_of(cls, config: Any) -> Shape:
+        """The ledger's view of a configuration of this family.
+
+        Raises:
+            UnsupportedModelError: the cost of its tower or its language model is not known.
+        """
+        raise UnsupportedModelError(f"the FLOPs of {config.model_type!r} are not known")
+
+    @classmethod
+    def config_of(cls, sizes: Sizes) -> Any:
+        """A configuration of these sizes, for tests and benchmarks."""
+        return AutoConfig.for_model(
+            cls.model_type,
+            vision_config=cls.tower_config(sizes),
+            text_config=sizes.text_config,
+            **cls.options(sizes),
+        )
+
+    @classmethod
+    def tower_config(cls, sizes: Sizes) -> Any:
+        """The vision tower's part of `config_of`."""
+        return sizes.tower_config()
+
+    @classmethod
+    def options(cls, sizes: Sizes) -> dict[str, Any]:
+        """What `config_of` says about placeholders, features and crops."""
+        raise NotImplementedError
+
+    @classmethod
+    def image_processor(cls, config: Any) -> Any:
+        """The family's own image processor, for crops of this configuration."""
+        raise NotImplementedError
 
     @property
     def supplies(self) -> frozenset[Kind]:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from tokprune.core.errors import TokPruneError
 from tokprune.core.layout import Layout
+from tokprune.cost.flops import Shape
+from tokprune.cost.shapes import text_of, vision_of
 
 from .base import ModelFamily, TowerKind
+from .sizes import Sizes, pil_image_processor
 
 POOLED = 8  # a thumbnail is told by its colours on a grid of so many cells a side
 LIKE = 0.5  # ... that differ from its tiles' by less than this share of their variance
@@ -27,9 +30,43 @@ class InternVL(ModelFamily):
     language model runs; the second, and which tile is the thumbnail, off the pixels.
     """
 
+    model_type = "internvl"
     images_from_prompt: ClassVar[bool] = True
     one_patch_a_row: ClassVar[bool] = False
     towers: ClassVar = {"internvl_vision": TowerKind("InternViT", True)}
+
+    @classmethod
+    def shape_of(cls, config: Any) -> Shape:
+        """Pixel shuffle, then a two-layer MLP."""
+        vision, text = vision_of(config.vision_config), text_of(config.text_config)
+        folds = round(1 / config.downsample_ratio) ** 2
+        widths = (vision.stack.width * folds, text.width, text.width)
+        n_rows = vision.n_patches // folds
+        return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+
+    @classmethod
+    def tower_config(cls, sizes: Sizes) -> Any:
+        """Sides in both directions."""
+        side, patch = [sizes.side] * 2, [sizes.patch] * 2
+        return sizes.tower_config(image_size=side, patch_size=patch, attention_bias=True)
+
+    @classmethod
+    def options(cls, sizes: Sizes) -> dict[str, Any]:
+        """Four patches a token, of the last layer without its [CLS] row."""
+        return dict(
+            image_token_id=sizes.image_id,
+            image_seq_length=sizes.n_patches // 4,
+            downsample_ratio=0.5,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+        )
+
+    @classmethod
+    def image_processor(cls, config: Any) -> Any:
+        """GOT-OCR2's, which cuts a picture into up to 12 tiles."""
+        height, width = config.vision_config.image_size
+        made = pil_image_processor("got_ocr2", "GotOcr2ImageProcessor")
+        return made(size={"height": height, "width": width}, crop_to_patches=True, min_patches=1, max_patches=12)
 
     @property
     def vision_layers(self) -> Sequence[nn.Module]:

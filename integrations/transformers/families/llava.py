@@ -10,14 +10,47 @@ from torch import Tensor
 
 from tokprune.core.errors import UnsupportedModelError
 from tokprune.core.layout import Layout, grid_layout
+from tokprune.cost.flops import Shape
+from tokprune.cost.shapes import text_of, vision_of
 
 from .base import ModelFamily, TowerKind
+from .sizes import Sizes, pil_image_processor
 
 
 class Llava(ModelFamily):
     """LlavaForConditionalGeneration. Packed space is the tower's raster of patches, one to one."""
 
     towers: ClassVar = {"clip_vision_model": TowerKind("CLIP", True), "siglip_vision_model": TowerKind("SigLIP", False)}
+
+    model_type = "llava"
+
+    @classmethod
+    def shape_of(cls, config: Any) -> Shape:
+        """A two-layer MLP on every row of the tower that is read."""
+        vision, text = vision_of(config.vision_config), text_of(config.text_config)
+        layers = config.vision_feature_layer
+        n_read = 1 if isinstance(layers, int) else len(layers)
+        n_rows = vision.n_patches + (vision.n_special if config.vision_feature_select_strategy == "full" else 0)
+        widths = (vision.stack.width * n_read, text.width, text.width)
+        return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+
+    @classmethod
+    def options(cls, sizes: Sizes) -> dict[str, Any]:
+        """The last layer but one of a CLIP tower without its [CLS] row, or all of a SigLIP tower."""
+        has_cls = cls.towers[sizes.tower_type].has_cls
+        return dict(
+            image_token_index=sizes.image_id,
+            image_seq_length=sizes.n_patches,
+            vision_feature_layer=-2 if has_cls else -1,
+            vision_feature_select_strategy="default" if has_cls else "full",
+        )
+
+    @classmethod
+    def image_processor(cls, config: Any) -> Any:
+        """CLIP's."""
+        side = config.vision_config.image_size
+        crop = {"height": side, "width": side}
+        return pil_image_processor("clip", "CLIPImageProcessor")(size={"shortest_edge": side}, crop_size=crop)
 
     def layouts(
         self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()

@@ -13,6 +13,7 @@ from tokprune.core.layout import NEWLINE, Layout
 
 from ..compat import anyres_grid, n_anyres_crops, pack_image_features
 from .llava import Llava
+from .sizes import Sizes, pil_image_processor
 
 
 class LlavaNext(Llava):
@@ -20,6 +21,21 @@ class LlavaNext(Llava):
 
     Signals and coordinates go through the model's own `pack_image_features`, a newline of NaN with them.
     """
+
+    model_type = "llava_next"
+
+    @classmethod
+    def options(cls, sizes: Sizes) -> dict[str, Any]:
+        """LLaVA's, with the grids of crops."""
+        return {**super().options(sizes), "image_grid_pinpoints": [list(grid) for grid in sizes.grids]}
+
+    @classmethod
+    def image_processor(cls, config: Any) -> Any:
+        """LLaVA-NeXT's."""
+        side = config.vision_config.image_size
+        crop = {"height": side, "width": side}
+        made = pil_image_processor("llava_next", "LlavaNextImageProcessor")
+        return made(size={"shortest_edge": side}, crop_size=crop, image_grid_pinpoints=config.image_grid_pinpoints)
 
     def layouts(
         self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()

@@ -11,6 +11,7 @@ from tokprune.core.layout import NEWLINE, Layout
 
 from .base import TowerKind
 from .llava_next import LlavaNext
+from .sizes import Sizes, pil_image_processor
 
 
 class LlavaOnevision(LlavaNext):
@@ -21,8 +22,23 @@ class LlavaOnevision(LlavaNext):
     a prompt are not cut into crops. A video is one image whose crops are its frames, without a thumbnail.
     """
 
+    model_type = "llava_onevision"
     towers: ClassVar = {"siglip_vision_model": TowerKind("SigLIP", False)}
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
+
+    @classmethod
+    def options(cls, sizes: Sizes) -> dict[str, Any]:
+        """All rows of the last layer, videos, and mosaics of up to nine crops."""
+        found = {**super().options(sizes), "video_token_index": sizes.video_id, "vision_aspect_ratio": "anyres_max_9"}
+        del found["image_seq_length"]
+        return found
+
+    @classmethod
+    def image_processor(cls, config: Any) -> Any:
+        """LLaVA-OneVision's."""
+        side = config.vision_config.image_size
+        made = pil_image_processor("llava_onevision", "LlavaOnevisionImageProcessor")
+        return made(size={"height": side, "width": side}, image_grid_pinpoints=config.image_grid_pinpoints)
 
     def layouts(
         self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
