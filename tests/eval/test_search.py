@@ -160,13 +160,13 @@ def spoilt(**changes):
 
 
 BAD_FILES = {
-    "truncated": (spoilt()[:60], "is no schedule: "),
-    "empty": ("", "is no schedule: "),
-    "not UTF-8": (b"\xff\xfe\xff", "is no schedule: "),
+    "truncated": (spoilt()[:60], "is not a schedule: "),
+    "empty": ("", "is not a schedule: "),
+    "not UTF-8": (b"\xff\xfe\xff", "is not a schedule: "),
     "a list": ("[1, 2]", "format 'tokprune-schedule'"),
-    "a deep list": ("[" * 100_000, "is no schedule: "),
+    "a deep list": ("[" * 100_000, "is not a schedule: "),
     "another format": (spoilt(format="safetensors"), "format 'tokprune-schedule'"),
-    "a newer version": (spoilt(version=2), "its version is 2"),
+    "a newer version": (spoilt(version=2), "its format is 2"),
     "rising": (spoilt(layers={"2": 0.25, "5": 0.5}), "rise with the layer"),
     "no layers": (spoilt(layers={}), "'layers' is no object"),
     "layers as a list": (spoilt(layers=[0.5]), "'layers' is no object"),
@@ -176,7 +176,7 @@ BAD_FILES = {
     "a layer too deep": (spoilt(layers={"8": 0.5}), "'8', which is no layer from 1 to 7"),
     "a huge layer": (spoilt(layers={"9" * 5000: 0.5}), "'layers' is no object"),
     "a huge ratio": (spoilt(layers={"2": 1e300}), "no number from 0 to 1"),
-    "a huge whole number": (spoilt().replace("0.5", "9" * 6000), "is no schedule: "),
+    "a huge whole number": (spoilt().replace("0.5", "9" * 6000), "is not a schedule: "),
     "an infinite ratio": (spoilt().replace("0.5", "1e999"), "no number from 0 to 1"),
     "no number": (spoilt().replace("0.5", "NaN"), "no number from 0 to 1"),
     "a negative ratio": (spoilt(layers={"2": -0.5}), "no number from 0 to 1"),
@@ -216,7 +216,7 @@ def test_bad_file_is_one_clear_error(what, runner, fingerprint, tmp_path):
 def test_schedule_without_a_file_says_what_to_type(runner, tmp_path):
     with pytest.raises(OptionError, match=r"schedule:file=schedule\.json; type tokprune search"):
         tokprune.attach(runner.model, "schedule")
-    with pytest.raises(OptionError, match="is no file"):
+    with pytest.raises(OptionError, match="not a file"):
         tokprune.attach(runner.model, f"schedule:file={tmp_path}")
     for option in ("schedule=cosine", "uniform=0.5"):
         with pytest.raises(OptionError, match="takes file alone"):

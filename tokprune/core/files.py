@@ -1,8 +1,13 @@
-"""Files that are written at once: they are there complete, or not at all, and are as readable as any other file."""
+"""Reading and writing files of ours.
+
+Writing is atomic: a file is there complete or not at all, with the permissions of any other file. What is read is
+checked for its size and its format first; JSON and safetensors are inert, so nothing runs by reading them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -11,8 +16,9 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -99,3 +105,85 @@ def _sort_header(path: Path) -> None:
         if len(sorted_) == size:
             file.seek(8)
             file.write(sorted_)
+
+
+MOST_BYTES = 2**22  # of a JSON file; far above any of ours
+
+
+def read_json(path: str | Path, form: str, version: int, key: str = "version") -> dict[str, Any]:
+    """A JSON object of ours.
+
+    Args:
+        path: of the file.
+        form: what its "format" has to be.
+        version: the newest that this release reads.
+        key: under which the file has its version.
+
+    Raises:
+        ValueError: it is something else, too large, or of a newer release.
+        OSError: it cannot be read.
+    """
+    values = json.loads(read_small(path))
+    if not isinstance(values, dict) or values.get("format") != form:
+        raise ValueError(f"not a JSON object with the format {form!r}")
+    found = values.get(key)
+    if isinstance(found, int) and found > version:
+        by = values.get("versions")
+        by = f" (saved by tokprune {str(by.get('tokprune'))[:40]})" if isinstance(by, dict) else ""
+        raise ValueError(f"its format is {found} and this release reads {version}{by}; use pip install -U tokprune")
+    if found != version or isinstance(found, bool):
+        raise ValueError(f"its {key} is {str(found)[:20]}, not {version}")
+    return values
+
+
+def read_small(path: str | Path) -> str:
+    """The text of a regular file of at most 4 MiB.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: it cannot be read.
+    """
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_BYTES:
+        raise ValueError(f"not a file of at most {MOST_BYTES} bytes")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def write_json(path: str | Path, form: str, version: int, values: Mapping[str, Any], key: str = "version") -> None:
+    """Write a JSON object that `read_json` reads.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_text(path, json.dumps({"format": form, key: version, **values}, indent=1) + "\n")
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        found = hashlib.sha256()
+        for part in iter(lambda: file.read(2**20), b""):
+            found.update(part)
+    return found.hexdigest()
+
+
+def kind_of(path: str | Path) -> str:
+    """By what a file holds, ".json" or ".safetensors".
+
+    Raises:
+        ValueError: it holds something else.
+        OSError: it cannot be read.
+    """
+    with contextlib.suppress(SafetensorError), safe_open(path, framework="pt"):
+        return ".safetensors"
+    try:
+        json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"neither safetensors nor JSON of at most {MOST_BYTES} bytes") from error
+    return ".json"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line that a terminal can show."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    return "".join(c if c.isprintable() else "?" for c in text)[:600]

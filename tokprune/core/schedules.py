@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
@@ -14,12 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .errors import OptionError
-from .files import write_text
+from .files import first_line, read_json, write_json
 from .signals import Decoder
 
 PAPER_DEPTH = 32  # decoder layers of the models that papers give layers for
 FORMAT, VERSION = "tokprune-schedule", 1
-MOST_BYTES, MOST_LAYERS = 2**22, 10_000  # of a schedule file; far above any that is found
+MOST_LAYERS = 10_000
 HOW = "type tokprune search --model NAME --task findit --tolerance 0.01 --out schedule.json to make one"
 
 
@@ -323,8 +320,7 @@ def write_schedule(path: str | Path, schedule: ScheduleFile) -> None:
         OSError: it cannot be written.
     """
     layers = {str(layer): float(ratio) for layer, ratio in sorted(schedule.layers.items())}
-    values = {"format": FORMAT, "version": VERSION, **asdict(schedule), "layers": layers}
-    write_text(path, json.dumps(values, indent=1) + "\n")
+    write_json(path, FORMAT, VERSION, {**asdict(schedule), "layers": layers})
 
 
 def read_schedule(path: str | Path) -> ScheduleFile:
@@ -334,22 +330,14 @@ def read_schedule(path: str | Path) -> ScheduleFile:
         OptionError: there is none, or it is broken or something else.
     """
     try:
-        facts = os.stat(path)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_BYTES:
-            raise OptionError(f"it is no file of at most {MOST_BYTES} bytes")
-        return _schedule_of(json.loads(Path(path).read_text(encoding="utf-8")))
+        return _schedule_of(read_json(path, FORMAT, VERSION))
     except FileNotFoundError as error:
         raise OptionError(f"file={str(path)!r}: there is no such file; {HOW}") from error
     except (OSError, ValueError, RecursionError) as error:  # OptionError and what json raises are ValueErrors
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OptionError(f"file={str(path)!r} is no schedule: {first}; {HOW}") from error
+        raise OptionError(f"file={str(path)!r} is not a schedule: {first_line(error)}; {HOW}") from error
 
 
-def _schedule_of(values: Any) -> ScheduleFile:
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise OptionError(f"it is no JSON object with the format {FORMAT!r}")
-    if values.get("version") != VERSION:
-        raise OptionError(f"its version is {str(values.get('version'))[:20]}, this tokprune reads version {VERSION}")
+def _schedule_of(values: Mapping[str, Any]) -> ScheduleFile:
     layers = values.get("layers")
     if not isinstance(layers, dict) or not all(re.fullmatch("[0-9]{1,5}", layer) for layer in layers):
         raise OptionError('\'layers\' is no object of layers and fractions ({"2": 0.5, "5": 0.25})')

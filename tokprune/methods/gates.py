@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import OptionError
-from ..core.files import write_tensors
+from ..core.files import first_line, write_tensors
 from ..core.signals import Decoder
 
 FORMAT = "tokprune gates 1"
@@ -124,8 +124,7 @@ def read_gates(path: str | Path) -> Gates:
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         if isinstance(error, OptionError):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OptionError(f"gate={str(path)!r} cannot be read: {first}; {HOW}") from error
+        raise OptionError(f"gate={str(path)!r} cannot be read: {first_line(error)}; {HOW}") from error
     for i, pair in weights.items():
         if not all(w.is_floating_point() and bool(w.isfinite().all()) for w in pair):
             raise OptionError(f"gate={str(path)!r}: the weights for layer {i} are no finite numbers; {HOW}")

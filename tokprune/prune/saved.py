@@ -7,7 +7,6 @@ it. They are JSON or safetensors, so that nothing is run by reading them. Of the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -20,11 +19,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..core.budget import Budget
 from ..core.errors import SavedError, TokPruneError
-from ..core.files import replacing
+from ..core.files import digest_of, first_line, kind_of, read_json, read_small, replacing, write_json
 from ..core.registry import check
 from ..methods import METHODS, Labelled, build_method
 from ..methods.base import Method
@@ -32,7 +29,7 @@ from ..methods.compose import Pair
 from .request import Request
 
 NAME, FORMAT, VERSION = "tokprune.json", "tokprune", 1
-MOST_BYTES, MOST_DIGITS, MOST_METHODS = 2**22, 20, 64  # of a JSON file, of a whole number in it, of one attachment
+VERSION_KEY, MOST_METHODS = "format_version", 64
 HOW = "write the folder anew with attachment.save(directory)"
 PACKAGES = ("tokprune", "torch", "transformers")
 BUDGETS = ("keep_ratio", "keep_tokens", "flops_ratio")
@@ -103,11 +100,11 @@ def read_saved(directory: Folder) -> Saved:
     folder = path_of(directory)
     path = folder / NAME
     try:
-        return saved_of(json_of(path), folder)
+        return saved_of(read_json(path, FORMAT, VERSION, VERSION_KEY), folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SavedError(f"{str(path)!r}: there is no such file; {HOW}") from error
     except (OSError, ValueError, RecursionError) as error:  # TokPruneError and what json raises are ValueErrors
-        raise SavedError(f"{str(path)!r} cannot be used: {line(error)}; {HOW}") from error
+        raise SavedError(f"{str(path)!r} cannot be used: {first_line(error)}; {HOW}") from error
 
 
 def path_of(directory: Any) -> Path:
@@ -122,59 +119,12 @@ def path_of(directory: Any) -> Path:
     return Path(text)
 
 
-def line(error: BaseException) -> str:
-    """What an error says, in one line that a terminal can show."""
-    text = " ".join((str(error) or type(error).__name__).split())
-    return "".join(c if c.isprintable() else "?" for c in text)[:600]
-
-
 def version_of(package: str) -> str:
     """Of an installed package; "0+unknown" for a checkout that is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "0+unknown"
-
-
-# ---- JSON
-
-
-def json_of(path: Path) -> Any:
-    """Strict JSON: no name twice, no NaN or infinity, no whole number of more than 20 digits.
-
-    Raises:
-        ValueError, RecursionError: it is not that.
-        OSError: it cannot be read.
-    """
-    facts = os.stat(path)
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_BYTES:
-        raise SavedError(f"it is no file of at most {MOST_BYTES} bytes")
-    return json.loads(
-        path.read_text(encoding="utf-8"),
-        object_pairs_hook=_object,
-        parse_int=_integer,
-        parse_float=_finite,
-        parse_constant=_finite,
-    )
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise SavedError("a name stands twice in one of its objects")
-    return found
-
-
-def _integer(text: str) -> int:
-    if len(text.lstrip("-")) > MOST_DIGITS:
-        raise SavedError(f"the number {text[:MOST_DIGITS]}... is out of range")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise SavedError(f"the number {text[:MOST_DIGITS]} is not finite")
-    return float(text)
 
 
 def _checked(values: Any, kinds: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -202,19 +152,9 @@ def saved_of(values: Any, folder: Path) -> Saved:
         SavedError: they are not what is saved, or a file in the folder is not.
         OSError: a file cannot be read.
     """
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise SavedError(f"it is no object with the format {FORMAT!r}")
-    version, versions = values.get("format_version"), values.get("versions")
-    by = str(versions.get("tokprune"))[:40] if isinstance(versions, dict) else "of an unknown release"
-    if isinstance(version, int) and version > VERSION:
-        raise SavedError(
-            f"its format is {version} and this release reads {VERSION}: tokprune {by} saved it; type pip install -U "
-            "tokprune"
-        )
     _checked(values, _KEYS, "the file")
-    if version != VERSION:
-        raise SavedError(f"its format_version is {version}, not {VERSION}")
     _checked(values["versions"], dict.fromkeys(PACKAGES, str), "'versions'")
+    by = values["versions"]["tokprune"][:40]
     _checked(values["model"], _MODEL, "'model'")
     if not values["label"].isprintable():
         raise SavedError("its label cannot be printed")
@@ -265,16 +205,18 @@ def _part_of(entry: Any, folder: Path) -> Method:
     except TokPruneError:
         raise
     except Exception as error:  # whatever another package's method raises
-        raise SavedError(f"{entry['name']!r} cannot be made from its options: {line(error)}") from error
+        raise SavedError(f"{entry['name']!r} cannot be made from its options: {first_line(error)}") from error
 
 
 def _class_of(name: str) -> type[Method]:
     try:
         cls = METHODS.load(name)
     except TokPruneError as error:
-        raise SavedError(f"{line(error)}. If another package brings it, install that") from error
+        raise SavedError(f"{first_line(error)}. If another package brings it, install that") from error
     except Exception as error:  # whatever importing another package's method raises
-        raise SavedError(f"the method {name[:40]!r} cannot be imported: {line(error)}; mend its package") from error
+        raise SavedError(
+            f"the method {name[:40]!r} cannot be imported: {first_line(error)}; mend its package"
+        ) from error
     if not isinstance(cls, type) or not issubclass(cls, Method):
         raise SavedError(f"the package that brings {name[:40]!r} gives no method")
     return cls
@@ -308,38 +250,14 @@ def _file_of(reference: Any, folder: Path) -> Path:
     path = folder / name
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SavedError(f"{name!r} is no file")
+            raise SavedError(f"{name!r} is not a file")
         if digest_of(path) != reference["sha256"]:
             raise SavedError(f"{name!r} is not what was saved, by its SHA-256; fetch it again")
     except FileNotFoundError as error:
         raise SavedError(f"{name!r} is missing in the folder") from error
-    if suffix_of(path) != path.suffix:
+    if kind_of(path) != path.suffix:
         raise SavedError(f"{name!r} is not what its name says")
     return path
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        for part in iter(lambda: file.read(2**20), b""):
-            found.update(part)
-    return found.hexdigest()
-
-
-def suffix_of(path: Path) -> str:
-    """By what a file holds, ".json" or ".safetensors": neither runs anything when it is read.
-
-    Raises:
-        SavedError: it holds something else.
-    """
-    with contextlib.suppress(SafetensorError), safe_open(path, framework="pt"):
-        return ".safetensors"
-    try:
-        json_of(path)
-    except (ValueError, RecursionError) as error:
-        raise SavedError(f"it is neither safetensors nor JSON of at most {MOST_BYTES} bytes") from error
-    return ".json"
 
 
 # ---- writing
@@ -365,8 +283,6 @@ def write_saved(directory: Folder, facts: Mapping[str, Any], request: Request) -
             f"{request.method} is put together in a way that a list is not; give attach() a list of its parts"
         )
     values = {
-        "format": FORMAT,
-        "format_version": VERSION,
         "label": request.label,
         "methods": entries,
         "budget": _budget_of(request.budget),
@@ -387,7 +303,9 @@ def write_saved(directory: Folder, facts: Mapping[str, Any], request: Request) -
                     folder.rmdir()
             raise
     except OSError as error:
-        raise SavedError(f"cannot save to {str(folder)!r}: {line(error)}; name a folder that can be written") from error
+        raise SavedError(
+            f"cannot save to {str(folder)!r}: {first_line(error)}; name a folder that can be written"
+        ) from error
 
 
 def _write(folder: Path, parts: Sequence[Method], values: dict[str, Any], before: set[str]) -> None:
@@ -399,11 +317,11 @@ def _write(folder: Path, parts: Sequence[Method], values: dict[str, Any], before
                 reference = _write_file(part, entry["name"], staging)
                 entry["options"][part.needs_file] = reference
                 values["label"] = _relabelled(values["label"], part, reference["file"])
-        (staging / NAME).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_json(staging / NAME, FORMAT, VERSION, values, VERSION_KEY)
         try:
-            saved_of(json_of(staging / NAME), staging)
+            saved_of(read_json(staging / NAME, FORMAT, VERSION, VERSION_KEY), staging)
         except ValueError as error:
-            raise SavedError(f"{values['label'][:200]!r} could not be loaded again: {line(error)}") from error
+            raise SavedError(f"{values['label'][:200]!r} could not be loaded again: {first_line(error)}") from error
         now = {path.name for path in staging.iterdir()} - {NAME}
         new = {name for name in now if not (folder / name).exists()}
         try:
@@ -457,7 +375,7 @@ def _encoded(value: Any) -> Any:
     """A value of JSON; schedules are their text, tuples are marked."""
     if value is None or type(value) in (bool, str):
         return value
-    if isinstance(value, int) and abs(value) < 10**MOST_DIGITS:
+    if isinstance(value, int) and abs(value) < 2**63:
         return int(value)
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
@@ -487,10 +405,10 @@ def _write_file(method: Method, name: str, staging: Path) -> dict[str, str]:
     try:
         with replacing(partial) as new:
             method.write_file(new)
-        digest, suffix = digest_of(partial), suffix_of(partial)
+        digest, suffix = digest_of(partial), kind_of(partial)
     except ValueError as error:
         typed = f"{method.needs_file}={getattr(method, method.needs_file)!r}"
-        raise SavedError(f"{typed} cannot be saved: {line(error)}") from error
+        raise SavedError(f"{typed} cannot be saved: {first_line(error)}") from error
     file = f"{re.sub('[^A-Za-z0-9_]', '_', name)[:64]}-{digest[:16]}{suffix}"
     os.replace(partial, staging / file)
     return {"file": file, "sha256": digest}
@@ -505,7 +423,7 @@ def _files_before(folder: Path) -> set[str]:
     if not os.path.lexists(folder / NAME):
         return set()
     try:
-        values = json_of(folder / NAME)
+        values = json.loads(read_small(folder / NAME))
     except (ValueError, RecursionError, FileNotFoundError):
         values = None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
