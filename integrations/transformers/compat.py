@@ -50,7 +50,7 @@ def warn_if_untested() -> None:
         warnings.warn(
             f"transformers {release} is newer than {NEWEST}, the newest release that tokprune is tested on; "
             "check it with: tokprune doctor",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -257,7 +257,7 @@ def _module_of(base: Any) -> Any:
 
 
 def positions_of_4(kwargs: Mapping, past: int, n: int, device: torch.device) -> dict[str, Tensor]:
-    """`cache_position` where a call of transformers 4 carries one, for n columns behind `past`; else nothing."""
+    """`cache_position` where a call of transformers 4 carries one, for n columns after `past`; else nothing."""
     if kwargs.get("cache_position") is None:
         return {}
     return {"cache_position": torch.arange(past, past + n, device=device)}

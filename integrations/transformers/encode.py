@@ -44,14 +44,14 @@ class Encoded:
 
 
 @span("select")
-def by_image(adapter: ModelFamily, encoded: Encoded, runs: Sequence[int] | None = None) -> list[Picture]:
+def by_image(family: ModelFamily, encoded: Encoded, runs: Sequence[int] | None = None) -> list[Picture]:
     """Rows, layout and packed signals of every image.
 
     Raises:
         UnsupportedModelError: the layouts do not have as many rows as there are features.
     """
     name, arguments = encoded.name, encoded.arguments
-    layouts = adapter.layouts(name, arguments, encoded.features, runs or ())
+    layouts = family.layouts(name, arguments, encoded.features, runs or ())
     lengths = [len(layout.crop) for layout in layouts]
     if sum(lengths) != sum(map(len, encoded.features)):
         raise UnsupportedModelError(
@@ -63,33 +63,33 @@ def by_image(adapter: ModelFamily, encoded: Encoded, runs: Sequence[int] | None 
     pictures = [Picture(rows, layout) for rows, layout in zip(features, layouts, strict=True)]
     for signal, values in encoded.collected.items():
         if isinstance(signal, Signal):
-            for picture, own in zip(pictures, _signal_by_image(adapter, encoded, layouts, signal, values), strict=True):
+            for picture, own in zip(pictures, _signal_by_image(family, encoded, layouts, signal, values), strict=True):
                 picture.signals[signal] = own
     states = encoded.collected.get("states")
     if states is None:
         return pictures
-    if adapter.tower.has_cls and adapter.selection(arguments) == "full":
+    if family.tower.has_cls and family.selection(arguments) == "full":
         states = states[:, 1:]
     return [
-        replace(picture, states=own) if adapter.merges_states(picture.layout) else picture
-        for picture, own in zip(pictures, _packed(adapter, encoded, layouts, states), strict=True)
+        replace(picture, states=own) if family.merges_states(picture.layout) else picture
+        for picture, own in zip(pictures, _packed(family, encoded, layouts, states), strict=True)
     ]
 
 
 def _signal_by_image(
-    adapter: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], signal: Signal, values: Tensor
+    family: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], signal: Signal, values: Tensor
 ) -> list[Tensor]:
     """A signal of every image, as `Picture` holds it."""
     if signal.kind is Kind.CLS_STATE:
-        n_crops = adapter.crops_of(encoded.name, encoded.arguments, len(values))
+        n_crops = family.crops_of(encoded.name, encoded.arguments, len(values))
         return list(values.to(encoded.features[0].device).split(n_crops))
-    return [rows.transpose(0, 1) for rows in _packed(adapter, encoded, layouts, values)]
+    return [rows.transpose(0, 1) for rows in _packed(family, encoded, layouts, values)]
 
 
-def _packed(adapter: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], values: Tensor) -> list[Tensor]:
+def _packed(family: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], values: Tensor) -> list[Tensor]:
     """Values of patches, (crops, patches, ...), through the model's own packing: (N_visual, ...) an image."""
     device = encoded.features[0].device
-    rows = torch.cat(adapter.pack(encoded.name, encoded.arguments, values.flatten(2).to(device)))
+    rows = torch.cat(family.pack(encoded.name, encoded.arguments, values.flatten(2).to(device)))
     n_visual = [layout.n_visual for layout in layouts]
     if len(rows) == sum(n_visual):  # special tokens were not packed
         visual = list(rows.split(n_visual))
@@ -103,18 +103,18 @@ class Pruner:
     """What is asked for before the language model, on one model: marks the rows that are dropped and keeps the books.
 
     Args:
-        adapter: of the model.
+        family: of the model.
         request: what was asked for.
         signals: collected from the vision tower.
     """
 
-    def __init__(self, adapter: ModelFamily, request: Request, signals: frozenset[Signal]):
-        self.adapter, self.request, self._signals = adapter, request, signals
+    def __init__(self, family: ModelFamily, request: Request, signals: frozenset[Signal]):
+        self.family, self.request, self._signals = family, request, signals
         method = request.before
-        self.reads_states = method is not None and method.space == "tower" and adapter.tower.projects_rows
+        self.reads_states = method is not None and method.space == "tower" and family.tower.projects_rows
         self._selector = None
         if method is not None:
-            project = adapter.projector if self.reads_states else None
+            project = family.projector if self.reads_states else None
             budget, label = request.before_budget, request.label
             self._selector = Selector(method, budget, label, request.newlines, self._flops, project)
 
@@ -155,21 +155,21 @@ class Pruner:
             call.touched = True
             call.bad.append(rows.isnan().any())
             call.dropped.append((~keep).any())
-            call.images.append(ImageReport(keep, layout, self.adapter.crop_patches(layout)))
+            call.images.append(ImageReport(keep, layout, self.family.crop_patches(layout)))
             marked.append(mark_dropped(rows, keep))
         return marked
 
     def _flops(self, layout: Layout, n_keep: int) -> int:
-        """What keeping so many tokens of an image costs, with the reference text."""
+        """What keeping n_keep tokens of an image costs, with the reference text."""
         n_special = most_specials(layout, n_keep, self.request.newlines)
-        n_patches = self.adapter.crop_patches(layout)
+        n_patches = self.family.crop_patches(layout)
         budget = self.request.before_budget or Budget(flops_ratio=1)
         ledger = self._cost(layout).prefill(layout, n_keep, budget.flops_text + n_special, n_patches)
         return getattr(ledger, budget.flops_scope).flops
 
     def _image_report(self, layout: Layout, keep: Tensor, collected: bool) -> ImageReport:
-        n_patches = self.adapter.crop_patches(layout)
-        if self._selector is None or self.adapter.shape is None:
+        n_patches = self.family.crop_patches(layout)
+        if self._selector is None or self.family.shape is None:
             return ImageReport(keep, layout, n_patches)
         n_keep, content = self._selector.n_keep(layout), self._selector.method.count is Count.CONTENT
         cost = self._cost(layout)
@@ -183,8 +183,8 @@ class Pruner:
 
     def _cost(self, layout: Layout) -> SelectionCost:
         method: Any = self.request.before
-        in_tower = self.reads_states and self.adapter.merges_states(layout)
-        return SelectionCost(self.adapter.shape, self._signals, method.cost, in_tower, method.count is not Count.EXACT)
+        in_tower = self.reads_states and self.family.merges_states(layout)
+        return SelectionCost(self.family.shape, self._signals, method.cost, in_tower, method.count is not Count.EXACT)
 
     def _asked_more(self, layout: Layout) -> bool:
         budget = self.request.before_budget

@@ -41,7 +41,7 @@ class Hooks:
         self._keep(module, handle, module._forward_pre_hooks)
 
     def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call hook(module, args, kwargs, out) behind a module's forward."""
+        """Call hook(module, args, kwargs, out) after a module's forward."""
         handle = module.register_forward_hook(Untraced(hook), with_kwargs=True)
         self._keep(module, handle, module._forward_hooks)
 

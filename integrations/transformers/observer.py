@@ -17,42 +17,40 @@ from tokprune.prune.copies import salts_of
 from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
 
-from .caches import without_marks
+from .caches import Again, given_again, without_marks
 from .compat import cache_of, past_length, replace_features
 from .encode import Encoded, Pruner, by_image
 from .families.base import ModelFamily
 from .hooks import Hooks
 from .layers.select import LayerSelector
 from .layers.shorten import LayerShortener
-from .passes import BASE, DECODER, HEAD, Call, Context, Pass, Passes
-from .pauses import Pauses
+from .passes import BASE, DECODER, HEAD, Call, Context, Pass, Passes, Pauses
 from .prompt import matching_rows, placeholders, places_of, same_places, text_of
 from .shorten import Ran, Shortener
 from .tower_taps import TowerTap, split_features
-from .turns import Again, given_again
 
 
 class Observer(NotCopyable):
     """Everything that an attachment does while the model runs.
 
     Args:
-        adapter: of the model.
+        family: of the model.
         request: what was asked for.
         signals: what is collected from the vision tower.
     """
 
-    def __init__(self, adapter: ModelFamily, request: Request, signals: frozenset[Signal]):
-        self.adapter, self.request, self.signals = adapter, request, signals
+    def __init__(self, family: ModelFamily, request: Request, signals: frozenset[Signal]):
+        self.family, self.request, self.signals = family, request, signals
         self.salts: Sequence[int] = (0,)
         self.passes, self.pauses = Passes(), Pauses()
         self.newest: Context | None = None  # of the thread that began a call last
-        self.pruner = Pruner(adapter, request, signals)
-        self.cutter = LayerSelector(adapter, request, self) if request.between else None
-        self._reads_prompt = adapter.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
+        self.pruner = Pruner(family, request, signals)
+        self.cutter = LayerSelector(family, request, self) if request.between else None
+        self._reads_prompt = family.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
         reads_states = self.pruner.reads_states
-        self._tap = TowerTap(adapter, signals, self.passes, reads_states) if signals or reads_states else None
-        self._shortener = Shortener(adapter.language_model, request.positions, self)
-        self.hooks = Hooks(adapter.model)
+        self._tap = TowerTap(family, signals, self.passes, reads_states) if signals or reads_states else None
+        self._shortener = Shortener(family.language_model, request.positions, self)
+        self.hooks = Hooks(family.model)
 
     def install(self) -> None:
         """Put the hooks on the model; where one fails, none stays."""
@@ -63,29 +61,29 @@ class Observer(NotCopyable):
             raise
 
     def _install(self, hooks: Hooks) -> None:
-        adapter = self.adapter
-        for name in adapter.encode_functions:
-            original = getattr(adapter.base, name)
+        family = self.family
+        for name in family.encode_functions:
+            original = getattr(family.base, name)
             encode = functools.partial(self._encode, name, original, inspect.signature(original))
-            hooks.replace(adapter.base, name, encode)
-        if hasattr(adapter.model, "generate"):
-            hooks.replace(adapter.model, "generate", functools.partial(self._generate, adapter.model.generate))
+            hooks.replace(family.base, name, encode)
+        if hasattr(family.model, "generate"):
+            hooks.replace(family.model, "generate", functools.partial(self._generate, family.model.generate))
         if self._tap:
             self._tap.install(hooks)
-        if adapter.model is not adapter.base:
-            hooks.before(adapter.model, functools.partial(self._enter, HEAD))
-            hooks.after(adapter.model, functools.partial(self._leave, HEAD))
-        hooks.before(adapter.base, self._before_model)
-        hooks.after(adapter.base, self._after_model)
-        hooks.before(adapter.language_model, functools.partial(self._enter, DECODER))
+        if family.model is not family.base:
+            hooks.before(family.model, functools.partial(self._enter, HEAD))
+            hooks.after(family.model, functools.partial(self._leave, HEAD))
+        hooks.before(family.base, self._before_model)
+        hooks.after(family.base, self._after_model)
+        hooks.before(family.language_model, functools.partial(self._enter, DECODER))
         if self._reads_prompt:  # before compaction, which looks for marks
-            hooks.before(adapter.language_model, self._mark_late)
+            hooks.before(family.language_model, self._mark_late)
         if self.cutter:
-            LayerShortener(adapter.language_model, self._shortener, self.cutter, self.cutter.first).install(hooks)
+            LayerShortener(family.language_model, self._shortener, self.cutter, self.cutter.first).install(hooks)
             self.cutter.tap.install(hooks, self.cutter.tapped)
         else:
             self._shortener.install(hooks)
-        hooks.after(adapter.language_model, functools.partial(self._leave, DECODER))
+        hooks.after(family.language_model, functools.partial(self._leave, DECODER))
 
     @property
     def paused(self) -> bool:
@@ -114,10 +112,10 @@ class Observer(NotCopyable):
         if level != HEAD or generation is None or generation.n_prompt is None or not isinstance(asked, int):
             return
         if cache is not None and not past_length(cache):
-            # Assisted decoding proposes tokens behind the prompt already in its first pass, and asks for their logits.
+            # Assisted decoding passes draft tokens with the prompt in its first pass, and asks for their logits.
             passed = _passed(args, kwargs)
-            n_behind = 0 if passed is None else passed.shape[1] - generation.n_prompt
-            this.n_candidates = max(0, min(asked - 1, n_behind))
+            n_draft = 0 if passed is None else passed.shape[1] - generation.n_prompt
+            this.n_candidates = max(0, min(asked - 1, n_draft))
 
     def _leave(self, level: int, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         self.passes.leave(level)
@@ -129,12 +127,12 @@ class Observer(NotCopyable):
         passed = _passed(args, kwargs)
         if passed is None or passed.shape[1] <= 1:
             return None
-        again = given_again(args, kwargs, tuple(self.adapter.placeholder_ids.values()))
+        again = given_again(args, kwargs, tuple(self.family.placeholder_ids.values()))
         if again is not None:
             this.n_again, args, kwargs = again.n, again.args, again.kwargs
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         this.by_hand = ids is None
-        this.masks = placeholders(ids, embeds, self.adapter.placeholder_ids, self.adapter.base)
+        this.masks = placeholders(ids, embeds, self.family.placeholder_ids, self.family.base)
         if ids is not None and this.generation is not None and this.generation.n_rows not in (None, len(ids)):
             # generate() of older releases repeats the pictures of every beam and encodes them here.
             this.rows = ids
@@ -162,10 +160,10 @@ class Observer(NotCopyable):
             features, put_back = split_features(out)
             bound = signature.bind(*args, **kwargs).arguments
             encoded = Encoded(name, {**bound, **bound.get("kwargs", {})}, features, collected)
-            if self._reads_prompt and not (self.pruner.keeps_all and not self.adapter.images_from_prompt):
+            if self._reads_prompt and not (self.pruner.keeps_all and not self.family.images_from_prompt):
                 call.pending.append(encoded)
                 return out
-            pictures = by_image(self.adapter, encoded)
+            pictures = by_image(self.family, encoded)
             start = len(call.images)
             marked = self.pruner.prune(pictures, salts_of(tuple(self.salts), len(pictures), start), call)
             call.by_name[name] = range(start, len(call.images))
@@ -231,7 +229,7 @@ class Observer(NotCopyable):
                 "nor their features; pass input_ids with pixel_values, or run text alone inside attachment.paused()"
             )
         none = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        this.masks = {name: found.get(name, none) for name in self.adapter.placeholder_ids}
+        this.masks = {name: found.get(name, none) for name in self.family.placeholder_ids}
 
     def _select_late(self, this: Pass, call: Call, embeds: Tensor, attention_mask: Tensor | None) -> None:
         """Select for everything that was encoded for this prompt."""
@@ -240,19 +238,19 @@ class Observer(NotCopyable):
             return  # text alone: what was encoded is for a prompt to come
         for encoded in call.pending:
             mask, n_encoded = masks[encoded.name], sum(map(len, encoded.features))
-            if self.adapter.images_from_prompt:
+            if self.family.images_from_prompt:
                 places = places_of(mask, n_encoded, None)
-                pictures = by_image(self.adapter, encoded, [len(p.columns) for p in places])
+                pictures = by_image(self.family, encoded, [len(p.columns) for p in places])
             else:
-                pictures = by_image(self.adapter, encoded)
+                pictures = by_image(self.family, encoded)
                 places = places_of(mask, n_encoded, [len(p.features) for p in pictures])
             for signal in self.signals:
                 if signal.kind is Kind.TEXT_EMBEDS:
                     rows = [p.rows[0] for p in places]
-                    n_behind = this.n_candidates
-                    end = embeds.shape[1] - n_behind
+                    n_draft = this.n_candidates
+                    end = embeds.shape[1] - n_draft
                     inside = [mask[:, :end] for mask in masks.values()]
-                    valid = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - n_behind]
+                    valid = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - n_draft]
                     text = text_of(embeds[:, :end], inside, valid, rows)
                     for picture, own in zip(pictures, text, strict=True):
                         picture.signals[signal] = own.to(picture.features.device)
@@ -317,14 +315,14 @@ class Observer(NotCopyable):
             )
 
     def _text_alone(self, this: Pass) -> Call:
-        """The call of a pass over text: a new one, or, inside of a generation about something else, one beside it."""
+        """The call of a pass over text: a new one, or, inside of a generation about something else, a separate one."""
         if this.generation is not None and this.context.main is not None:
             this.aside = Call()
             return this.aside
         return self._begin(this.context)
 
     def after_prefill(self, ran: Ran) -> None:
-        """Note the lengths of a pass over a prompt; candidates of assisted decoding are none."""
+        """Note the lengths of a pass over a prompt; draft tokens are excluded."""
         this = self.passes.current
         call = this.call if this else None
         if call is None or this is None or self.paused:

@@ -1,7 +1,7 @@
 """What a thread is doing with an attached model: calls, generations, and passes that may lie inside each other.
 
 A hook of the user may call the model again while a pass is under way. What is known of a pass is kept by pass, so
-that the outer one goes on as if nothing had happened. A pass that ended by an exception is known by its frame, which
+that the outer one goes on undisturbed. A pass that ended by an exception is known by its frame, which
 is no longer on the stack.
 """
 
@@ -12,6 +12,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -87,10 +88,10 @@ class Pass:
         facts: read from the device in the one synchronisation of a prefill.
         by_hand: whether the caller made the embeddings.
         joins: whether it was given pictures that the caller encoded.
-        n_candidates: columns behind the prompt that assisted decoding proposes in the same pass.
+        n_candidates: draft tokens after the prompt, of assisted decoding.
         n_again: leading columns that the cache holds already.
-        aside: the call of a pass that a generation makes beside its own.
-        shortening, layers, plan, tap: what is under way before and between the decoder layers.
+        aside: the call of a pass that a generation makes for something else.
+        shortening, layers, prompt, tap: what is under way before and between the decoder layers.
     """
 
     context: Context
@@ -106,7 +107,7 @@ class Pass:
     aside: Call | None = None
     shortening: Any = None
     layers: Any = None
-    plan: Any = None
+    prompt: Any = None
     tap: Any = None
     entered: dict[int, FrameType | None] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
@@ -253,3 +254,54 @@ def _is_running(frame: FrameType | None) -> bool:
     while found is not None and found is not frame:
         found = found.f_back
     return found is not None
+
+
+# ---------------------------------------------------------------------------------------- pauses
+
+_DEPTHS: ContextVar[Mapping[int, int]] = ContextVar("tokprune_pauses", default={})  # noqa: B039 - never changed
+
+
+class Pauses:
+    """Blocks in which an attachment is paused.
+
+    A block counts for its thread, for what runs in a copy of its context (asyncio.to_thread), and, in the thread that
+    made the attachment, for threads that are started while it is open (a streamer's).
+    """
+
+    def __init__(self) -> None:
+        self._holder = threading.current_thread()
+        self._alive: list[set[threading.Thread]] = []  # threads that were there when the holder's blocks were opened
+
+    @property
+    def is_holder(self) -> bool:
+        """Whether this is the thread that made the attachment."""
+        return threading.current_thread() is self._holder
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Paused inside of this block."""
+        self._add(1)
+        alive = set(threading.enumerate()) if self.is_holder else None
+        if alive is not None:
+            self._alive.append(alive)
+        try:
+            yield
+        finally:
+            self._add(-1)
+            if alive is not None:
+                self._alive.remove(alive)
+
+    @property
+    def hold_here(self) -> bool:
+        """Whether what runs here is paused."""
+        if _DEPTHS.get().get(id(self)):
+            return True
+        if not self._alive:
+            return False
+        this = threading.current_thread()
+        return any(this not in alive for alive in self._alive)
+
+    def _add(self, n: int) -> None:
+        depths = dict(_DEPTHS.get())
+        depths[id(self)] = depths.get(id(self), 0) + n
+        _DEPTHS.set({key: depth for key, depth in depths.items() if depth})

@@ -39,7 +39,7 @@ def matching_rows(embeds: Tensor, features: Sequence[Tensor]) -> Tensor:
 
     Args:
         embeds: (B, S, D).
-        features: (N, D) an entry; an entry is found where all of its rows stand behind each other.
+        features: (N, D) an entry; an entry is found where all of its rows follow each other.
     """
     found = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     for rows in features:
@@ -88,7 +88,7 @@ def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> li
 
 
 def same_places(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
-    """Whether a prompt comes again, maybe with more text behind it; without a cache it does at every step."""
+    """Whether a prompt comes again, maybe with more text after it; without a cache it does at every step."""
     if not before or before.keys() != now.keys():
         return False
     for name, old in before.items():

@@ -6,8 +6,8 @@ repeating for beams, scattering into the prompt, slicing for chunked prefill. On
 shorter sequence; input_ids, attention_mask, labels and logits keep their length, and `generate` is untouched.
 
 Which of the user's columns the KV cache holds is written on the cache object itself, so it follows copies of
-the cache, outlives single calls, and is freed with the keys it describes. This room knows no method and no
-model family.
+the cache, outlives single calls, and is freed with the keys it describes. Independent of
+methods and model families.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which method runs on which model: what methods need against what model adapters supply."""
+"""Which method runs on which model: what methods need against what model families supply."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Support:
 
 
 def list_support() -> list[Support]:
-    """Every method on every model family, from what methods need and adapters supply."""
+    """Every method on every model family, from what methods need and families supply."""
     from .families import FAMILIES
 
     pairs = []
     for model in FAMILIES.names():
-        adapter = FAMILIES.load(model)
-        for kind in adapter.towers.values():
-            tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=adapter.one_patch_a_row)
-            supplied = adapter.supplies_of(tower)
+        family = FAMILIES.load(model)
+        for kind in family.towers.values():
+            tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=family.one_patch_a_row)
+            supplied = family.supplies_of(tower)
             pairs += [_pair(model, kind.name, name, tower, supplied) for name in METHODS.names()]
     return pairs
 
@@ -55,17 +55,17 @@ def _pair(model: str, tower_name: str, name: str, tower: Tower, supplied: frozen
     return Support(model, tower_name, name, works, instead)
 
 
-def checked_signals(method: Method, label: str, adapter) -> frozenset[Signal]:
+def checked_signals(method: Method, label: str, family) -> frozenset[Signal]:
     """What a method needs from the tower of a model.
 
     Raises:
         MissingSignalError: the tower does not supply it; the message names methods that work.
     """
-    signals = method.needs(adapter.tower)
-    if not adapter.supplies_all(signals):
-        missing = sorted({s.kind.name for s in signals if s.kind not in adapter.supplies})
-        works = [n for n in METHODS.names() if adapter.supplies_all(METHODS.build(n).needs(adapter.tower))]
-        tower = "has no [CLS] token" if not adapter.tower.has_cls else "does not supply it"
+    signals = method.needs(family.tower)
+    if not family.supplies_all(signals):
+        missing = sorted({s.kind.name for s in signals if s.kind not in family.supplies})
+        works = [n for n in METHODS.names() if family.supplies_all(METHODS.build(n).needs(family.tower))]
+        tower = "has no [CLS] token" if not family.tower.has_cls else "does not supply it"
         typed = label in METHODS.names() and method.if_missing
         option = f" (or {label}:{method.if_missing})" if typed else ""
         raise MissingSignalError(

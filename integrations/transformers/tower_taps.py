@@ -37,25 +37,25 @@ class TowerTap(NotCopyable):
     extra product of hidden states. With `states`, what the projector takes is collected, too.
     """
 
-    def __init__(self, adapter: ModelFamily, signals: frozenset[Signal], passes: Passes, states: bool = False):
-        self.adapter, self.states, self._passes = adapter, states, passes
+    def __init__(self, family: ModelFamily, signals: frozenset[Signal], passes: Passes, states: bool = False):
+        self.family, self.states, self._passes = family, states, passes
         self.signals = frozenset(s for s in signals if s.kind is not Kind.TEXT_EMBEDS)
-        self.n_special = 1 if adapter.tower.has_cls else 0
+        self.n_special = 1 if family.tower.has_cls else 0
 
     def install(self, hooks: Hooks) -> None:
         """Register the hooks."""
         for layer in sorted({layer for s in self.signals for layer in s.layers}):
-            module = self.adapter.attention_module(layer)
+            module = self.family.attention_module(layer)
             for side in ("q", "k"):
                 # Where queries and keys are normalised, attention sees them after that.
                 projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
                 hook = functools.partial(self._seen, layer, module, side)
                 hooks.after(projection, hook)
         if any(s.kind is Kind.CLS_STATE for s in self.signals):
-            layer = self.adapter.vision_layers[self.adapter.read_layer]
+            layer = self.family.vision_layers[self.family.read_layer]
             hooks.after(layer, self._cls_seen)
         if self.states:
-            hooks.before(self.adapter.projector, self._states_seen)
+            hooks.before(self.family.projector, self._states_seen)
 
     def collect(self, encode: Callable[[], Any]) -> tuple[Any, dict[Signal | str, Tensor]]:
         """What an encode function returns, and what was collected meanwhile.

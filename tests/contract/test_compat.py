@@ -216,7 +216,9 @@ def test_doctor_says_what_a_broken_torchvision_does(tmp_path):
     about.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 9.9\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from tokprune import doctor; print(doctor.versions())"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from tokprune.cli import doctor; print(doctor.versions())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "operator torchvision::nms does not exist" in done.stdout

@@ -65,7 +65,7 @@ def folded(images: list[ImageReport], rows: Tensor | None) -> list[ImageReport]:
 
     Args:
         images: as encoded.
-        rows: (B, S) input_ids that may hold copies, or None where there are none.
+        rows: (B, S) input_ids that may hold copies, or None.
     """
     if rows is None or len(images) < 2:
         return list(images)

@@ -55,7 +55,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model, checked as far as that goes without one.
+    """What is asked of a model; everything is checked that needs no model.
 
     Args:
         label: the methods as they were asked for.
@@ -130,10 +130,9 @@ def request_of(
         raise OptionError("unknown option 'keep': did you mean keep_ratio=0.25 or keep_tokens=64?")
     built, label = build_method(method, options)
     if isinstance(built, Method) and built.is_filter:
-        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
+        after = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
         raise TokPruneError(
-            f"{label!r} is a filter and needs a method after it: [{label!r}, {behind!r}], or the name "
-            f'"{label}+{behind}"'
+            f'{label!r} is a filter and needs a method after it: [{label!r}, {after!r}], or the name "{label}+{after}"'
         )
     before, between = built.stages
     given = (keep_ratio, keep_tokens, flops_ratio)
@@ -202,7 +201,7 @@ def _split_lists(lists: Sequence[Any], n: int, label: str) -> list[Given]:
 
 def _checked_replay(replay: Sequence[Any], methods: tuple[Any, ...], label: str, given: Given) -> Replay:
     if given != (None, None, None):
-        raise BudgetError("replay takes no budget: what is kept stands in it; leave the budget out")
+        raise BudgetError("replay takes no budget, it says what is kept; leave the budget out")
     for method in methods:
         if method is not None and not method.keeps_features:
             raise OptionError(f"{label!r} changes the tokens that it keeps, so that indices alone cannot replay it")

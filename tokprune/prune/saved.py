@@ -1,7 +1,7 @@
 """Folders that hold how a model was attached: methods with all options and files, budget, settings, versions.
 
-`tokprune.json` says it; files that methods were made from lie beside it, named by what they hold, with their SHA-256 in
-it. They are JSON or safetensors, so that nothing is run by reading them. Of the model only its kind and size is noted.
+`tokprune.json` holds it, with the SHA-256 of the files that methods were made from, which are in the same folder. All
+are JSON or safetensors, so nothing runs by reading them. Of the model only its kind and size is noted.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def read_saved(directory: Folder) -> Saved:
     try:
         return saved_of(read_json(path, FORMAT, VERSION, VERSION_KEY), folder)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SavedError(f"{str(path)!r}: there is no such file; {HOW}") from error
+        raise SavedError(f"{str(path)!r}: no such file; {HOW}") from error
     except (OSError, ValueError, RecursionError) as error:  # TokPruneError and what json raises are ValueErrors
         raise SavedError(f"{str(path)!r} cannot be used: {first_line(error)}; {HOW}") from error
 
@@ -115,7 +115,7 @@ def path_of(directory: Any) -> Path:
     """
     text = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise SavedError(f"directory={directory!r} is no path of a folder")
+        raise SavedError(f"directory={directory!r} is not the path of a folder")
     return Path(text)
 
 
@@ -128,7 +128,7 @@ def version_of(package: str) -> str:
 
 
 def _checked(values: Any, kinds: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """An object of just these names and kinds of values; true is no number."""
+    """An object with exactly these names and kinds of values; `true` is not a number."""
     if not isinstance(values, dict):
         raise SavedError(f"{what} is {json.dumps(values)[:40]} and no object with {', '.join(kinds)}")
     for name in [*kinds, *values]:
@@ -226,27 +226,27 @@ def decoded(value: Any) -> Any:
     """The value of an option, from JSON; text of a schedule is read by the method that takes one.
 
     Raises:
-        SavedError: it is none.
+        SavedError: it is not one.
     """
     if isinstance(value, dict) and value.keys() == {"tuple"} and isinstance(value["tuple"], list):
         return tuple(decoded(v) for v in value["tuple"])
     if isinstance(value, (dict, list)):
-        raise SavedError(f"{json.dumps(value)[:80]} is no value of an option")
+        raise SavedError(f"{json.dumps(value)[:80]} is not a value of an option")
     return value
 
 
-# ---- files beside it
+# ---- files in the same folder
 
 
 def _file_of(reference: Any, folder: Path) -> Path:
-    """The path of a file beside `tokprune.json` that holds what was saved.
+    """The path of a file that was saved with `tokprune.json`.
 
-    It may be a link, as in the hub's cache; what it leads to is told by its hash.
+    It may be a link, as in the hub's cache; its hash says whether it is the right file.
     """
     reference = _checked(reference, {"file": str, "sha256": str}, "the file of a method")
     name = reference["file"]
     if not FILE.fullmatch(name):
-        raise SavedError(f"{name[:80]!r} is no name of a saved file; files lie in the folder itself")
+        raise SavedError(f"{name[:80]!r} is not the name of a saved file; files lie in the folder itself")
     path = folder / name
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -427,7 +427,7 @@ def _files_before(folder: Path) -> set[str]:
     except (ValueError, RecursionError, FileNotFoundError):
         values = None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise SavedError(f"{str(folder / NAME)!r} is no saved attachment and would be lost; name another folder")
+        raise SavedError(f"{str(folder / NAME)!r} is not a saved attachment and would be lost; name another folder")
     methods = values.get("methods")
     options = [m.get("options") for m in methods if isinstance(m, dict)] if isinstance(methods, list) else []
     references = [v for o in options if isinstance(o, dict) for v in o.values() if isinstance(v, dict)]

@@ -179,6 +179,8 @@ def select(
     request = request_of(method, options, keep_ratio=keep_ratio, keep_tokens=keep_tokens, newlines=newlines)
     if request.before is None or request.between is not None:
         raise OptionError(f"{request.label!r} acts between decoder layers; select() takes methods such as 'vtc_cls'")
+    if len(salts) not in (1, len(pictures)):
+        raise OptionError(f"{len(salts)} salts for {len(pictures)} pictures; use one a picture, or one for all")
     selector = Selector(request.before, request.before_budget, request.label, request.newlines, project=project)
     rows = [p.features for p in pictures]
     keeps = [torch.ones(len(r), dtype=torch.bool, device=r.device) for r in rows]

@@ -26,10 +26,10 @@ FAMILIES = Registry(
 
 
 def family_of(model: Any) -> ModelFamily:
-    """The adapter of a model; a PEFT model is unwrapped.
+    """The family of a model; a PEFT model is unwrapped.
 
     Raises:
-        UnsupportedModelError: no adapter, or a wrapping that hooks cannot follow.
+        UnsupportedModelError: no family, or a wrapping that hooks cannot follow.
     """
     model = _unwrapped(model)
     return FAMILIES.load(_model_type(model))(model)

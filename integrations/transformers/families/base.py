@@ -1,4 +1,4 @@
-"""What a model adapter is: where a model family keeps its vision tower, its features and its language model.
+"""What a model family is: where its models keep its vision tower, its features and its language model.
 
 To add a family, answer these: through which functions do pictures become features (`encode_functions`)? Is
 there one row per placeholder id, and which ids are placeholders? Does the tower have a [CLS] token, and at
@@ -74,7 +74,7 @@ class ModelFamily:
         kind = self.base.config.vision_config.model_type
         if kind not in self.towers:
             raise UnsupportedModelError(
-                f"the {self.base.config.model_type!r} adapter knows the towers {', '.join(self.towers)}; this model "
+                f"the {self.base.config.model_type!r} family knows the towers {', '.join(self.towers)}; this model "
                 f"has {kind!r}, which packs its pictures differently"
             )
 

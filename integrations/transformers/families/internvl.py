@@ -1,4 +1,4 @@
-"""InternVL in transformers' own form (model_type "internvl"): tiles, pixel shuffle, a thumbnail behind its tiles."""
+"""InternVL in transformers' own form (model_type "internvl"): tiles, pixel shuffle, a thumbnail after its tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokprune.cost.shapes import text_of, vision_of
 from .base import ModelFamily, TowerKind
 from .sizes import Sizes, pil_image_processor
 
-POOLED = 8  # a thumbnail is told by its colours on a grid of so many cells a side
+POOLED = 8  # cells a side of the grid on which a thumbnail is compared with its tiles
 LIKE = 0.5  # ... that differ from its tiles' by less than this share of their variance
 
 

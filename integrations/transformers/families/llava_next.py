@@ -83,7 +83,7 @@ class LlavaNext(Llava):
         newline = crops[0].new_full((crops[0].shape[-1],), torch.nan)
         return pack_image_features(self.base, crops, sizes, newline, aspect_ratio)
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - an adapter lives as long as its attachment
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - an family lives as long as its attachment
     def _layout(self, size: tuple[int, int], tiled: bool, aspect_ratio: str | None) -> Layout:
         side = self.side
         grid = anyres_grid(self.base, size) if tiled else (0, 0)

@@ -28,8 +28,8 @@ from ..families.base import ModelFamily
 from ..passes import Call, Pass
 from ..prompt import same_places
 from .shorten import Cut, Entry, Here
-from .signals import Seen
-from .state import PADDING, Plan, Shown, make_plan, owners
+from .signals import LayerSignals
+from .state import PADDING, ImageState, PromptState, owners, prompt_state
 from .taps import DecoderTap
 
 WITH_TEXT = {Kind.LM_TEXT_ROWS, Kind.LM_TEXT_KEYS, Kind.LM_TEXT_STATES, Kind.LM_TEXT_EMBEDS}
@@ -39,21 +39,21 @@ class LayerSelector:
     """A method between decoder layers, with its budget, on one model; a `shorten.Chooser`.
 
     Args:
-        adapter: of the model.
+        family: of the model.
         request: the method, and its budget of what the language model is given; or what to replay.
         owner: the observer.
     """
 
-    def __init__(self, adapter: ModelFamily, request: Request, owner: Any):
-        self.adapter, self.owner, self.method, self.label = adapter, owner, request.between, request.label
+    def __init__(self, family: ModelFamily, request: Request, owner: Any):
+        self.family, self.owner, self.method, self.label = family, owner, request.between, request.label
         self.budget, self.newlines, self.replay = request.between_budget, request.newlines, request.replay
-        self.decoder: Decoder = adapter.decoder
+        self.decoder: Decoder = family.decoder
         self.cut_layers = tuple(self.method.layers(self.decoder))
         if self.replay is not None:
             self.cut_layers = tuple(sorted({layer for kept in self.replay.kept for layer in kept if layer}))
         self.reads = {} if self.replay else {layer: self.method.reads(layer) for layer in self.cut_layers}
         self.tapped = frozenset(at for b, signals in self.reads.items() for s in signals for at in s.layers if at < b)
-        self.tap = DecoderTap(adapter.language_model, owner.passes)
+        self.tap = DecoderTap(family.language_model, owner.passes)
         if any(s.layers for signals in self.reads.values() for s in signals):
             self.tap.check()
         # What a layer computed is read at the input of the next one, before anything else is cut there.
@@ -87,7 +87,7 @@ class LayerSelector:
         return {} if n_keep >= n_received else cuts(n_keep)
 
     def _flops(self, layout: Layout, n_received: int, n_keep: int) -> int:
-        """What the last cut's count costs, beside the reference text."""
+        """What the last cut's count costs, with the reference text."""
         cuts = self.method.cuts(self.decoder, n_received, n_keep) if n_keep < n_received else {}
         budget = self.budget or Budget(flops_ratio=1)
         n_text = budget.flops_text
@@ -96,14 +96,14 @@ class LayerSelector:
         spent = sum(
             (self.spent(layer, layout, n, left[layer - 1] + n_other, n_text) for layer, n in cuts.items()), Ops()
         )
-        shape = self.adapter.shape
-        n_patches = self.adapter.crop_patches(layout)
+        shape = self.family.shape
+        n_patches = self.family.crop_patches(layout)
         ledger = shape.encode(layout.n_crops, n_patches, spent) + shape.read([n_other + n for n in left])
         return getattr(ledger, budget.flops_scope).flops
 
     def spent(self, layer: int, layout: Layout, n_keep: int, n_columns: int, n_text: int = REFERENCE_TEXT) -> Ops:
-        """What one cut of one image computes, in a row of so many columns."""
-        shape = self.adapter.shape
+        """What one cut of one image computes, in a row of n_columns."""
+        shape = self.family.shape
         if shape is None or not self.reads:
             return Ops()
         return cut_ops(shape, self.method.cost, self.reads[layer], layer, layout, n_keep, n_columns, n_text)
@@ -140,13 +140,13 @@ class LayerSelector:
         owner, index, found = owners(call, dict(zip(masks, own.bool(), strict=True)))
         columns = source_[0] if source_ else torch.arange(owner.shape[1]).expand(owner.shape)
         host = owner, index, columns, valid.bool(), same.bool()
-        plan = make_plan(entry, found, host, end, self.owner.salts, self._reads_embeds)
-        for image in plan.images:
+        prompt = prompt_state(entry, found, host, end, self.owner.salts, self._reads_embeds)
+        for image in prompt.images:
             self._aim(image)
             call.clamped |= bool(self.budget and self.budget.keep_tokens and self.budget.keep_tokens > image.n)
-        if not any(image.targets for image in plan.images):
+        if not any(image.targets for image in prompt.images):
             return False
-        self.now.plan = plan
+        self.now.prompt = prompt
         self.tap.open(self.tapped)
         return True
 
@@ -166,7 +166,7 @@ class LayerSelector:
         call.prompt = {name: mask[:, :width] for name, mask in masks.items()}
         return width
 
-    def _aim(self, image: Shown) -> None:
+    def _aim(self, image: ImageState) -> None:
         """What is to be left of an image."""
         if self.replay is not None:
             visual = set(image.layout.visual)
@@ -175,75 +175,75 @@ class LayerSelector:
         elif image.n:
             image.targets = dict(self.targets(image.layout, image.n))
         if 0 in image.targets.values() and not image.n_text["last"]:
-            # Without text behind the last image an exit would lose what the answer is made of, or the whole row.
+            # Without text after the last image an exit would lose what the answer is made of, or the whole row.
             image.targets = {layer: n for layer, n in image.targets.items() if n}
 
     # ------------------------------------------------------------------------------- one cut
 
     def cut(self, layer: int, hidden: Tensor, here: Here) -> Cut | None:
         """What stays before a layer."""
-        plan = self.now.plan
-        if plan is None:
+        prompt = self.now.prompt
+        if prompt is None:
             return None
-        seen = Seen(self.tap, plan, layer, hidden, here)
+        seen = LayerSignals(self.tap, prompt, layer, hidden, here)
         replayed = self.replay is not None  # newlines may leave alone
         asked = [
-            i for i in plan.images if i.n and (i.targets.get(layer, i.n) < i.n or (replayed and layer in i.targets))
+            i for i in prompt.images if i.n and (i.targets.get(layer, i.n) < i.n or (replayed and layer in i.targets))
         ]
-        if not any(i.targets and max(i.targets) >= layer and i.n for i in plan.images):
+        if not any(i.targets and max(i.targets) >= layer and i.n for i in prompt.images):
             self.tap.open(frozenset())  # nothing is left to be decided
             return None
         if layer - 1 in self._masses:
             seen.note_mass(layer - 1)
         if not asked:
             return None
-        widths = plan.widths()
+        widths = prompt.widths()
         for image in asked:
             columns, text = widths[image.row], image.n_text["after"]
             image.report.cut_ops[layer] = self.spent(layer, image.layout, image.targets[layer], columns, text)
-        drop = torch.zeros(plan.owner.shape, dtype=torch.int32, device=hidden.device)
-        unknown: list[tuple[Shown, Tensor]] = []
+        drop = torch.zeros(prompt.owner.shape, dtype=torch.int32, device=hidden.device)
+        unknown: list[tuple[ImageState, Tensor]] = []
         with torch.autocast(hidden.device.type, enabled=False):
             for group in self._groups(layer, asked):
                 hidden, full = self._select(seen, layer, hidden, group)
                 rows = ops.on_device([i.row for i in group], hidden.device)
                 own = seen.own(rows, group)
-                stays = full.gather(1, plan.index[rows].clamp(max=full.shape[1] - 1))
+                stays = full.gather(1, prompt.index[rows].clamp(max=full.shape[1] - 1))
                 drop = drop.index_add(0, rows, (own & ~stays).int())
                 for image, kept in zip(group, full, strict=True):
                     image.report.cuts[layer] = kept
                     unknown.append((image, kept))
-        keep = (drop == 0) & (plan.owner != PADDING)
-        lengths = self._lengths(plan, layer, keep, unknown)
+        keep = (drop == 0) & (prompt.owner != PADDING)
+        lengths = self._lengths(prompt, layer, keep, unknown)
         if lengths is None:
             return None
-        copies = [r for r, leader in enumerate(plan.leader) if r != leader]
+        copies = [r for r, leader in enumerate(prompt.leader) if r != leader]
         if copies:
-            leaders = ops.on_device(plan.leader, hidden.device)
+            leaders = ops.on_device(prompt.leader, hidden.device)
             keep, hidden = keep[leaders], hidden[leaders]
-            lengths = [lengths[leader] for leader in plan.leader]
-        plan.gather(keep, max(lengths))
-        return Cut(hidden, keep, lengths, plan.n_tail)
+            lengths = [lengths[leader] for leader in prompt.leader]
+        prompt.gather(keep, max(lengths))
+        return Cut(hidden, keep, lengths, prompt.n_tail)
 
-    def _groups(self, layer: int, asked: list[Shown]) -> list[list[Shown]]:
-        """Images that a method can see at once: of one shape, beside as much text where that is asked for."""
+    def _groups(self, layer: int, asked: list[ImageState]) -> list[list[ImageState]]:
+        """Images that a method can see at once: of one shape, with equally much text where that is read."""
         texts = {s.text for s in self.reads.get(layer, ()) if s.kind in WITH_TEXT}
 
-        def shape(image: Shown) -> tuple:
+        def shape(image: ImageState) -> tuple:
             text = tuple(image.n_text[t] for t in sorted(texts))
             return image.layout, image.n, image.n_received, image.n_special, image.targets[layer], text
 
-        groups: dict[tuple, list[Shown]] = {}
+        groups: dict[tuple, list[ImageState]] = {}
         for image in asked:
             groups.setdefault(shape(image), []).append(image)
         return list(groups.values())
 
-    def _select(self, seen: Seen, layer: int, hidden: Tensor, group: list[Shown]) -> tuple[Tensor, Tensor]:
+    def _select(self, seen: LayerSignals, layer: int, hidden: Tensor, group: list[ImageState]) -> tuple[Tensor, Tensor]:
         """Hidden states, changed where the method merges, and (G, N) bool: which rows of the images stay."""
-        plan, layout, target = seen.plan, group[0].layout, group[0].targets[layer]
+        prompt, layout, target = seen.prompt, group[0].layout, group[0].targets[layer]
         rows = ops.on_device([i.row for i in group], hidden.device)
         columns = seen.visual(rows, group)
-        index = plan.index[rows].gather(1, columns)
+        index = prompt.index[rows].gather(1, columns)
         if self.replay is not None:
             keeps = [self.replay.keep(i.number, layer, len(layout.crop)) for i in group]
             return hidden, torch.stack(keeps).to(hidden.device)
@@ -271,7 +271,9 @@ class LayerSelector:
         full = full.index_fill(1, ops.on_device(special, full.device), True)
         return with_newlines(full, layout, self.newlines) & some
 
-    def _lengths(self, plan: Plan, layer: int, keep: Tensor, chosen: list[tuple[Shown, Tensor]]) -> list[int] | None:
+    def _lengths(
+        self, prompt: PromptState, layer: int, keep: Tensor, chosen: list[tuple[ImageState, Tensor]]
+    ) -> list[int] | None:
         """Columns left in every row; read from the device only where counts alone do not tell. None: nothing leaves."""
         content = isinstance(self.method, ExitMethod) or self.method.count is Count.CONTENT
         if content or any(i.n_special for i, _ in chosen):
@@ -291,13 +293,13 @@ class LayerSelector:
             return read[2 * len(chosen) :]
         for image, _ in chosen:
             image.n = image.targets[layer]
-        return plan.widths()
+        return prompt.widths()
 
     def end(self, lengths: list[int], past: list[int], rows: list[list[int]]) -> None:
         """Tell the report what ran."""
-        call, plan = self.now.call, self.now.plan
+        call, prompt = self.now.call, self.now.prompt
         self.tap.open(frozenset())
-        for copy, report in plan.copies if plan else ():
+        for copy, report in prompt.copies if prompt else ():
             copy.cuts.update(report.cuts)
             copy.cut_ops.update(report.cut_ops)
         if call is not None and call.prefills:

@@ -1,9 +1,9 @@
 """Drops columns between decoder layers; every layer keeps its own part of the sequence in the KV cache.
 
-Behind a cut, layers run on fewer columns. The cache of transformers has a length for every layer, so nothing is changed
+After a cut, layers run on fewer columns. The cache of transformers has a length for every layer, so nothing is changed
 there: which columns a layer holds is written on the cache object, with what `..shorten` writes. Columns keep the
-positions that they came with. The hidden states get their length back behind the last layer. This room knows no
-method and no model family.
+positions that they came with. The hidden states get their length back after the last layer. Independent of
+methods and model families.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Here(Protocol):
         """Cosines and sines as if every row were alone, without padding before it."""
 
     def cached(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys of earlier passes in a layer, (B, H, P, d), and which of them are no padding, (B, P)."""
+        """Keys of earlier passes in a layer, (B, H, P, d), and which of them are not padding, (B, P)."""
 
 
 class Chooser(Protocol):
@@ -85,7 +85,7 @@ class Chooser(Protocol):
         """Asked before each of `layers`; None leaves all columns."""
 
     def end(self, lengths: list[int], past: list[int], rows: list[list[int]]) -> None:
-        """Called behind a pass with cuts: columns by layer, cached ones before, and behind a cut those of every row."""
+        """Called after a pass with cuts: columns by layer, cached ones before, and after a cut those of every row."""
 
 
 @dataclass
@@ -295,7 +295,7 @@ class LayerShortener(NotCopyable):
         compat.crop_layer(this.cache, i, n_past)
 
     def _columns(self, this: _Layers, i: int, old: Columns | None) -> Columns:
-        """What the layer's cache holds behind this pass."""
+        """What the layer's cache holds after this pass."""
         if this.kept is None:
             this.new[i] = old
             return old  # type: ignore[return-value]
@@ -397,7 +397,7 @@ class _Here:
         return (cos * c + sin * s) / length, (sin * c - cos * s) / length
 
     def cached(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Keys of earlier passes in a layer and which of them are no padding."""
+        """Keys of earlier passes in a layer and which of them are not padding."""
         this = self.this
         if not this.past:
             return None

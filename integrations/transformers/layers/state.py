@@ -22,7 +22,7 @@ TEXT, PADDING = -1, -2
 
 
 @dataclass
-class Shown:
+class ImageState:
     """An image in the prompt of a pass.
 
     Args:
@@ -57,7 +57,7 @@ class Shown:
 
 
 @dataclass
-class Plan:
+class PromptState:
     """One pass: what its columns are, at the layer that is reached. Tensors are (B, K).
 
     Args:
@@ -65,12 +65,12 @@ class Plan:
         index: place of an image's column among its rows.
         shows: whether a column shows a patch.
         place: column before any cut.
-        end: (B,) the last column of the prompt; what comes behind it was generated.
+        end: (B,) the last column of the prompt; what comes after it was generated.
         leader: by row, the first row that is the same.
         copies: reports of images in rows that are copies, each with the report that it shares its cuts with.
         images: of leading rows.
         n_text: valid columns that belong to no image, by row.
-        n_tail: columns behind the last image, in every row.
+        n_tail: columns after the last image, in every row.
         embeds: (B, S, D), before any cut; None where nobody asks for them.
         owner_before, shows_before: before any cut.
         masses: (B,) attention to visual tokens, by layer.
@@ -83,7 +83,7 @@ class Plan:
     end: Tensor
     leader: list[int]
     copies: list[tuple[ImageReport, ImageReport]]
-    images: list[Shown]
+    images: list[ImageState]
     n_text: list[int]
     n_tail: int
     embeds: Tensor | None
@@ -92,7 +92,7 @@ class Plan:
     masses: dict[int, Tensor] = field(default_factory=dict)
 
     def widths(self) -> list[int]:
-        """Columns of every leading row that are no padding."""
+        """Columns of every leading row that are not padding."""
         found = list(self.n_text)
         for image in self.images:
             found[image.row] += image.n + image.n_special
@@ -124,17 +124,17 @@ def owners(call: Call, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, lis
     return owner, index, found
 
 
-def make_plan(
+def prompt_state(
     entry: Entry, found: list, host: tuple[Tensor, ...], end: int, salts: Sequence[int], embeds: bool
-) -> Plan:
-    """The plan of a pass, its images without targets.
+) -> PromptState:
+    """The prompt of a pass, its images without targets.
 
     Args:
         entry: what enters the language model.
         found: images and their places in the user's columns.
         host: (B, S) owner and index of the user's columns, the user's columns that are left, and which of them are
             valid; (B - 1,) whether a row is the one before it again. On the host.
-        end: columns of the prompt; what comes behind was generated.
+        end: columns of the prompt; what comes after was generated.
         salts: for seeded randomness.
         embeds: whether somebody asks for the embeddings.
     """
@@ -151,7 +151,7 @@ def make_plan(
         salt = salt_of[number]
         # Copies of a prompt share what is selected; beams stop being copies where they are passed whole again.
         for row in (r for r in place.rows if leader[r] == r):
-            images.append(_shown(number, row, report, salt, owner[row], index[row]))
+            images.append(_image_state(number, row, report, salt, owner[row], index[row]))
     last = {row: max(i.after for i in images if i.row == row) for row in {i.row for i in images}}
     for image in images:
         image.last = last[image.row]
@@ -166,7 +166,7 @@ def make_plan(
         crop = torch.tensor(report.layout.crop) >= 0
         patches |= (owner == number) & crop[index.clamp(max=len(crop) - 1)]
     sent, shows = owner.to(device, non_blocking=True), patches.to(device, non_blocking=True)
-    return Plan(
+    return PromptState(
         owner=sent,
         index=index.to(device, non_blocking=True),
         shows=shows,
@@ -192,9 +192,9 @@ def _copies(found: list, leader: list[int]) -> list[tuple[ImageReport, ImageRepo
     return [(copy, first) for copy, first in pairs if copy is not first]
 
 
-def _shown(number: int, row: int, report: ImageReport, salt: int, owner: Tensor, index: Tensor) -> Shown:
+def _image_state(number: int, row: int, report: ImageReport, salt: int, owner: Tensor, index: Tensor) -> ImageState:
     at = (owner == number).nonzero()[:, 0]
     crops = report.layout.crop
     n = sum(crops[i] >= 0 for i in index[at].tolist())
     after = int(at[-1]) if len(at) else -1
-    return Shown(number, row, report, n, n, len(at) - n, {}, after, after, {}, salt)
+    return ImageState(number, row, report, n, n, len(at) - n, {}, after, after, {}, salt)
