@@ -619,3 +619,11 @@ def test_any_real_number_is_a_ratio(warm):
     with torch.no_grad(), tokprune.attach(warm, "vtc_cls", keep_ratio=Fraction(1, 4)) as attachment:
         warm(**tiny.batch())
         assert attachment.report.to_dict()["n_kept"] == [9, 9, 9]
+
+
+def test_the_handle_shows_only_what_is_for_users():
+    with tokprune.attach(tiny.fresh_model(), "uniform", keep_ratio=0.5) as attachment:
+        shown = {name for name in dir(attachment) if not name.startswith("_")}
+    assert shown == {
+        *("budget", "detach", "kept", "label", "method", "newlines", "paused", "positions", "report", "salts", "save")
+    }
