@@ -34,6 +34,7 @@ def attach(model: nn.Module, request: Request) -> Attachment:
     warn_if_untested()
     if request.positions == "auto":
         request = replace(request, positions=family.default_positions)
+    family.check_positions(request.positions)
     family.check_attention(request.positions)
     before = None if request.replay else request.before
     signals = checked_signals(before, request.label, family) if before else frozenset()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,6 +131,28 @@ class NewColumns:
     n_marked: Tensor
 
 
+@contextlib.contextmanager
+def at_full_length(cache: Any) -> Iterator[None]:
+    """The cache reports the length that it would have if nothing had been dropped."""
+    columns = columns_on(cache)
+    if columns is None:
+        yield
+        return
+    length = past_length(cache) + columns.n_dropped
+    cache.get_seq_length = lambda *ignored, **also_ignored: length
+    try:
+        yield
+    finally:
+        del cache.get_seq_length
+
+
+def text_positions(position_ids: Tensor | None) -> Tensor | None:
+    """(B or 1, S) positions that count columns: those of a 1-D model, or the first row of (4, B, S); else None."""
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    return position_ids[0] if len(position_ids) in (1, 4) else None
+
+
 def note_columns(cache: Any, columns: Columns) -> None:
     """Write on a cache what it holds."""
     setattr(cache, _STATE, columns)
@@ -185,7 +208,7 @@ def given_again(args: tuple, kwargs: Mapping[str, Any], placeholders: Sequence[i
     ids = kwargs.get("input_ids", args[0] if args else None)
     embeds = kwargs["inputs_embeds"] if ids is None else None
     n_new = len((embeds if ids is None else ids)[0])  # type: ignore[index]
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, positions = kwargs.get("attention_mask"), text_positions(kwargs.get("position_ids"))
     if isinstance(mask, Tensor) and mask.ndim == 2:
         past = mask.shape[1] - n_new
     elif mask is None and positions is not None:

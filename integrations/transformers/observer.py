@@ -17,7 +17,7 @@ from tokprune.prune.copies import salts_of
 from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
 
-from .caches import Again, given_again, without_marks
+from .caches import Again, at_full_length, given_again, without_marks
 from .compat import cache_of, past_length, replace_features
 from .encode import Encoded, Pruner, by_image
 from .families.base import ModelFamily
@@ -49,7 +49,7 @@ class Observer(NotCopyable):
         self._reads_prompt = family.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
         reads_states = self.pruner.reads_states
         self._tap = TowerTap(family, signals, self.passes, reads_states) if signals or reads_states else None
-        self._shortener = Shortener(family.language_model, request.positions, self)
+        self._shortener = Shortener(family, request.positions, self)
         self.hooks = Hooks(family.model)
 
     def install(self) -> None:
@@ -68,6 +68,8 @@ class Observer(NotCopyable):
             hooks.replace(family.base, name, encode)
         if hasattr(family.model, "generate"):
             hooks.replace(family.model, "generate", functools.partial(self._generate, family.model.generate))
+        for owner, name in family.position_functions:
+            hooks.replace(owner, name, functools.partial(self._positions, getattr(owner, name)))
         if self._tap:
             self._tap.install(hooks)
         if family.model is not family.base:
@@ -97,6 +99,12 @@ class Observer(NotCopyable):
         found = (x for x in (*args[:1], *map(kwargs.get, PROMPTS)) if isinstance(x, Tensor) and x.ndim > 1)
         n_rows, n_prompt = next(found, torch.empty(0, 0)).shape[:2]
         with self.passes.generating(n_rows or None, n_prompt or None, _brings_features(kwargs)):
+            return original(*args, **kwargs)
+
+    def _positions(self, original: Callable, *args, **kwargs) -> Any:
+        """Positions as if the cache held everything that was passed."""
+        named = next((x for x in args if isinstance(x, Mapping)), kwargs)
+        with at_full_length(cache_of(named)):
             return original(*args, **kwargs)
 
     def _begin(self, context: Context) -> Call:
@@ -148,7 +156,8 @@ class Observer(NotCopyable):
 
     def _encode(self, name: str, original: Callable, signature: inspect.Signature, *args, **kwargs) -> Any:
         """Encode pictures and mark the rows of dropped tokens."""
-        if self.paused:
+        outer = self.passes.encode_function
+        if self.paused or (outer and self.family.nested_encoders.get(outer) == name):  # the outermost acts
             return original(*args, **kwargs)
         if kwargs.get("return_dict") is False:
             raise OptionError(f"{name}(return_dict=False) cannot carry marks; leave it out, or use attachment.paused()")
@@ -156,7 +165,7 @@ class Observer(NotCopyable):
         context = self.passes.context
         call = self._call_of_encode(name, context)
         try:
-            out, collected = self._collect(functools.partial(original, *args, **kwargs))
+            out, collected = self._collect(name, functools.partial(original, *args, **kwargs))
             features, put_back = split_features(out)
             bound = signature.bind(*args, **kwargs).arguments
             encoded = Encoded(name, {**bound, **bound.get("kwargs", {})}, features, collected)
@@ -172,10 +181,10 @@ class Observer(NotCopyable):
             raise
         return put_back(marked) if call.touched else out
 
-    def _collect(self, original: Callable[[], Any]) -> tuple[Any, dict]:
+    def _collect(self, name: str, original: Callable[[], Any]) -> tuple[Any, dict]:
         if self._tap and not self.pruner.keeps_all:
-            return self._tap.collect(original)
-        with self.passes.encoding():
+            return self._tap.collect(original, name)
+        with self.passes.encoding(name):
             return original(), {}
 
     def _call_of_encode(self, name: str, context: Context) -> Call:

@@ -138,6 +138,7 @@ class Generation:
 class Encoding:
     """One run of an encode function; hooks of the vision tower may call the model, too."""
 
+    name: str = ""
     inside: Context = field(default_factory=Context)
     collected: dict | None = None  # by the tower's taps
 
@@ -214,11 +215,16 @@ class Passes(threading.local):
             context.call, context.main = context.shown, None
 
     @contextlib.contextmanager
-    def encoding(self) -> Iterator[Encoding]:
+    def encoding(self, name: str) -> Iterator[Encoding]:
         """An encode function runs."""
-        this = Encoding()
+        this = Encoding(name)
         with self._pushed(this):
             yield this
+
+    @property
+    def encode_function(self) -> str:
+        """The encode function that runs; "" where none does."""
+        return self._top.name if isinstance(self._top, Encoding) else ""
 
     @property
     def collecting(self) -> dict | None:

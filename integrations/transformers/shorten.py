@@ -7,7 +7,7 @@ shorter sequence; input_ids, attention_mask, labels and logits keep their length
 
 Which of the user's columns the KV cache holds is written on the cache object itself, so it follows copies of
 the cache, outlives single calls, and is freed with the keys it describes. Independent of
-methods and model families.
+methods; what differs between model families is in their declarations.
 """
 
 from __future__ import annotations
@@ -20,16 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.core.clock import span
-from tokprune.core.errors import BadFeaturesError, NotCopyable, TokPruneError, UnsupportedCacheError
+from tokprune.core.errors import (
+    BadFeaturesError,
+    NotCopyable,
+    TokPruneError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
 from tokprune.core.ops import forward_fill, gather_columns, right_align
 
 from . import compat
-from .caches import Columns, NewColumns, columns_on, find_marks, note_columns
+from .caches import Columns, NewColumns, columns_on, find_marks, note_columns, text_positions
 from .compat import LAYERS_STATE, cache_of, crop_cache, past_length, positions_of_4, refuse_unsupported
+from .families.base import ModelFamily
 from .hooks import Hooks
 from .passes import Pass, Passes
 
 Positions = Literal["contiguous", "original"]
+KNOWN_INPUTS = ("inputs_embeds", "input_ids", "attention_mask", "position_ids", "cache_position")
 
 
 # ---------------------------------------------------------------------------------------- the hooks
@@ -78,13 +86,14 @@ class Shortener(NotCopyable):
     """Forward hooks of one language model.
 
     Args:
-        language_model: called with `inputs_embeds` and keywords, as in transformers 4.57 and 5.
+        family: of the model; its language model is called with `inputs_embeds` and keywords.
         positions: "contiguous" numbers the kept columns without gaps, "original" leaves them their numbers.
         observer: told the facts of every prefill.
     """
 
-    def __init__(self, language_model: nn.Module, positions: Positions, observer: Watcher):
-        self.language_model, self.positions, self.observer = language_model, positions, observer
+    def __init__(self, family: ModelFamily, positions: Positions, observer: Watcher):
+        self.family, self.language_model = family, family.language_model
+        self.positions, self.observer = positions, observer
         self.serves_cut_layers = False
 
     def install(self, hooks: Hooks) -> None:
@@ -182,6 +191,7 @@ class Shortener(NotCopyable):
             short["inputs_embeds"] = embeds if new.all_valid else embeds.masked_fill(~new.valid[..., None], 0)
             position_ids = gather_columns(position_ids, new.source, -1)
             shift = shift + new.marked_before
+            short |= self._gathered(kwargs, new)
         if self.positions == "contiguous":
             position_ids = position_ids - shift.to(position_ids.device)
         short["position_ids"] = position_ids
@@ -196,6 +206,31 @@ class Shortener(NotCopyable):
         this.mask = inner
         short["attention_mask"] = compat.without_blind_rows(self.language_model, inner, n_inner, x.dtype)
         return short | positions_of_4(kwargs, past_inner, n_inner, x.device)
+
+    def _gathered(self, kwargs: Mapping, new: NewColumns) -> dict[str, Any]:
+        """Inputs of the language model that go by column, for the columns that stay.
+
+        Raises:
+            UnsupportedModelError: there is one that the family does not declare.
+        """
+        family = self.family
+        known = {*KNOWN_INPUTS, *family.column_inputs, *family.visual_inputs, family.visual_mask}
+        for name, value in kwargs.items():
+            if name not in known and isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == new.n_outer > 1:
+                raise UnsupportedModelError(
+                    f"the language model of {type(family.model).__name__} is given {name}, {tuple(value.shape)}, which "
+                    "seems to go by column, and its family does not say how to shorten it; use tokprune.list_models()"
+                )
+        given = {name: axis for name, axis in family.column_inputs.items() if kwargs.get(name) is not None}
+        short: dict[str, Any] = {name: gather_columns(kwargs[name], new.source, axis) for name, axis in given.items()}
+        where = kwargs.get(family.visual_mask)
+        if where is not None:
+            kept = torch.zeros_like(where).scatter(1, new.source.to(where.device), new.valid.to(where.device))
+            short[family.visual_mask] = where.gather(1, new.source.to(where.device)) & new.valid.to(where.device)
+            stays = kept[where]
+            for name in family.visual_inputs:
+                short[name] = [rows[stays.to(rows.device)] for rows in kwargs[name]]
+        return short
 
     @span("shorten")
     def after(self, module: nn.Module, args: tuple, kwargs: dict, out):
@@ -278,7 +313,7 @@ def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: i
     cache is longer than what precedes this pass it is cut here: releases of transformers before 5.18 cut it to
     the user's length, which is above the short cache's, so nothing happens there.
     """
-    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask, position_ids = kwargs.get("attention_mask"), text_positions(kwargs.get("position_ids"))
     past = past_inner + columns.n_dropped
     if mask is not None:
         past = mask.shape[1] - n_new

@@ -45,19 +45,17 @@ class TowerTap(NotCopyable):
     def install(self, hooks: Hooks) -> None:
         """Register the hooks."""
         for layer in sorted({layer for s in self.signals for layer in s.layers}):
-            module = self.family.attention_module(layer)
-            for side in ("q", "k"):
-                # Where queries and keys are normalised, attention sees them after that.
-                projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
-                hook = functools.partial(self._seen, layer, module, side)
-                hooks.after(projection, hook)
+            module, projections = self.family.tower_projections(layer)
+            hooks.before(module, functools.partial(self._entered, layer))
+            for side, projection in projections.items():
+                hooks.after(projection, functools.partial(self._seen, layer, len(projections), side))
         if any(s.kind is Kind.CLS_STATE for s in self.signals):
             layer = self.family.vision_layers[self.family.read_layer]
             hooks.after(layer, self._cls_seen)
         if self.states:
             hooks.before(self.family.projector, self._states_seen)
 
-    def collect(self, encode: Callable[[], Any]) -> tuple[Any, dict[Signal | str, Tensor]]:
+    def collect(self, encode: Callable[[], Any], name: str = "") -> tuple[Any, dict[Signal | str, Tensor]]:
         """What an encode function returns, and what was collected meanwhile.
 
         Collected is every signal, (crops, patches, l, ...) or (crops, D), and "states", (crops, patches, D).
@@ -65,7 +63,7 @@ class TowerTap(NotCopyable):
         Raises:
             TokPruneError: a layer did not run.
         """
-        with self._passes.encoding() as encoding:
+        with self._passes.encoding(name) as encoding:
             encoding.collected = {}
             out = encode()
         return out, self._complete(encoding.collected)
@@ -88,23 +86,33 @@ class TowerTap(NotCopyable):
         }
         return found | ({"states": rows["states"]} if self.states else {})
 
+    def _entered(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        rows = self._open
+        if rows is not None:
+            rows["entered", layer] = {**kwargs, "module": module}
+
     @torch.no_grad()
     def _seen(
-        self, layer: int, module: nn.Module, side: str, projection: nn.Module, args: tuple, kwargs: dict, out: Tensor
-    ):
+        self, layer: int, n_sides: int, side: str, projection: nn.Module, args: tuple, kwargs: dict, out: Tensor
+    ) -> None:
         rows = self._open
         if rows is None:
             return
         sides = rows.setdefault(("sides", layer), {})
         sides[side] = out
-        if len(sides) == 2:
-            del rows["sides", layer]
-            q, k = (sides[s].unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for s in ("q", "k"))
-            asked = [s for s in self.signals if layer in s.layers]
-            # Autocast would turn the products back to half precision.
-            with span("signals"), torch.autocast(q.device.type, enabled=False):
-                for signal, row in signal_rows(asked, q, k, module.scale, self.n_special):
-                    rows[signal, layer] = row
+        if len(sides) < n_sides:
+            return
+        del rows["sides", layer]
+        entered = rows.pop(("entered", layer))
+        asked = [s for s in self.signals if layer in s.layers]
+        found: dict[Signal, list[Tensor]] = {}
+        # Autocast would turn the products back to half precision.
+        with span("signals"), torch.autocast(out.device.type, enabled=False):
+            for q, k, scale in self.family.tower_heads(sides, entered):
+                for signal, row in signal_rows(asked, q, k, scale, self.n_special):
+                    found.setdefault(signal, []).append(row)
+        for signal, parts in found.items():
+            rows[signal, layer] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _cls_seen(self, layer: nn.Module, args: tuple, kwargs: dict, out):
         rows = self._open

@@ -108,6 +108,15 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=64)
+def frames_layout(n_frames: int, height: int, width: int, n_newlines: int = 0) -> Layout:
+    """A video: one crop a frame, below each other in one mosaic, without a thumbnail; newlines come last."""
+    places = [(f + 1, f * height + r, c) for f in range(n_frames) for r in range(height) for c in range(width)]
+    places += [(NEWLINE, -1, -1)] * n_newlines
+    crop, row, column = zip(*places, strict=True)
+    return Layout(crop, row, column, (n_frames, 1))
+
+
+@functools.lru_cache(maxsize=64)
 def grid_layout(height: int, width: int, n_leading: int = 0) -> Layout:
     """One crop in raster order, after `n_leading` rows that show no patch."""
     rows = [r for r in range(height) for _ in range(width)]

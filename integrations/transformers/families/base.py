@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.errors import OptionError, UnsupportedModelError
 from tokprune.core.layout import Layout
 from tokprune.core.signals import Decoder, Kind, Signal, Tower
 from tokprune.cost.flops import Shape
@@ -59,6 +59,10 @@ class ModelFamily:
         default_positions: what positions="auto" means here.
         towers: the vision towers it knows, by `vision_config.model_type`.
         one_patch_a_row: whether the projector takes one patch a row (no pixel shuffle).
+        nested_encoders: encode functions that call another one, by name.
+        m_rope: whether positions are those of M-RoPE, which are not column numbers.
+        column_inputs: keywords of the language model with one entry a column, and the axis of the columns.
+        visual_inputs: keywords with a list of (visual columns, D), selected by the mask that `visual_mask` names.
     """
 
     model_type: ClassVar[str] = ""
@@ -67,6 +71,11 @@ class ModelFamily:
     default_positions: ClassVar[str] = "contiguous"
     towers: ClassVar[Mapping[str, TowerKind]] = {}
     one_patch_a_row: ClassVar[bool] = True
+    nested_encoders: ClassVar[Mapping[str, str]] = {}
+    m_rope: ClassVar[bool] = False
+    column_inputs: ClassVar[Mapping[str, int]] = {}
+    visual_inputs: ClassVar[Sequence[str]] = ()
+    visual_mask: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -181,6 +190,20 @@ class ModelFamily:
         """Whether every signal is of a kind that can be collected."""
         return all(s.kind in self.supplies for s in signals)
 
+    @property
+    def position_functions(self) -> list[tuple[Any, str]]:
+        """Functions, by owner and name, that work out positions from the length of the cache."""
+        named = ((self.base, "compute_3d_position_ids"), (self.model, "_prepare_position_ids_for_generation"))
+        return [(owner, name) for owner, name in named if self.m_rope and hasattr(owner, name)]
+
+    def check_positions(self, positions: str) -> None:
+        """Raise where kept tokens cannot be numbered so."""
+        if self.m_rope and positions == "contiguous":
+            raise OptionError(
+                "positions='contiguous' does not exist under M-RoPE, where positions are places in a picture and not "
+                "column numbers; use positions='original' (or 'auto')"
+            )
+
     def check_attention(self, positions: str) -> None:
         """Raise where the language model's attention implementation cannot serve a shorter sequence."""
         implementation = attention_implementation(self.language_model)
@@ -199,6 +222,26 @@ class ModelFamily:
         """Layers of the vision tower; transformers 4 nests some towers once more."""
         tower = self.base.vision_tower
         return getattr(tower, "vision_model", tower).encoder.layers
+
+    def tower_projections(self, layer: int) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """The attention module of a vision layer, and the modules in it whose outputs become queries and keys."""
+        module = self.attention_module(layer)
+        # Where queries and keys are normalised, attention sees them after that.
+        sides = {side: getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj") for side in ("q", "k")}
+        return module, sides
+
+    def tower_heads(
+        self, outputs: Mapping[str, Tensor], entered: Mapping[str, Any]
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Queries and keys as attention sees them, (crops, H, T, d) with the scale, for every segment of the sequence.
+
+        Args:
+            outputs: of the modules that `tower_projections` names.
+            entered: keywords that the attention module was called with, and itself as "module".
+        """
+        module = entered["module"]
+        q, k = (outputs[side].unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for side in ("q", "k"))
+        yield q, k, module.scale
 
     def attention_module(self, layer: int) -> nn.Module:
         """The attention module of a vision layer; has q_proj, k_proj, num_heads and scale."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokprune.core.layout import NEWLINE, Layout
+from tokprune.core.layout import Layout, frames_layout
 
 from .base import TowerKind
 from .llava_next import LlavaNext
@@ -47,7 +47,7 @@ class LlavaOnevision(LlavaNext):
         if name == "get_image_features":
             return super().layouts(name, arguments, features, runs)
         n_frames, side = _video(arguments).shape[1], -(-self.side // 2)
-        return [_frames_layout(n_frames, side, len(f) - n_frames * side * side) for f in features]
+        return [frames_layout(n_frames, side, side, len(f) - n_frames * side * side) for f in features]
 
     def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
         """Through `pack_image_features`, or the pooling of video frames."""
@@ -83,10 +83,3 @@ class LlavaOnevision(LlavaNext):
 def _video(arguments: Mapping[str, Any]) -> Tensor:
     """(videos, frames, 3, H, W); transformers 4 gives it another name."""
     return arguments.get("pixel_values_videos", arguments.get("pixel_values"))
-
-
-def _frames_layout(n_frames: int, side: int, n_newlines: int) -> Layout:
-    places = [(f + 1, f * side + r, c) for f in range(n_frames) for r in range(side) for c in range(side)]
-    places += [(NEWLINE, -1, -1)] * n_newlines
-    crop, row, column = zip(*places, strict=True)
-    return Layout(crop, row, column, (n_frames, 1))
