@@ -115,28 +115,6 @@ def pairs(name: str) -> str:
     return markdown(("first", "second", "difference in points [95 %]", "questions"), lines)
 
 
-def selectors(name: str) -> str:
-    """Time of every selection beside the prefill of 32 decoder layers."""
-    rows = read_rows(name)
-    first = rows[0]
-    head = (
-        f"{first['n_visual']} visual tokens of width {first['width']}, keep {first['keep_ratio']:g}, "
-        f"{first['device']}, {first['dtype']}, median of {first['rounds']}; one decoder layer on the unpruned prompt: "
-        f"{first['layer_s']:.2f} s\n\n"
-    )
-    lines = [
-        [
-            f"`{r['method']}`",
-            str(r["n_kept"]),
-            f"{1000 * r['signals_s']:.1f} ms",
-            f"{1000 * r['select_s']:.1f} ms",
-            f"{100 * r['share']:.2f} %",
-        ]
-        for r in rows
-    ]
-    return head + markdown(("method", "kept", "signals", "selection", "share of 32 layers"), lines)
-
-
 def kinds(names: str) -> str:
     """Findit at the smallest budget by kind of question: four kinds together, and counting apart."""
     lines = []
@@ -150,21 +128,6 @@ def kinds(names: str) -> str:
             each = [f"{row.by_kind[kind]['value']:.3f}" for kind in (*EASY_KINDS, "count")]
             lines.append([row.model, row.method, keep, f"{value:.3f} [{low:.3f}, {high:.3f}], n = {n}", *each])
     return markdown(("model", "method", "keep", "all but count [95 %]", *EASY_KINDS, "count"), lines)
-
-
-def signals(name: str) -> str:
-    """Share of the tower's time by signal."""
-    rows = read_rows(name)
-    first = rows[0]
-    head = (
-        f"{first['n_layers']} layers, {first['n_tokens']} tokens, batch {first['batch_size']}, {first['device']}, "
-        f"{first['dtype']}, median of {first['rounds']}\n\n"
-    )
-    lines = [
-        [r["selector"], f"{r['tower_s_p50']:.2f} s", f"{1000 * r['signals_s_p50']:.1f} ms", f"{100 * r['share']:.2f} %"]
-        for r in rows
-    ]
-    return head + markdown(("signals", "tower", "signals alone", "share"), lines)
 
 
 def models(_: str) -> str:
@@ -246,8 +209,6 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "ledger": ledger,
     "models": models,
     "pairs": pairs,
-    "selectors": selectors,
-    "signals": signals,
 }
 
 

@@ -325,17 +325,3 @@ def test_model_on_a_folder_runs_in_another_dtype(runner):
     runner.model.to(torch.float32)
     assert {r.n_visual_after for r in given} == {36}
     assert {r.costs.kv_bytes_after / r.llm_columns_after for r in given} == {2 * 8 * 160 * 2}
-
-
-def test_cost_of_signals_is_measured_apart_from_the_tower():
-    import tiny
-    from tokprune.eval.efficiency import SELECTORS, measure
-
-    costs = measure(tiny.model(), rounds=2)
-    assert [c.selector for c in costs] == list(SELECTORS)
-    for cost in costs:
-        assert (cost.n_layers, cost.n_tokens) == (4, 37)
-        assert cost.tower_s_p50 > 0
-        assert 0 < cost.signals_s_p20 <= cost.signals_s_p80
-        assert cost.share > 0
-    tokprune.attach(tiny.model(), "vtc_cls", keep_ratio=0.5).detach()  # nothing is left attached

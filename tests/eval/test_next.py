@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokprune.eval import selectors
 from tokprune.eval.models import EMBEDDED, path_of
 from tokprune.eval.models.training import anyres, language, recipe
 from tokprune.eval.report import paired
@@ -215,7 +214,7 @@ def test_explain_draws_crops_in_place(runner):
             assert (after == (before if token in kept else (before * DIM).astype(int))).all()
 
 
-# ---- compare, pairs, selectors
+# ---- compare, pairs
 
 
 def test_compare_by_name_and_pairs(tmp_path):
@@ -279,16 +278,3 @@ def test_defaults_of_the_embedded_models_exist():
     listed = {m.split(":")[0].split("+")[0] for m in EMBEDDED["tiny-llava-next"].methods}
     before = {n for n in tokprune.list_methods() if tokprune.get_method(n).stage is Stage.PRE_LLM}
     assert before <= listed
-
-
-def test_selectors_are_timed_apart_from_the_model():
-    import tiny
-
-    model = tiny.fresh_model("llava_next")
-    model.config.image_grid_pinpoints = model.model.config.image_grid_pinpoints = [[48, 48]]
-    times = {t.method: t for t in selectors.measure(model, ("vtc_cls", "cdpruner", "visionzip", "prumerge"), rounds=1)}
-    assert times["vtc_cls"].n_visual == 180
-    assert [times[m].n_kept for m in ("vtc_cls", "cdpruner", "visionzip")] == [45] * 3
-    assert all(t.layer_s > 0 and t.select_s >= 0 for t in times.values())
-    assert times["vtc_cls"].signals_s > 0
-    assert "get_image_features" not in vars(model.model)
