@@ -1,5 +1,6 @@
-"""Rows as people read them. Read `html` (the report of a comparison), then `tables` and `pareto`.
+"""Rows as people read them. Start with `html`, the report of a comparison, then `tables` and `pareto`.
 
-`findings` says it in words, `losses` shows what was lost, `exports` writes Markdown and CSV, `render` the tables of
-the docs, `explained` pictures of kept tokens, `paired` compares two configurations.
+`stored` reads the folder of a run. `findings` puts the result in words, `losses` shows the questions that pruning
+breaks, `exports` writes Markdown and CSV. `render` writes the tables of the docs, `explained` draws the tokens that
+methods keep, `paired` compares two configurations.
 """

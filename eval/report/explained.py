@@ -27,9 +27,9 @@ class Shown:
     """One method on one picture.
 
     Args:
-        spec: the method as it was asked for.
-        budget: by its name, empty for a method that takes none.
-        kept: of the picture, as `attachment.kept` has it: indices, or indices by layer.
+        spec: the method as `attach` takes it.
+        budget: as keywords of `attach`; empty for a method that takes none.
+        kept: the entry of `attachment.kept`: indices, or indices by layer.
         report: of the call.
     """
 
@@ -40,12 +40,12 @@ class Shown:
 
     @property
     def image(self) -> ImageReport:
-        """Of the one picture."""
+        """The report of the picture."""
         (image,) = self.report.images
         return image
 
     def to_dict(self) -> dict[str, Any]:
-        """As `Explained.to_dict` describes it."""
+        """An entry of "methods" in `Explained.to_dict`."""
         image, layout = self.image, self.image.layout
         by_layer = isinstance(self.kept, dict)
         left = image.left.tolist()
@@ -68,13 +68,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Explained:
-    """What methods keep of a picture, to be drawn, printed or written down.
+    """What methods keep of a picture, to draw, print or write.
 
     Args:
-        picture: as it is.
-        pixels: (crops, 3, H, W), as the model was given it.
-        runner: who was asked.
-        shown: one entry a method.
+        picture: the original.
+        pixels: (crops, 3, H, W), the input of the model.
+        runner: the model with its processor.
+        shown: one entry for each method.
     """
 
     picture: Image.Image
@@ -88,11 +88,11 @@ class Explained:
         return [str(one.report) for one in self.shown]
 
     def sheet(self) -> Image.Image:
-        """The picture as the model sees it and, beside it, what each method keeps."""
+        """The picture as the model sees it, and next to it what each method keeps."""
         return side_by_side(self.panels())
 
     def panels(self) -> list[tuple[str, Image.Image]]:
-        """The same one by one, with titles."""
+        """The parts of `sheet` with their titles."""
         processor = self.runner.processor.image_processor
         panels = []
         for one in self.shown:
@@ -109,15 +109,19 @@ class Explained:
         return panels
 
     def to_dict(self, **asked: Any) -> dict[str, Any]:
-        """Plain numbers, lists and text; `asked` says of which picture, with which question and model.
+        """Plain numbers, lists and text. `asked` adds entries such as the picture, the question and the model.
 
-        Of every method: `spec` and `budget` as `attach` takes them, and the `report`; `n_rows`, the placeholders of
-        the picture, of which `n_visual` show a patch; `n_kept`, how many of those are left in the end. `kept` are
-        indices among the placeholders, from 0, rows without a patch among them; for methods between decoder layers an
-        object, by layer what is left from it on, 0 for before the first. `tokens` are those that are left in the end,
-        with index, crop, row and column as `types.Layout` has them (crop 0 is the thumbnail or only crop, rows and
-        columns of the others are of their mosaic), and `newlines` the indices of rows without a patch beside them.
-        `grids` are rows and columns of the thumbnail or only crop, and of the mosaic, as far as they exist.
+        For each method:
+
+        - `spec`, `budget`: as `attach` takes them; `report`: as text.
+        - `n_rows`: placeholders of the picture. `n_visual` of them show a patch, and `n_kept` of those are left at the
+          end.
+        - `kept`: indices among the placeholders, from 0, with rows that show no patch. For methods that cut between
+          decoder layers, an object: for each layer what is left from there on, 0 for before the first layer.
+        - `tokens`: those left at the end, with index, crop, row and column as in `Layout`. Crop 0 is the thumbnail or
+          the only crop; rows and columns of other crops count in their mosaic.
+        - `newlines`: indices of the rows left at the end that show no patch.
+        - `grids`: rows and columns of the thumbnail or only crop, then of the mosaic, if they exist.
 
         What was kept can be replayed on the same prompt, unless the method merges tokens:
 
@@ -131,7 +135,7 @@ class Explained:
         return {"format": FORMAT, "format_version": VERSION, **asked, "methods": [one.to_dict() for one in self.shown]}
 
     def write_json(self, path: Path, **asked: Any) -> None:
-        """Write `to_dict` to a file; it is there complete, or not at all.
+        """Write `to_dict` to a file, complete or not at all.
 
         Raises:
             OSError: it cannot be written.
@@ -144,9 +148,9 @@ Methods = Sequence[tuple[str, dict[str, Any]]]
 
 @torch.no_grad()
 def asked(runner: Runner, picture: Image.Image, question: str, methods: Methods, salt: int = 0) -> Explained:
-    """What each method with its budget keeps of a picture beside a question.
+    """What each method with its budget keeps of a picture with a question.
 
-    `salt` is what seeded methods mix in: a run has one a question, see `tokprune.Attachment.salts`.
+    Seeded methods mix in `salt`: a run has one for each question, see `tokprune.Attachment.salts`.
     """
     inputs = runner.processor(images=[picture], text=[runner.prompt(question)], return_tensors="pt")
     inputs = inputs.to(runner.model.device, runner.model.dtype)
@@ -161,13 +165,13 @@ def asked(runner: Runner, picture: Image.Image, question: str, methods: Methods,
 
 
 def explained(runner: Runner, picture: Image.Image, question: str, methods: Methods) -> tuple[Image.Image, list[str]]:
-    """The picture as the model sees it and, beside it, what each method with its budget keeps; and the reports."""
+    """`Explained.sheet` and `Explained.lines` of a picture with a question."""
     found = asked(runner, picture, question, methods)
     return found.sheet(), found.lines
 
 
 def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.Tensor | None = None) -> Image.Image:
-    """What the only crop shows; or the thumbnail and, below it, the picture that the crops cut up."""
+    """The only crop; or the thumbnail and, below it, the picture that was cut into crops."""
     parts = [whole, picture][: len(layout.regions)] if 0 in layout.crops else [picture]
     if kept is not None:
         parts = [dimmed(p, layout, kept, region=r) for p, r in zip(parts, layout.regions, strict=True)]
@@ -175,6 +179,6 @@ def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.
 
 
 def _covered(whole: Image.Image, layout: Layout, patch: int) -> Image.Image:
-    """A side that is no multiple of the patch has pixels at its end that no token shows."""
+    """Without the pixels at the end of a side that no token shows, if the side is no multiple of the patch."""
     cell = patch * max(1, whole.width // patch // layout.width)  # a token may show several patches
     return whole.crop((0, 0, layout.width * cell, layout.height * cell))

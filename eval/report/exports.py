@@ -2,57 +2,66 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..run.rows import Row
-from .render import markdown
-from .tables import body, caption, unpruned
+import pandas as pd
+from tabulate import tabulate
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
+from ..run.rows import Row
+from .tables import QUESTION_ONLY, body, conditions
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet reads a formula where a text begins with one of these
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#~"} | {c: " " for c in "\r\n\t"})
 
 
-def markdown_tables(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def escaped(text: str) -> str:
+    """A text that Markdown shows as it is, in one line."""
+    return text.translate(_MARKDOWN)
+
+
+def markdown_tables(
+    rows: Sequence[Row], question_only: Mapping[str, float | None], text: Callable[[str], str] = escaped
+) -> str:
     """One Markdown table a task with its conditions, as in the README.
 
     Args:
         rows: of all tasks.
         question_only: that floor by task.
+        text: what to do with names and cells; by default, escape them.
     """
     parts = []
     for task in dict.fromkeys(r.task for r in rows):
         mine = [r for r in rows if r.task == task]
         header, lines = body(mine, question_only.get(task))
-        escaped = [[cell.translate(_MARKDOWN) for cell in line] for line in lines]
-        head = f"**{task.translate(_MARKDOWN)}**: {caption(mine[0])}. {unpruned(mine[0])}".translate({10: " ", 13: " "})
-        parts.append(f"{head.strip()}\n\n{markdown(header, escaped)}")
+        head = f"**{text(task)}**: {conditions(mine[0])}".translate({10: " ", 13: " "})
+        parts.append(f"{head}\n\n{markdown(header, [[text(cell) for cell in line] for line in lines])}")
     return "\n".join(parts)
 
 
 def csv_table(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> str:
-    """One line a configuration and task with every figure of `Row`; seeds stay apart, floors of questions come first.
+    """One line for each configuration and task, with every figure of `Row`; question-only floors come first.
 
-    Costs are columns of their own, options and kinds are JSON, `is_noise` is added. What is not known is empty. Texts
-    that a spreadsheet would take for a formula begin with an apostrophe.
+    Seeds have a line each. Costs are columns of their own, options and kinds are JSON, `is_noise` is added. What is not
+    known is empty. Texts that a spreadsheet would read as a formula begin with an apostrophe.
     """
     lines: list[dict[str, Any]] = [
-        {"task": task, "method": "question only", "value": value}
+        {"task": task, "method": QUESTION_ONLY, "value": value}
         for task, value in question_only.items()
         if value is not None
     ]
     lines += [_flat(row) for row in rows]
-    file = io.StringIO()
     names = dict.fromkeys(name for line in reversed(lines) for name in line)
-    writer = csv.DictWriter(file, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
-    return file.getvalue()
+    cells = [{name: _no_formula(value) for name, value in line.items()} for line in lines]
+    frame = pd.DataFrame(cells, columns=list(names), dtype=object)  # as floats, whole numbers would get a ".0"
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -63,9 +72,5 @@ def _flat(row: Row) -> dict[str, Any]:
     return fields | {"is_noise": None if row.difference is None else str(row.is_noise).lower()}
 
 
-def _cell(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, str) and value.startswith(_FORMULA):
-        return f"'{value}"
-    return value
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

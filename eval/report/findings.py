@@ -1,4 +1,4 @@
-"""What a comparison says, in plain words: what is lost at each budget, and whether the task can tell methods apart."""
+"""What a comparison says in words: what each budget loses, and whether the task can tell methods apart."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..run.rows import DOWNSAMPLE, NONE, SHUFFLED, Row, pooled
-from .pareto import FLOORS, is_control
-from .tables import budget
+from .tables import FLOORS, budget, in_points, is_control
 
 NBSP = "\u00a0"
 _FEW = 100  # questions
+_GUESS = "the most frequent training answer"
+_CANNOT_TELL = "So this task cannot tell methods apart."
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A heading of one or two words with what there is to say; `is_warning` where no reader should miss it."""
+    """A short heading and its text. `is_warning` marks what every reader should see."""
 
     label: str
     text: str
@@ -24,19 +25,19 @@ class Finding:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """What the unpruned model answers, of the rows of one task."""
-    bare = _one(rows, NONE)
-    first = rows[0]
+    """The accuracy of the unpruned model, from the rows of one task."""
+    bare, first = _one(rows, NONE), rows[0]
     if bare is None:
-        return f"{first.model} was not run unpruned, so nothing here says what pruning costs."
+        return f"{first.model} was not run unpruned, so this report cannot say what pruning costs."
+    low, high = bare.ends
     return (
-        f"Unpruned, {first.model} answers {_percent(bare.value)} of {bare.n_samples} questions right, "
-        f"95{NBSP}% interval {_percent(bare.ends[0])} to {_percent(bare.ends[1])}."
+        f"Unpruned, {first.model} answers {_percent(bare.value)} of {bare.n_samples} questions right "
+        f"(95{NBSP}% interval: {_percent(low)} to {_percent(high)})."
     )
 
 
 def findings(rows: Sequence[Row], question_only: float | None) -> list[Finding]:
-    """Floors, then every budget from the largest, then how fine a difference the run can see.
+    """Floors, then every budget from the largest, then how small a difference the run can detect.
 
     Args:
         rows: of one task.
@@ -52,78 +53,72 @@ def findings(rows: Sequence[Row], question_only: float | None) -> list[Finding]:
 
 
 def _floors(rows: Sequence[Row], question_only: float | None) -> Finding:
-    parts = [] if question_only is None else [f"the most frequent training answer {_percent(question_only)}"]
+    known = [] if question_only is None else [f"{_GUESS}: {_percent(question_only)}"]
     for name, words in (("blind", "no visual token"), (SHUFFLED, "pictures of other questions")):
         row = _one(rows, name)
-        parts += [] if row is None else [f"{words} {_percent(row.value)}"]
-    if not parts:
-        return Finding("Floors", "none was run, so whether this task needs pictures at all is not known.", True)
-    text = f"{', '.join(parts)}. "
-    alike = [r.method for r in rows if r.method in FLOORS and r.is_noise]
+        known += [] if row is None else [f"{words}: {_percent(row.value)}"]
+    if not known:
+        return Finding("Floors", "No floor was run, so it is not known whether this task needs pictures.", True)
+    text, is_warning = _against_floors(rows, question_only)
+    head = "; ".join(known)
+    return Finding("Floors", f"{head[0].upper()}{head[1:]}. {text}".strip(), is_warning)
+
+
+def _against_floors(rows: Sequence[Row], question_only: float | None) -> tuple[str, bool]:
+    """Whether the unpruned model is better than the floors, and whether that is a warning."""
+    floors = [r for r in rows if r.method in FLOORS and r.difference is not None]
+    alike = [r.method for r in floors if r.is_noise]
     if alike:
-        text += (
-            f"The difference between {' or '.join(alike)} and the unpruned model is inside the noise: this task cannot "
-            "tell methods apart."
-        )
-        return Finding("Floors", text[0].upper() + text[1:], True)
+        return f"The unpruned model cannot be told from {' or '.join(alike)}. {_CANNOT_TELL}", True
     bare = _one(rows, NONE)
-    above = [r.method for r in rows if r.method in FLOORS and (r.difference or 0) > 0]
+    above = [r.method for r in floors if (r.difference or 0) > 0]
     if bare is not None and question_only is not None and question_only >= bare.low:
-        above.append("the most frequent training answer")
+        above.append(_GUESS)
     if above:
-        text += (
-            f"The unpruned model is not measurably better than {' or '.join(above)}: this task cannot tell methods "
-            "apart."
-        )
-    elif any(r.method in FLOORS and r.difference is not None for r in rows):
-        text += "The unpruned model stands clear of them, so it does use the pictures."
-    return Finding("Floors", text[0].upper() + text[1:].strip(), bool(above))
+        return f"The unpruned model is not measurably better than {' or '.join(above)}. {_CANNOT_TELL}", True
+    return ("The unpruned model is clearly better, so it uses the pictures." if floors else ""), False
 
 
 def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
-    """What stays within the noise of the unpruned run at one budget, and whether chance does so as well."""
+    """What cannot be told from the unpruned run at one budget, and whether random tokens are among it."""
     pruned = [r for r in rows if r.method not in (*FLOORS, NONE) and r.difference is not None]
     if not pruned:
         return None
     ranked = sorted(pruned, key=lambda r: -r.value)
     alike = [r for r in ranked if r.is_noise]
     better = [r.method for r in ranked if (r.difference_low or 0) > 0]
-    label = in_words(name).replace("keep", "Keep") or "Own budget"
-    if not alike:
-        best = min(ranked, key=lambda r: abs(r.difference or 0))
-        head = f"None of {len(pruned)} is within the noise of the unpruned run; nearest is " if len(pruned) > 1 else ""
-        text = f"{head}{_described(best)}{'' if head else ': not noise'}."
-        return Finding(label, text + _above(better))
+    texts = _alike(alike) if alike else [_apart(ranked)]
+    if better:
+        texts.append(f"Better than unpruned, by more than noise: {'; '.join(better)}.")
+    return Finding(in_words(name).replace("keep", "Keep") or "Own budget", " ".join(texts))
+
+
+def _alike(alike: Sequence[Row]) -> list[str]:
     best, *others = alike
-    text = f"Best of those not distinguishable from unpruned: {_described(best)}."
+    texts = [f"The best method that cannot be told from unpruned is {_described(best)}."]
     if others:
-        text += f" Also not distinguishable: {', '.join(r.method for r in others)}."
-    chance = [r.method for r in alike if r.method.startswith("random")]
-    if chance:
-        text += " Chance is among them: at this budget the run cannot show that choosing tokens well matters."
-    return Finding(label, text + _above(better))
+        texts.append(f"Others that cannot be told from unpruned: {'; '.join(r.method for r in others)}.")
+    if any(r.method.startswith("random") for r in alike):
+        texts.append("Random tokens are among these: at this budget the run does not show that the choice matters.")
+    return texts
 
 
-def _above(methods: Sequence[str]) -> str:
-    return f" More than noise better than unpruned: {', '.join(methods)}." if methods else ""
+def _apart(ranked: Sequence[Row]) -> str:
+    best = min(ranked, key=lambda r: abs(r.difference or 0))
+    if len(ranked) == 1:
+        return f"The difference from unpruned is larger than noise: {_described(best)}."
+    return f"All {len(ranked)} methods differ from unpruned by more than noise. The nearest is {_described(best)}."
 
 
 def in_words(name: str) -> str:
-    """A budget as tables show it, "0.25" or "FLOPs 0.5", with what it is a budget of."""
+    """A budget as tables show it ("0.25", "FLOPs 0.5"), with its unit: "keep 0.25", "FLOPs 0.5"."""
     return f"keep {name}" if name[:1].isdigit() else name
 
 
 def _described(row: Row) -> str:
     control = " (a control)" if is_control(row.method) else ""
-    return (
-        f"{row.method}{control}, {_percent(row.value)}, {100 * (row.difference or 0):+.1f}{NBSP}points{_interval(row)}"
-    )
-
-
-def _interval(row: Row) -> str:
-    if row.difference_low is None or row.difference_high is None:
-        return ""
-    return f" [{100 * row.difference_low:+.1f}, {100 * row.difference_high:+.1f}]"
+    points = in_points(row.difference or 0, row.difference_low, row.difference_high)
+    return f"{row.method}{control} with {_percent(row.value)}, {points}{NBSP}points"
 
 
 def _resolution(rows: Sequence[Row]) -> list[Finding]:
@@ -135,9 +130,9 @@ def _resolution(rows: Sequence[Row]) -> list[Finding]:
     if not widths:
         return []
     n = rows[0].n_samples
-    text = f"With {n} questions the interval of a difference is ±{NBSP}{100 * median(widths):.1f} points here (median)."
+    text = f"With {n} questions, the interval of a difference is ±{NBSP}{100 * median(widths):.1f} points (median)."
     if n < _FEW:
-        text += f" {n} questions are few: read nothing into a ranking."
+        text += f" {n} questions are too few to rank methods."
     return [Finding("Resolution", text, n < _FEW)]
 
 
@@ -151,7 +146,7 @@ def _missing(rows: Sequence[Row]) -> list[Finding]:
         missing.append(f"pool or {DOWNSAMPLE}")
     if not missing:
         return []
-    return [Finding("Missing", f"Controls that this run lacks: {', '.join(missing)}.", True)]
+    return [Finding("Missing", f"This run lacks these controls: {', '.join(missing)}.", True)]
 
 
 def _one(rows: Sequence[Row], method: str) -> Row | None:

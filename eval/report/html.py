@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -19,95 +19,29 @@ from tokprune.core.files import write_text
 
 from ..models import EMBEDDED
 from ..run.folder import FILES
-from ..run.lines import Damaged, counted, rows_of, settings_of, typed
+from ..run.lines import counted
 from ..run.rows import NONE, Row, SampleRow, pooled
 from .exports import csv_table, markdown_tables
 from .findings import findings, headline, in_words
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
-from .pareto import FLOORS, QUESTION_ONLY, described, keys, plots, styles
-from .tables import COLUMNS, accuracy, budget, caption, difference, order, unpruned
+from .pareto import COSTS, plots, styles
+from .stored import Run
+from .tables import COLUMNS, FLOORS, QUESTION_ONLY, accuracy, budget, columns, conditions, difference, order
 
 TEMPLATE = "report.html.jinja"
 _LONG = 300  # characters of a text that others wrote
-Part = TypeVar("Part")
-
-
-@dataclass
-class Floor:
-    """The line of a floor in rows.jsonl: the accuracy of the most frequent training answers."""
-
-    task: str
-    method: str
-    value: float
-
-
-@dataclass
-class Settings:
-    """Of run.json what a report reads; all of it may be absent."""
-
-    model: str = ""
-    weights: Any = None
-    prompt: str = ""
-    suffix: str = ""
-    tasks: dict[str, Any] = field(default_factory=dict)
-    configurations: list[str] = field(default_factory=list)
-    flops_text: int = 0
-    max_new_tokens: int | None = None
-
-
-@dataclass
-class Run:
-    """What the folder of a comparison holds."""
-
-    settings: dict[str, Any]
-    rows: list[Row]
-    question_only: dict[str, float | None]
-    samples: list[SampleRow]
-    pictures: list[Picture]
-    path: Path = Path()
-    damaged: dict[Path, int] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> Run:
-        """From a folder that `tokprune compare` wrote.
-
-        Lines that are damaged are left out and counted in `damaged`.
-
-        Raises:
-            RunError: it holds no run, one that is not finished, or settings or rows of which nothing can be read.
-        """
-        if not (path / "run.json").is_file():
-            raise RunError(f"{path} holds no run; name the folder that tokprune compare --out wrote")
-        if not (path / "rows.jsonl").is_file():
-            raise RunError(f"the run in {path} is not finished; type the same tokprune compare again to go on with it")
-        settings = _settings(path)
-        damaged: dict[Path, int] = {}
-        lines = _undamaged(path / "rows.jsonl", _floor_or_row, damaged)
-        rows = [line for line in lines if isinstance(line, Row)]
-        if not rows:
-            raise RunError(f"{path / 'rows.jsonl'} holds no configuration that can be read; {_again(path)}")
-        floors: dict[str, float | None] = {line.task: line.value for line in lines if isinstance(line, Floor)}
-        samples = _undamaged(path / "samples.jsonl", functools.partial(typed, SampleRow), damaged)
-        stored = _undamaged(path / "pictures.jsonl", functools.partial(typed, Picture), damaged)
-        return cls(settings, rows, floors, samples, stored, path, damaged)
-
-    @property
-    def remarks(self) -> list[str]:
-        """How many lines of which file were left out, and the command that mends them."""
-        return [counted(n, path, f"left out; {_again(self.path)}") for path, n in self.damaged.items()]
 
 
 def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path | None = None) -> Run:
-    """Write report and tables of a finished run; pictures are drawn where they are not stored yet.
+    """Write the report and the tables of a finished run. Pictures that are not stored yet are drawn.
 
     Args:
-        path: the folder of the run; without `out`, tables and pictures go there.
-        artist: makes what draws pictures; None where the model is not at hand.
-        out: the only file that is written, a page of HTML; `report.html` in the folder, and what lies beside it, by
-            default.
+        path: the folder of the run. Without `out`, report, tables and pictures are written there.
+        artist: makes the object that draws pictures; None if there is no model.
+        out: write this HTML file and nothing else.
 
     Returns:
-        What was read from the folder; its `remarks` say what was left out.
+        What was read from the folder. Its `remarks` say what was left out.
 
     Raises:
         RunError: `Run.read` says why, or `out` is a file that the run needs.
@@ -131,7 +65,7 @@ def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path |
 
 
 def _check_apart(path: Path, out: Path) -> None:
-    """Raise RunError where the page would be written over a file of the run."""
+    """Raise RunError if the page would overwrite a file of the run."""
     for name in FILES:
         if (path / name).exists() and out.exists() and out.samefile(path / name):
             raise RunError(f"--out {out} is {name} of the run, which would be lost; name another file with --out")
@@ -153,7 +87,7 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(short=short, specification=specification)
+    environment.filters.update(short=short, specification=specification, data_uri="data:image/png;base64,{}".format)
     looks = styles(run.rows)
     lighter = _within(drawn)
     tasks = [
@@ -166,7 +100,6 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
         tasks=tasks,
         conditions=_conditions(run),
         is_embedded=first.model in EMBEDDED,
-        has_drawn=any(p.seen for p in lighter.values()),
     )
 
 
@@ -174,18 +107,17 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
 
 
 def _task(i: int, run: Run, task: str, looks: dict, found: dict, cards: list[dict]) -> dict[str, Any]:
-    rows, floor, name = [r for r in run.rows if r.task == task], run.question_only.get(task), f"t{i}"
-    figures = plots(rows, floor, looks, name)
+    rows, floor = [r for r in run.rows if r.task == task], run.question_only.get(task)
+    figures, legend = plots(rows, floor, looks)
     return {
-        "id": name,
+        "id": f"t{i}",
         "name": task,
         "headline": headline(rows),
         "findings": findings(rows, floor),
-        "caption": caption(rows[0]),
-        "unpruned": unpruned(rows[0]),
-        "plots": [{"axis": p.axis, "svg": Markup(p.svg), "front": [described(r) for r in p.front]} for p in figures],
-        "unknown": _unknown({p.axis.name for p in figures}),
-        "keys": [(label, Markup(svg)) for label, svg in keys(looks, rows, floor, name)],
+        "conditions": conditions(rows[0]),
+        "plots": figures,
+        "legend": legend,
+        "unknown": [name for name in COSTS if name not in figures],
         "table": _table(rows, floor, found),
         "kinds": _kinds(rows),
         "cards": cards,
@@ -194,13 +126,7 @@ def _task(i: int, run: Run, task: str, looks: dict, found: dict, cards: list[dic
     }
 
 
-def _unknown(known: set[str]) -> list[str]:
-    names = ("prefill FLOPs", "LLM FLOPs", "prefill time", "visual tokens")
-    return [name for name in names if name not in known]
-
-
-def _ratio(name: str) -> Callable[[Row], str]:
-    return lambda row: COLUMNS[name](row).removeprefix("x ")
+# ---- tables
 
 
 def _p_value(row: Row) -> str:
@@ -209,79 +135,72 @@ def _p_value(row: Row) -> str:
     return "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
 
 
-# Heading, what it says of a row, and how the cell is set.
-_CELLS: tuple[tuple[str, Callable[[Row], str], str], ...] = (
-    ("budget", budget, "number"),
-    ("accuracy [95 %]", accuracy, "number strong"),
-    ("points from unpruned [95 %]", lambda r: difference(r).removesuffix(" noise"), "number"),
-    ("noise", lambda r: "noise" if r.is_noise else "", "noise"),
-    ("p", _p_value, "number"),
-    ("lost / won", lambda r: "", "number"),
-    ("words", COLUMNS["words"], "number"),
-    ("stop", COLUMNS["stop"], "number"),
-    ("visual tokens", lambda r: f"{r.n_visual_before:.4g} → {r.n_visual_after:.4g}", "number"),
-    ("mean over layers", lambda r: f"{r.n_visual_mean:.4g}", "number"),
-    ("KV bytes", _ratio("KV bytes"), "number"),
-    ("LLM FLOPs", _ratio("LLM FLOPs"), "number"),
-    ("prefill FLOPs", _ratio("prefill FLOPs"), "number"),
-    ("prefill time", _ratio("prefill time"), "number"),
-    (
-        "prefill ms",
-        lambda r: "" if r.prefill_ratio or not r.prefill_ms_p50 > 0 else f"{r.prefill_ms_p50:.4g}",
-        "number",
-    ),
-)
+def _milliseconds(row: Row) -> str:
+    return "" if row.prefill_ratio or not row.prefill_ms_p50 > 0 else f"{row.prefill_ms_p50:.4g}"
 
 
-def _table(rows: Sequence[Row], floor: float | None, found: dict[tuple[str, str], Change]) -> dict[str, Any]:
-    """Header, and lines in groups of one budget; columns that are empty everywhere are left out."""
-    ordered = sorted(pooled(rows), key=order)
-    whole = all(r.words_value in (None, r.value) and r.stop_rate in (None, 1) for r in ordered)
-    lines = []
-    for row in ordered:
-        cells = {name: of(row) for name, of, _ in _CELLS}
-        change = found.get((row.task, row.config)) if row.p_value is not None else None
-        cells["lost / won"] = f"{len(change.lost)} / {change.n_won}" if change else ""
-        lines.append((row, cells))
-    used = [
-        (name, css)
-        for name, _, css in _CELLS
-        if any(cells[name] for _, cells in lines) and not (whole and name in ("words", "stop"))
-    ]
-    groups: dict[tuple, list[dict]] = {}
+def _ratio(name: str, row: Row) -> str:
+    return COLUMNS[name](row).removeprefix("x ")
+
+
+def _lost_won(found: Mapping[tuple[str, str], Change], row: Row) -> str:
+    change = found.get((row.task, row.config)) if row.p_value is not None else None
+    return f"{len(change.lost)} / {change.n_won}" if change else ""
+
+
+def _table(rows: Sequence[Row], floor: float | None, found: Mapping[tuple[str, str], Change]) -> dict[str, Any]:
+    """All configurations of a task, in groups of one budget."""
+    cells: dict[str, Callable[[Row], str]] = {
+        "budget": budget,
+        "accuracy [95 %]": accuracy,
+        "points from unpruned [95 %]": lambda r: difference(r).removesuffix(" noise"),
+        "noise": lambda r: "noise" if r.is_noise else "",
+        "p": _p_value,
+        "lost / won": functools.partial(_lost_won, found),
+        "words": COLUMNS["words"],
+        "stop": COLUMNS["stop"],
+        "visual tokens": lambda r: f"{r.n_visual_before:.4g} → {r.n_visual_after:.4g}",
+        "mean over layers": lambda r: f"{r.n_visual_mean:.4g}",
+        **{n: functools.partial(_ratio, n) for n in ("KV bytes", "LLM FLOPs", "prefill FLOPs", "prefill time")},
+        "prefill ms": _milliseconds,
+    }
+    used = columns(pooled(rows), cells)
+    css = {"accuracy [95 %]": "number strong", "noise": "noise"}
+    header = [(name, css.get(name, "number")) for name in used]
+    groups = _groups(rows, [cells[name] for name in used])
     if floor is not None:
-        cells = [(f"{floor:.3f}" if name.startswith("accuracy") else "", css) for name, css in used]
-        groups[True, ""] = [{"method": QUESTION_ONLY, "cells": cells, "is_bare": False}]
-    for row, values in lines:
-        group = groups.setdefault(_group(row), [])
-        cells = [(values[name], css) for name, css in used]
-        group.append({"method": row.method, "cells": cells, "is_bare": row.method == NONE})
-    return {"header": used, "groups": list(groups.values())}
+        line = [f"{floor:.3f}" if name.startswith("accuracy") else "" for name in used]
+        groups.insert(0, [(QUESTION_ONLY, line)])
+    return {"header": header, "groups": groups}
 
 
 def _kinds(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Accuracy by kind of question; None where there is one kind."""
-    ordered = sorted(pooled(rows), key=order)
-    counts = {kind: int(part["n_samples"]) for row in ordered for kind, part in row.by_kind.items()}
+    """Accuracy by kind of question; None if there is only one kind."""
+    counts = {k: int(part["n_samples"]) for r in sorted(pooled(rows), key=order) for k, part in r.by_kind.items()}
     if len(counts) < 2:
         return None
-    lines = [
-        (row, [f"{row.by_kind[kind]['value']:.3f}" if kind in row.by_kind else "" for kind in counts])
-        for row in ordered
-    ]
-    groups: dict[tuple, list[tuple]] = {}
-    for row, cells in lines:
-        groups.setdefault(_group(row), []).append((row.method, budget(row), row.method == NONE, cells))
-    return {"counts": counts, "groups": list(groups.values())}
+
+    def share(kind: str, row: Row) -> str:
+        return f"{row.by_kind[kind]['value']:.3f}" if kind in row.by_kind else ""
+
+    header = [("budget", "number"), *((f"{short(kind, 40)}\nn = {n}", "number") for kind, n in counts.items())]
+    return {"header": header, "groups": _groups(rows, [budget, *(functools.partial(share, kind) for kind in counts)])}
 
 
-def _group(row: Row) -> tuple[bool, str]:
-    """What stands together: floors with the unpruned run, then each budget."""
-    return row.method in (*FLOORS, NONE), budget(row)
+def _groups(rows: Sequence[Row], cells: Sequence[Callable[[Row], str]]) -> list[list[tuple[str, list[str]]]]:
+    """Methods with their cells: floors and the unpruned run, then a group for each budget."""
+    groups: dict[tuple, list] = {}
+    for row in sorted(pooled(rows), key=order):
+        group = groups.setdefault((row.method in (*FLOORS, NONE), budget(row)), [])
+        group.append((row.method, [cell(row) for cell in cells]))
+    return list(groups.values())
+
+
+# ---- pictures and conditions
 
 
 def _cards(run: Run, task: str, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], drawn: dict) -> list[dict]:
-    """Of every configuration that is shown: how many questions it loses, and some of them."""
+    """For each configuration that is shown: how many questions it loses, and some of them."""
     bare = {s.sample: s.answer for s in run.samples if s.task == task and s.config == NONE}
     return [
         {
@@ -298,18 +217,19 @@ def _cards(run: Run, task: str, found: dict, chosen: Sequence[tuple[Row, list[Sa
 
 
 def _within(drawn: dict[tuple[str, str, str], Picture]) -> dict[tuple[str, str, str], Picture]:
-    """The pictures, without those that would make the page too heavy."""
+    """The pictures, without those that would make the page too large."""
     left, found = MAX_BYTES, {}
     for key, picture in drawn.items():
         left -= len(picture.seen) + len(picture.kept)
-        why = "left out to keep this page small; pictures.jsonl has it"
+        why = "left out to keep this page small; it is in pictures.jsonl"
         found[key] = picture if left >= 0 else dataclasses.replace(picture, seen="", kept="", why=why)
     return found
 
 
 def _conditions(run: Run) -> list[tuple[str, str]]:
-    """What the run was made with, from its rows and its settings."""
-    first, settings = run.rows[0], run.settings
+    """Model, machine and versions of the run, from its rows and its settings."""
+    first, settings, stored = run.rows[0], run.settings, "pictures.jsonl"  # a lost picture has a note in its place
+    peaks = [r.peak_gib for r in run.rows if r.peak_gib is not None]
 
     def of_rows(name: str) -> str:
         return ", ".join(dict.fromkeys(str(getattr(r, name)) for r in run.rows if getattr(r, name) is not None))
@@ -332,67 +252,21 @@ def _conditions(run: Run) -> list[tuple[str, str]]:
         "tokprune": of_rows("tokprune"),
         "commit": of_rows("commit"),
         "date": of_rows("date"),
-        "GPU memory, most": _most(run.rows),
-        "left out": ", ".join(counted(n, Path(p.name), "not in here") for p, n in _told(run)),
+        "GPU memory, peak": f"{max(peaks):.2f} GiB" if peaks else None,
+        "left out": ", ".join(counted(n, Path(p.name), "left out") for p, n in run.damaged.items() if p.name != stored),
     }
     return [(name, str(value)) for name, value in known.items() if value not in (None, "")]
-
-
-def _told(run: Run) -> list[tuple[Path, int]]:
-    """Damaged lines by file; pictures that are not there say so themselves."""
-    return [(path, n) for path, n in run.damaged.items() if path.name != "pictures.jsonl"]
-
-
-def _most(rows: Sequence[Row]) -> str:
-    peaks = [r.peak_gib for r in rows if r.peak_gib is not None]
-    return f"{max(peaks):.2f} GiB" if peaks else ""
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def short(text: str, n: int = _LONG) -> str:
-    """A text that others wrote, cut to a length, without characters that a page may not hold."""
+    """A text that others wrote, cut to a length, without control characters."""
     text = _CONTROL.sub("\ufffd", text.strip())
     return text if len(text) <= n else f"{text[:n].rstrip()} … ({len(text):,} characters)"
 
 
 def specification(text: str) -> Markup:
-    """A method with its options, which may be broken between them."""
+    """A method with its options; a line may break between them."""
     return Markup(re.sub("([:+])", r"\1<wbr>", str(escape(text))))
-
-
-# ---- files
-
-
-def _undamaged(path: Path, make: Callable[[dict[str, Any]], Part], damaged: dict[Path, int]) -> list[Part]:
-    """The rows of a file; lines that are none are counted by file."""
-    read = list(rows_of(path, make))
-    rows = [row for row in read if not isinstance(row, Damaged)]
-    if len(rows) < len(read):
-        damaged[path] = len(read) - len(rows)
-    return rows
-
-
-def _floor_or_row(line: dict[str, Any]) -> Floor | Row:
-    return typed(Floor, line) if line.get("method") == QUESTION_ONLY else Row.read(line)
-
-
-def _again(path: Path) -> str:
-    """What mends the files of a run."""
-    return f"type the same {_command(path)} again to mend it; it asks nothing that is answered"
-
-
-def _command(path: Path) -> str:
-    """What wrote the folder of a run."""
-    return f"tokprune {'eval' if (path / 'lmms-eval').is_dir() else 'compare'} --out {path}"
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    file, again = path / "run.json", f"start over with the same {_command(path)} --overwrite"
-    found = settings_of(file, again)
-    try:
-        typed(Settings, found, others=True)
-    except Damaged as damaged:
-        raise RunError(f"{file} {damaged}; {again}") from damaged
-    return found

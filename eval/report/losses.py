@@ -1,4 +1,4 @@
-"""What pruning breaks: questions that a method loses although the unpruned model answers them."""
+"""What pruning breaks: questions that the unpruned model answers right and a method answers wrong."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..run.rows import BARE, NONE, Config, Row, SampleRow, pooled
 from ..run.runner import Runner
 from ..tasks import TASKS, Sample, Task, load_task
 from .explained import asked
-from .pareto import FLOORS
+from .tables import FLOORS
 
 MAX_PICTURES, MAX_A_METHOD = 24, 3
-MAX_BYTES = 4_500_000  # of all pictures as text; later ones are left out of the page
+MAX_BYTES = 4_500_000  # for all pictures in base64; the page leaves out those that exceed it
 _WIDTH, _HEIGHT = 280, 560
 
 
 @dataclass
 class Change:
-    """A configuration beside the unpruned run on the same questions: what it alone gets wrong, and how many right."""
+    """A configuration against the unpruned run: the questions that only it gets wrong, how many only it gets right."""
 
     lost: list[SampleRow] = field(default_factory=list)
     n_won: int = 0
@@ -36,7 +36,7 @@ Key = tuple[str, str]  # task, configuration
 
 
 def changes(samples: Sequence[SampleRow]) -> dict[Key, Change]:
-    """By task and configuration; empty for a task that was not run unpruned."""
+    """Changes by task and configuration; none for a task that was not run unpruned."""
     bare = {(s.task, s.sample): s.right for s in samples if s.config == NONE}
     found: dict[Key, Change] = defaultdict(Change)
     for s in samples:
@@ -51,10 +51,10 @@ def changes(samples: Sequence[SampleRow]) -> dict[Key, Change]:
 
 
 def shown(rows: Sequence[Row], found: Mapping[Key, Change]) -> list[tuple[Row, list[SampleRow]]]:
-    """Of every method its smallest budget with a few of the questions it loses, at most `MAX_PICTURES` in all.
+    """Each method at its smallest budget, with a few of the questions that it loses, at most `MAX_PICTURES` in all.
 
-    Seeds of `random` are one method, drawn by the first. Which questions is settled by a checksum of their names:
-    nobody picks them, they are the same every time, and methods that lose the same questions show the same ones.
+    Seeds of `random` count as one method, shown by its first seed. A checksum of the questions' names decides which are
+    shown: they are the same every time, and methods that lose the same questions show the same ones.
 
     Args:
         rows: of all tasks.
@@ -91,14 +91,14 @@ def _bytes(text: str) -> bytes:
 
 @dataclass
 class Picture:
-    """A question with the picture as the model sees it and with what was kept, both PNG as base64.
+    """A question, its picture as the model sees it, and the same picture with the kept tokens, both PNG in base64.
 
     Args:
-        task, config, sample: which answer it is about.
-        question: as asked; empty where nobody knows it any more.
-        seen, kept: the two pictures; empty where they were not drawn.
-        tokens: before and after.
-        why: there is no picture.
+        task, config, sample: the answer that it belongs to.
+        question: as asked; empty if it is not known any more.
+        seen, kept: the two pictures; empty if they were not drawn.
+        tokens: visual tokens before and after.
+        why: the reason if there is no picture.
     """
 
     task: str
@@ -112,7 +112,7 @@ class Picture:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells it from others."""
+        """Task, configuration and sample."""
         return self.task, self.config, self.sample
 
 
@@ -122,7 +122,7 @@ class Artist:
     Args:
         runner: the model of the run.
         tasks: those of the run with their questions.
-        flops_text: text tokens that budgets in FLOPs were solved beside.
+        flops_text: the number of text tokens that budgets in FLOPs were solved with.
     """
 
     def __init__(self, runner: Runner, tasks: Sequence[tuple[Task, Sequence[Sample]]], flops_text: int = 0):
@@ -132,33 +132,33 @@ class Artist:
 
     @classmethod
     def of_settings(cls, runner: Runner, settings: Mapping) -> Artist:
-        """For a run that was stored.
+        """For a stored run.
 
         Raises:
-            RunError: the model is not that of the run any more, or a task was a folder, whose place is not stored.
+            RunError: the model has changed since the run, or a task was a folder, whose path is not stored.
         """
         for name, now in (("weights", runner.fingerprint()), ("prompt", runner.prompt_fingerprint())):
             if settings.get(name) != now:
                 raise RunError(
-                    f"the {name} of {settings.get('model')} have the checksum {now}, in the run it was "
+                    f"the {name} of {settings.get('model')} changed since the run: checksum {now}, was "
                     f"{settings.get(name)}; leave --pictures out, or compare again"
                 )
         names = list(settings.get("tasks", {}))
         unknown = [name for name in names if name not in TASKS]
         if unknown:
             raise RunError(
-                f"the run does not say where the folder of the task {unknown[0]!r} is; its pictures are drawn by "
-                "tokprune compare alone: type that again, it asks nothing that is answered, or leave --pictures out"
+                f"the run does not store the path of the task {unknown[0]!r}; type the same tokprune compare again to "
+                "draw its pictures (answered questions are not asked again), or leave --pictures out"
             )
         tasks = [load_task(name) for name in names]
         return cls(runner, [(task, task.samples()) for task in tasks], settings.get("flops_text", 0))
 
     def draw(self, row: SampleRow) -> Picture:
-        """The tokens that were kept when this was answered."""
+        """Draw the tokens that were kept for this answer, or say why that is not possible."""
         picture = Picture(row.task, row.config, row.sample)
         sample = self.samples.get((row.task, row.sample))
         if sample is None or sample.expected != row.expected:
-            picture.why = "this question is not in the task any more"
+            picture.why = "the task does not have this question any more"
             return picture
         picture.question = sample.question
         config = Config(row.method, row.keep_ratio, flops_ratio=row.flops_ratio, flops_text=self.flops_text)
@@ -177,18 +177,18 @@ class Artist:
 def pictures(
     chosen: Sequence[SampleRow], stored: Sequence[Picture], artist: Artist | None = None
 ) -> dict[tuple[str, str, str], Picture]:
-    """Of every answer that is shown, from what is stored where it is, else drawn where somebody can."""
+    """A picture for each answer that is shown: the stored one, or one that `artist` draws."""
     found = {p.key: p for p in stored if p.seen}
     for row in chosen:
         key = (row.task, row.config, row.sample)
         if key not in found:
-            absent = Picture(*key, why="the model was not at hand when this page was written")
+            absent = Picture(*key, why="this page was written without the model")
             found[key] = artist.draw(row) if artist else next((p for p in stored if p.key == key), absent)
     return {(r.task, r.config, r.sample): found[r.task, r.config, r.sample] for r in chosen}
 
 
 def _png(picture: Image.Image) -> str:
-    """Small enough for a page that holds many."""
+    """A PNG in base64, small enough for a page with many."""
     scale = min(1, _WIDTH / picture.width, _HEIGHT / picture.height)
     if scale < 1:
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -1,6 +1,6 @@
 """Two configurations on the same questions: the difference of their accuracies, with its interval.
 
-python -m tokprune.eval.paired runs/compare globalcom2@0.1 globalcom2:allocate=even@0.1
+python -m tokprune.eval.report.paired runs/compare globalcom2@0.1 globalcom2:allocate=even@0.1
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ import typer
 from tokprune.core.errors import RunError
 from tokprune.core.files import write_text
 
-from ..run.lines import counted, rows_of, typed
+from ..run.lines import counted, typed
 from ..run.rows import SampleRow
 from ..stats import paired
+from .stored import undamaged
+from .tables import in_points
 
 
 @dataclass
 class Difference:
-    """How much more of the same questions `first` answers than `second`, as shares, with a 95 % interval.
+    """By how much the accuracy of `first` exceeds that of `second` on the same questions, with a 95 % interval.
+
+    All of it is shares of the questions.
 
     The interval is Bonett and Price's (2012) for paired proportions, the p-value of McNemar's exact test.
     """
@@ -44,27 +48,27 @@ class Difference:
 def differences(
     folder: Path, first: str, second: str, say: Callable[[str], None] = lambda text: None
 ) -> list[Difference]:
-    """One a task of a run; labels are those of the run's rows, such as globalcom2@0.1.
+    """One difference for each task. Labels are those of the run's rows, such as globalcom2@0.1.
 
     Args:
         folder: of the run.
         first: a label.
         second: another.
-        say: told how many damaged lines are left out, if any.
+        say: called with a line about damaged lines, if there are any.
 
     Raises:
-        RunError: no such run, one that is not finished, no such configurations in it, or no question that both
-            answered.
+        RunError: there is no such run, it is not finished, it lacks a configuration, or no question was answered by
+            both.
     """
     if (folder / "samples.jsonl").exists() and not (folder / "rows.jsonl").exists():
-        raise RunError(f"the run in {folder} is not finished; type its tokprune compare again to go on with it")
-    path, again = folder / "samples.jsonl", f"type the same tokprune compare --out {folder} again to mend it"
+        raise RunError(f"the run in {folder} is not finished; type its tokprune compare again to resume it")
+    path, again = folder / "samples.jsonl", f"type the same tokprune compare --out {folder} again to repair it"
     if not path.is_file():
         raise RunError(f"no run of tokprune compare in {folder}: it has no samples.jsonl")
-    read = list(rows_of(path, functools.partial(typed, SampleRow)))
-    rows = [row for row in read if isinstance(row, SampleRow)]
-    if len(rows) < len(read):
-        say(counted(len(read) - len(rows), path, f"left out; {again}"))
+    damaged: dict[Path, int] = {}
+    rows = undamaged(path, functools.partial(typed, SampleRow), damaged)
+    for file, n in damaged.items():
+        say(counted(n, file, f"left out; {again}"))
     if not rows:
         raise RunError(f"{path} holds no answer that can be read; {again}")
     right: dict[tuple[str, str], dict[str, bool]] = {}
@@ -88,7 +92,7 @@ def differences(
 
 def main(
     folder: Path,
-    pairs: Annotated[list[str], typer.Argument(help="Labels, two by two.")],
+    pairs: Annotated[list[str], typer.Argument(help="Labels in pairs: first second.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the rows as JSONL.")] = None,
 ) -> None:
     """Differences between configurations of a run."""
@@ -101,8 +105,8 @@ def main(
         raise typer.Exit(2) from None
     for d in found:
         typer.echo(
-            f"{d.task}: {d.first} - {d.second}: {100 * d.difference:+.1f} points "
-            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], p = {d.p_value:.2g}, n = {d.n_samples}"
+            f"{d.task}: {d.first} - {d.second}: {in_points(d.difference, d.low, d.high)} points, "
+            f"p = {d.p_value:.2g}, n = {d.n_samples}"
         )
     if out:
         write_text(out, "".join(json.dumps(asdict(d)) + "\n" for d in found))
@@ -110,7 +114,7 @@ def main(
 
 def _two_by_two(labels: Sequence[str]) -> list[tuple[str, str]]:
     if len(labels) % 2:
-        raise RunError("labels go two by two: first second [first second ...]")
+        raise RunError("use an even number of labels: first second [first second ...]")
     return list(zip(labels[::2], labels[1::2], strict=True))
 
 

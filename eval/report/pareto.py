@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import math
-import re
 import warnings
-import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from tokprune.core.files import replacing
 
-from ..run.rows import DOWNSAMPLE, NONE, SHUFFLED, Row, pooled
-from .tables import accuracy, budget
+from ..run.rows import NONE, SHUFFLED, Row, pooled
+from .tables import FLOORS, QUESTION_ONLY, budget, is_control
 
-FLOORS = (SHUFFLED, "blind")  # lines; whatever else was run is a point
-CONTROLS = (NONE, DOWNSAMPLE, "random", "uniform", "pool")
-QUESTION_ONLY = "question only"
-
-# Okabe and Ito's colours without yellow, which is too pale on white; a grey that is seen on white and on black.
+# Okabe and Ito's colours without yellow, which is too pale on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-_GREY = "#7d7d7d"
+_INK, _GRID, _GREY = "#1c1e21", "#d9dadb", "#7d7d7d"
 _FLOOR_LINES = {QUESTION_ONLY: ":", SHUFFLED: "--", "blind": "-."}
-_INK, _GRID = "#010203", "#d9dadb"
-# What inline SVG says instead, so that a page has them fit its own colours.
-_PAGE = {_INK: "currentColor", _GRID: "var(--line)", _GREY: "var(--control)"}
-_PAGE |= {colour: f"var(--c{i})" for i, colour in enumerate(_COLOURS)}
+_FRONT: dict[str, Any] = {"color": _INK, "alpha": 0.55, "linewidth": 1}
+_DPI = 150
 _RC = {
     "font.size": 8.5,
     "axes.edgecolor": _GRID,
@@ -52,13 +47,12 @@ _RC = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "svg.fonttype": "none",
 }
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A cost: its name, the label of its axis, and what it is of a row (None where it is not known)."""
+    """A cost: its name, the label of its axis, and its value for a row (None if it is not known)."""
 
     name: str
     label: str
@@ -90,20 +84,16 @@ TIME = Axis(
 )
 MILLISECONDS = Axis("prefill time", "time to the first token of a batch, ms", lambda row: _number(row.prefill_ms_p50))
 TOKENS = Axis("visual tokens", "visual tokens, mean over decoder layers", lambda row: _number(row.n_visual_mean))
-
-
-def is_control(method: str) -> bool:
-    """Whether a row's method is one that methods have to beat, whatever its options and seeds."""
-    return re.split("[:,]", method)[0] in CONTROLS
+COSTS = ("prefill FLOPs", "LLM FLOPs", "prefill time", "visual tokens")
 
 
 def points(rows: Sequence[Row]) -> list[Row]:
-    """Configurations that are points: seeds of `random` together, floors left out."""
+    """Configurations that are points: seeds of `random` are pooled, floors are left out."""
     return [r for r in pooled(rows) if r.method not in FLOORS]
 
 
 def axes_of(rows: Sequence[Row]) -> list[Axis]:
-    """The costs that are known of every point; milliseconds only where nothing relates times to the unpruned run's."""
+    """The costs that are known for every point. Time is in milliseconds if it is not known relative to the unpruned."""
 
     def known(axis: Axis) -> bool:
         return all(axis.of(r) is not None for r in points(rows))
@@ -113,11 +103,11 @@ def axes_of(rows: Sequence[Row]) -> list[Axis]:
 
 
 def front(rows: Sequence[Row], cost: Callable[[Row], float | None]) -> list[Row]:
-    """The rows that no other row beats, by rising cost: none costs as little and answers as many, one of both better.
+    """The rows that no other row beats, by rising cost. A row beats another if it is better in one and worse in none.
 
-    It goes by the measured means. A step of the front that is smaller than the intervals may be chance, which the plots
-    show; leaving such steps out would make the front depend on the order in which configurations are compared, since
-    "within the noise of" is not transitive.
+    The front goes by the measured means. A step that is smaller than the intervals may be chance, which the plots show.
+    Such steps stay: "within the noise of" is not transitive, so without them the front would depend on the order in
+    which configurations are compared.
     """
     priced = [(price, row) for row in rows if (price := cost(row)) is not None]
 
@@ -144,7 +134,7 @@ class Style:
 
     @property
     def line(self) -> dict[str, Any]:
-        """What matplotlib calls it."""
+        """As keywords of matplotlib."""
         face = self.colour if self.filled else "none"
         size = 8 if self.marker == "*" else 5
         look = dict(color=self.colour, marker=self.marker, markeredgecolor=self.colour, markersize=size)
@@ -152,7 +142,7 @@ class Style:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """A style for every method with points, in the order of the rows: 48 differ; controls are grey and hollow."""
+    """A style for every method with points, in the order of the rows: 48 differ. Controls are grey and hollow."""
     names = list(dict.fromkeys(r.method for r in points(rows)))
     n_colours, n_markers = len(_COLOURS), len(_MARKERS)
     found = {}
@@ -165,47 +155,41 @@ def styles(rows: Sequence[Row]) -> dict[str, Style]:
 
 
 def described(row: Row) -> str:
-    """A configuration in words, as fronts list it."""
+    """A configuration as fronts list it: method and budget."""
     return f"{row.method} {budget(row)}".strip()
 
 
 # ---- drawing
 
 
-def _draw(canvas, rows: Sequence[Row], floors: Mapping[str, float], axis: Axis, looks: Mapping[str, Style]) -> dict:
-    """One plot; returns what its points say when they are pointed at, by the id of the point."""
-    shown, notes = points(rows), {}
-    for row in shown:
-        if row.method == NONE:
-            canvas.axhspan(*row.ends, color=_GREY, alpha=0.13, linewidth=0, zorder=0.5)
+def _draw(canvas, rows: Sequence[Row], floors: Mapping[str, float], axis: Axis, looks: Mapping[str, Style]) -> None:
+    """One plot."""
+    shown = points(rows)
     lines: dict[str, list[Row]] = defaultdict(list)
     for row in shown:
         lines[row.method].append(row)
+        if row.method == NONE:
+            canvas.axhspan(*row.ends, color=_GREY, alpha=0.13, linewidth=0, zorder=0.5)
     best = front(shown, axis.of)
-    canvas.step(
-        [axis.of(r) for r in best],
-        [r.value for r in best],
-        where="post",
-        color=_INK,
-        linewidth=1,
-        alpha=0.55,
-        zorder=2,
-    )
+    canvas.step([axis.of(r) for r in best], [r.value for r in best], where="post", zorder=2, **_FRONT)
     for name, mine in lines.items():
         look, mine = looks[name], sorted(mine, key=lambda r: axis.of(r) or 0)
-        canvas.plot([axis.of(r) for r in mine], [r.value for r in mine], color=look.colour, linewidth=0.8, alpha=0.5)
-        for row in mine:
-            x, gid = axis.of(row) or 0, f"p{len(notes)}"
-            spread = [[max(row.value - row.ends[0], 0)], [max(row.ends[1] - row.value, 0)]]  # rounding
-            canvas.errorbar(x, row.value, spread, fmt="none", ecolor=look.colour, elinewidth=0.8, alpha=0.45)
-            canvas.plot([x], [row.value], **look.line, linestyle="", zorder=3, gid=gid)
-            notes[gid] = f"{described(row)}: {accuracy(row)}; {axis.name} {x:.4g}{' %' if '%' in axis.label else ''}"
+        xs, ys = [axis.of(r) for r in mine], [r.value for r in mine]
+        below, above = ([max(side, 0) for side in sides] for sides in zip(*map(_bars, mine), strict=True))  # rounding
+        canvas.plot(xs, ys, color=look.colour, linewidth=0.8, alpha=0.5)
+        canvas.errorbar(xs, ys, [below, above], fmt="none", ecolor=look.colour, elinewidth=0.8, alpha=0.45)
+        canvas.plot(xs, ys, **look.line, linestyle="", zorder=3)
     _frame(canvas, shown, floors, axis)
-    return notes
+
+
+def _bars(row: Row) -> tuple[float, float]:
+    """How far the interval reaches below and above the value."""
+    low, high = row.ends
+    return row.value - low, high - row.value
 
 
 def _frame(canvas, shown: Sequence[Row], floors: Mapping[str, float], axis: Axis) -> None:
-    """Limits by the points; floors as lines where they are within, and named where they lie below."""
+    """Limits that fit the points. Floors are lines; floors far below the points are named instead."""
     low, high = min(r.ends[0] for r in shown), max(r.ends[1] for r in shown)
     margin = max(0.04 * (high - low), 0.005)
     within = {name: value for name, value in floors.items() if value >= low - 0.1}
@@ -224,13 +208,15 @@ def _frame(canvas, shown: Sequence[Row], floors: Mapping[str, float], axis: Axis
 
 
 def floors_of(rows: Sequence[Row], question_only: float | None) -> dict[str, float]:
-    """What is answered without seeing the picture, by name."""
+    """The share of answers that are right without the picture, by name of the floor."""
     asked = {} if question_only is None else {QUESTION_ONLY: question_only}
     return asked | {r.method: r.value for r in rows if r.method in FLOORS}
 
 
 def write_png(rows: Sequence[Row], question_only: Mapping[str, float | None], path: Path) -> None:
-    """All plots of a run in one picture: a column a task, or two columns of one task. No point, no picture.
+    """All plots of a run in one picture: a column for each task, or two columns for one task.
+
+    Without points, no file is written.
 
     Args:
         rows: of all tasks.
@@ -241,123 +227,97 @@ def write_png(rows: Sequence[Row], question_only: Mapping[str, float | None], pa
     looks, kinds = styles(rows), axes_of(rows)
     if not tasks:
         return
+    floors = {task: floors_of(mine, question_only.get(task)) for task, mine in tasks.items()}
     cells = [(task, axis) for axis in kinds for task in tasks]
     n_columns = len(tasks) if len(tasks) > 1 else min(2, len(kinds))
     n_lines = -(-len(cells) // n_columns)
-    with matplotlib.rc_context(_RC), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+    with _drawing():
         size = (6 * n_columns, 3.9 * n_lines + 0.25 * len(looks) / n_columns)
         figure = Figure(figsize=size, layout="constrained")
         canvases = figure.subplots(n_lines, n_columns, squeeze=False).flatten().tolist()
         for canvas in canvases[len(cells) :]:
             canvas.remove()
         for canvas, (task, axis) in zip(canvases, cells, strict=False):
-            mine = tasks[task]
-            _draw(canvas, mine, floors_of(mine, question_only.get(task)), axis, looks)
-            canvas.set_title(f"{task} ({mine[0].n_samples} questions)", parse_math=False)
-        floors = {name for task, mine in tasks.items() for name in floors_of(mine, question_only.get(task))}
-        legend = figure.legend(handles=_handles(looks, floors), loc="outside lower center", ncols=2 * n_columns)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+            _draw(canvas, tasks[task], floors[task], axis, looks)
+            canvas.set_title(f"{task} ({tasks[task][0].n_samples} questions)", parse_math=False)
+        _legend(figure, looks, {name for some in floors.values() for name in some}, 2 * n_columns)
         with replacing(path) as new:
-            figure.savefig(new, dpi=150, format="png")
+            figure.savefig(new, dpi=_DPI, format="png")
 
 
-def _handles(looks: Mapping[str, Style], floors: Collection[str]) -> list[Line2D]:
-    """Entries of matplotlib's own legend."""
-    found = [Line2D([], [], label=name, linestyle="", **look.line) for name, look in looks.items()]
-    found += [
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """How figures look; names in scripts that the font lacks are no reason for a warning."""
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def _legend(figure: Figure, looks: Mapping[str, Style], floors: Collection[str], n_columns: int) -> Legend:
+    """Methods, floors and the front, below the plots."""
+    handles = [Line2D([], [], label=name, linestyle="", **look.line) for name, look in looks.items()]
+    handles += [
         Line2D([], [], label=name, color=_GREY, linestyle=style, linewidth=1)
         for name, style in _FLOOR_LINES.items()
         if name in floors
     ]
-    return [*found, Line2D([], [], label="Pareto front", color=_INK, alpha=0.55, linewidth=1)]
+    handles.append(Line2D([], [], label="Pareto front", **_FRONT))
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=n_columns)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return legend
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot for a page: inline SVG, what it shows, and its front."""
+    """One picture for a page: PNG as base64, and what it shows, in words."""
 
-    axis: Axis
-    svg: str
-    front: list[Row]
+    png: str
+    alt: str
+    front: Sequence[str] = ()
 
 
-def plots(rows: Sequence[Row], question_only: float | None, looks: Mapping[str, Style], name: str) -> list[Plot]:
-    """The plots of one task as inline SVG; none where nothing but floors was run.
+def plots(
+    rows: Sequence[Row], question_only: float | None, looks: Mapping[str, Style]
+) -> tuple[dict[str, Plot], Plot | None]:
+    """The plots of one task by the name of their cost, and their legend; none if only floors were run.
 
     Args:
         rows: of the task.
         question_only: that floor.
         looks: `styles` of all tasks.
-        name: unique within a page; ids of the SVG begin with it.
     """
-    found = []
-    for i, axis in enumerate(axes_of(rows) if points(rows) else []):
-        with matplotlib.rc_context({**_RC, "svg.hashsalt": f"{name} {i}"}):
+    shown, floors = points(rows), floors_of(rows, question_only)
+    if not shown:
+        return {}, None
+    found = {}
+    with _drawing():
+        for axis in axes_of(rows):
             figure = Figure(figsize=(4.9, 3.5), layout="constrained")
-            notes = _draw(figure.subplots(), rows, floors_of(rows, question_only), axis, looks)
-            found.append(Plot(axis, _inline(figure, f"{name}-{i}-", notes), front(points(rows), axis.of)))
-    return found
+            _draw(figure.subplots(), rows, floors, axis, looks)
+            best = [described(r) for r in front(shown, axis.of)]
+            found[axis.name] = Plot(_encoded(figure), _alt(shown, floors, axis), best)
+        methods = {r.method for r in shown}
+        mine = {name: look for name, look in looks.items() if name in methods}
+        figure = Figure(figsize=(9.8, 1))
+        legend = _legend(figure, mine, floors, 4)
+        words = "; ".join(text.get_text() for text in legend.get_texts())
+        return found, Plot(_encoded(figure, bbox_inches="tight"), f"Legend: {words}")
 
 
-def keys(
-    looks: Mapping[str, Style], rows: Sequence[Row], question_only: float | None, name: str
-) -> list[tuple[str, str]]:
-    """The legend of a task: names with their markers or lines as inline SVG, whose ids begin with `name`."""
-    methods = {r.method for r in points(rows)}
-    shown = [(label, look.line | {"linestyle": ""}) for label, look in looks.items() if label in methods]
-    floors = floors_of(rows, question_only)
-    shown += [(floor, dict(color=_GREY, linestyle=_FLOOR_LINES[floor])) for floor in floors]
-    shown += [("Pareto front", dict(color=_INK, alpha=0.55))]
-    return [(label, _key(line, f"{name}-key{i}")) for i, (label, line) in enumerate(shown)]
+def _alt(shown: Sequence[Row], floors: Mapping[str, float], axis: Axis) -> str:
+    """What a plot shows, for who cannot see it."""
+    values, costs = [100 * r.value for r in shown], [axis.of(r) or 0 for r in shown]
+    text = (
+        f"Accuracy of {len(shown)} configurations, {min(values):.1f} % to {max(values):.1f} %, against {axis.label}, "
+        f"{min(costs):.4g} to {max(costs):.4g}."
+    )
+    if floors:
+        text += f" Floors: {', '.join(f'{name} {100 * value:.1f} %' for name, value in floors.items())}."
+    return f"{text} The table below has the figures."
 
 
-def _key(line: Mapping[str, Any], name: str) -> str:
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": "key"}):
-        figure = Figure(figsize=(0.3, 0.15))
-        is_marker = "marker" in line
-        x, y = ([0.5], [0.5]) if is_marker else ([0.05, 0.95], [0.5, 0.5])
-        figure.add_artist(Line2D(x, y, linewidth=1.2, **line))
-        return _inline(figure, f"{name}-", {})
-
-
-_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
-
-
-def _inline(figure: Figure, prefix: str, notes: Mapping[str, str]) -> str:
-    """A figure as an SVG element for a page: ids unique, the page's font and colours, notes on its points."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    root = ET.fromstring(file.getvalue())
-    for parent in list(root.iter()):
-        for child in [c for c in parent if c.tag in (f"{_SVG}metadata", f"{_SVG}style")]:
-            parent.remove(child)
-    used = {v[1:] for e in root.iter() for v in e.attrib.values() if v.startswith("#")}
-    used |= {m for e in root.iter() for v in e.attrib.values() for m in re.findall(r"url\(#(.*?)\)", v)}
-    for element in list(root.iter()):
-        name = element.attrib.pop("id", None)
-        if name in notes:
-            note = ET.Element(f"{_SVG}title")
-            note.text = notes[name]
-            element.insert(0, note)
-        if name in used:
-            element.set("id", prefix + name)
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            element.set(key.removeprefix(_XLINK), _of_the_page(value, prefix))
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    root.set("aria-hidden", "true")
-    ET.register_namespace("", _SVG[1:-1])
-    return ET.tostring(root, encoding="unicode").replace(f' xmlns="{_SVG[1:-1]}"', "")
-
-
-def _of_the_page(value: str, prefix: str) -> str:
-    """An attribute with ids made unique, the page's colours and its font."""
-    if value.startswith("#"):
-        value = f"#{prefix}{value[1:]}"
-    value = value.replace("url(#", f"url(#{prefix}")
-    for colour, name in _PAGE.items():
-        value = value.replace(colour, name)
-    return re.sub(r"font-family: [^;]*(; )?", "", re.sub(r"font: ([\d.]+)px [^;]*", r"font-size: \1px", value))
+def _encoded(figure: Figure, **options: Any) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=_DPI, format="png", **options)
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,13 +1,13 @@
 """Renders the tables of the README and of docs/ from the committed rows in `eval/results/` and from the registries.
 
-python -m tokprune.eval.render            # rewrite README.md and docs/results.md
+python -m tokprune.eval.report.render     # rewrite README.md and docs/results.md
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,8 @@ from tokprune.cost.shapes import known_shape
 
 from ..bench import tables as bench_tables
 from ..run.rows import Row, pooled
-from .tables import accuracy, body, budget, caption, of_kinds, order, times, unpruned, visual
+from .exports import markdown, markdown_tables
+from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, interval, of_kinds, order, times
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGES = (Path("README.md"), Path("docs/results.md"))
@@ -27,71 +28,57 @@ BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def read_rows(name: str) -> list[dict]:
     """The rows of a file in the results folder."""
     return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
 
 
+def _run(name: str) -> tuple[list[Row], dict[str, float | None]]:
+    """The rows of a comparison, and its question-only floors by task."""
+    lines = read_rows(name)
+    floors = {r["task"]: r["value"] for r in lines if r["method"] == QUESTION_ONLY}
+    return [Row.read(r) for r in lines if r["method"] != QUESTION_ONLY], floors
+
+
+def _cells(row: Row, *names: str) -> list[str]:
+    """The method in code, then some of `tables.COLUMNS`."""
+    return [f"`{row.method}`", *(COLUMNS[name](row) for name in names)]
+
+
 def comparison(name: str) -> str:
     """One table a task, floors first."""
-    rows, parts = read_rows(name), []
-    for task in dict.fromkeys(r["task"] for r in rows):
-        mine = [r for r in rows if r["task"] == task]
-        floor = next((r["value"] for r in mine if r["method"] == "question only"), None)
-        shown = [Row.read(r) for r in mine if r["method"] != "question only"]
-        parts.append(f"**{task}**: {caption(shown[0])}. {unpruned(shown[0])}\n\n")
-        parts.append(markdown(*body(shown, floor)) + "\n")
-    return "".join(parts)
+    return markdown_tables(*_run(name), text=str) + "\n"
 
 
 def grid(name: str) -> str:
-    """A line a method, a column a ratio; for long lists of methods."""
-    rows = read_rows(name)
-    shown = pooled([Row.read(r) for r in rows if r["method"] != "question only"])
+    """A line for each method and a column for each ratio, for long lists of methods."""
+    rows, floors = _run(name)
+    shown = pooled(rows)
     ratios = sorted({r.keep_ratio for r in shown if r.keep_ratio is not None}, reverse=True)
-    least = ratios[-1]
-    lines = []
+    least, costs = ratios[-1], ("visual tokens", "LLM FLOPs", "prefill FLOPs", "prefill time")
+    lines = [[QUESTION_ONLY, f"{value:.3f}", *[""] * (len(ratios) + 3)] for value in floors.values()]
     for method in dict.fromkeys(r.method for r in sorted(shown, key=lambda r: r.keep_ratio is not None)):
         by_ratio = {r.keep_ratio: r for r in shown if r.method == method}
-        last = by_ratio.get(least) or by_ratio[None]
         own = [accuracy(by_ratio[None]), *[""] * (len(ratios) - 1)] if None in by_ratio else []
         each = own or [accuracy(by_ratio[ratio]) for ratio in ratios]
-        kept = visual(last)
-        c = last.costs
-        flops = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
-        lines.append([f"`{method}`", *each, kept, *flops, times(last.prefill_ratio, 1)])
-    floors = [
-        ["question only", f"{r['value']:.3f}", *[""] * (len(ratios) + 3)] for r in rows if "value" in r and len(r) == 3
-    ]
-    first = shown[0]
-    at = f"at {least:g}"
-    head = ("method", *(f"keep {r:g}" for r in ratios), f"placeholders {at}", f"LLM FLOPs {at}", f"prefill FLOPs {at}")
-    return f"{caption(first)}. {unpruned(first)}\n\n" + markdown((*head, f"prefill time {at}"), floors + lines)
+        code, *costly = _cells(by_ratio.get(least) or by_ratio[None], *costs)
+        lines.append([code, *each, *costly])
+    head = ("method", *(f"keep {r:g}" for r in ratios), *(f"{c} at {least:g}" for c in ("placeholders", *costs[1:])))
+    return f"{conditions(shown[0])}\n\n" + markdown(head, lines)
 
 
 def frontier(name: str) -> str:
-    """All configurations of a run in the order of the FLOPs that the language model really spent."""
-    rows = read_rows(name)
-    floors = [r for r in rows if r["method"] == "question only"]
-    shown = pooled([Row.read(r) for r in rows if r["method"] != "question only"])
-    lines = [["question only", "", f"{r['value']:.3f}", *[""] * 4] for r in floors]
-    for row in sorted(shown, key=lambda r: r.costs.llm_flops_after or 0):
-        c = row.costs
-        spent = (times(c.llm_flops_after, c.llm_flops_before), times(c.prefill_flops_after, c.prefill_flops_before))
-        memory = times(c.kv_bytes_after, c.kv_bytes_before)
-        lines.append([f"`{row.method}`", budget(row), accuracy(row), visual(row), *spent, memory])
-    head = ("method", "keep", "accuracy [95 %]", "visual tokens", "LLM FLOPs", "prefill FLOPs", "KV bytes")
-    return f"{caption(shown[0])}. {unpruned(shown[0])}\n\n" + markdown(head, lines)
+    """All configurations of a run, in the order of the FLOPs that the language model spent."""
+    rows, floors = _run(name)
+    shown = sorted(pooled(rows), key=lambda r: r.costs.llm_flops_after or 0)
+    names = ("keep", "accuracy [95 %]", "visual tokens", "LLM FLOPs", "prefill FLOPs", "KV bytes")
+    lines = [[QUESTION_ONLY, "", f"{value:.3f}", *[""] * 4] for value in floors.values()]
+    lines += [_cells(row, *names) for row in shown]
+    return f"{conditions(rows[0])}\n\n" + markdown(("method", *names), lines)
 
 
 def bench(name: str) -> str:
-    """Measured times beside the ledger's, a table a cell, and when pruning pays."""
+    """Measured times with the ledger's FLOPs, one table for each cell, and when pruning pays."""
     rows = [bench_tables.Row(**r) for r in read_rows(name)]
     parts = [f"{bench_tables.conditions_line(rows[0])}\n"]
     for cell in bench_tables.cells(rows):
@@ -107,7 +94,7 @@ def pairs(name: str) -> str:
         [
             f"`{r['first']}`",
             f"`{r['second']}`",
-            f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]",
+            in_points(r["difference"], r["low"], r["high"]),
             str(r["n_samples"]),
         ]
         for r in read_rows(name)
@@ -119,14 +106,14 @@ def kinds(names: str) -> str:
     """Findit at the smallest budget by kind of question: four kinds together, and counting apart."""
     lines = []
     for name in names.split(","):
-        rows = [Row.read(r) for r in read_rows(name) if r["task"] == "findit" and r["method"] != "question only"]
+        rows = [row for row in _run(name)[0] if row.task == "findit"]
         least = min(r.keep_ratio for r in rows if r.keep_ratio is not None)
         shown = [r for r in pooled(rows) if r.keep_ratio in (None, least)]
         for row in sorted(shown, key=order):
-            value, low, high, n = of_kinds(row, EASY_KINDS)
+            *shares, n = of_kinds(row, EASY_KINDS)
             keep = "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
             each = [f"{row.by_kind[kind]['value']:.3f}" for kind in (*EASY_KINDS, "count")]
-            lines.append([row.model, row.method, keep, f"{value:.3f} [{low:.3f}, {high:.3f}], n = {n}", *each])
+            lines.append([row.model, row.method, keep, f"{interval(*shares)}, n = {n}", *each])
     return markdown(("model", "method", "keep", "all but count [95 %]", *EASY_KINDS, "count"), lines)
 
 
@@ -140,7 +127,7 @@ def models(_: str) -> str:
 
 
 def ledger(names: str) -> str:
-    """What known models cost and what is left of it at three ratios."""
+    """What known models cost unpruned, and what is left at three ratios."""
     lines = []
     for name in names.split(","):
         shape = known_shape(name)
@@ -165,7 +152,7 @@ def ledger(names: str) -> str:
 
 
 def exits(name: str) -> str:
-    """Where visual tokens leave at once, what that saves and what it costs in answers."""
+    """The layer where all visual tokens leave, what that saves and what it costs in answers."""
     rows = read_rows(name)
     first, lines = rows[0], []
     for r in rows:
@@ -174,7 +161,7 @@ def exits(name: str) -> str:
         lines.append(
             [
                 f"`{r['method']}`" + (f", keep {r['keep_ratio']:.3f}" if r["keep_ratio"] is not None else ""),
-                f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]",
+                interval(r["value"], r["low"], r["high"]),
                 times(r["llm_flops_after"], bare),
                 times(r["llm_flops_ratio_as_run"], 1),
                 f"{100 * r['selector_flops'] / bare:.2f} %",

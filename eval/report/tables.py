@@ -1,14 +1,27 @@
-"""Rows as people read them: tables for the terminal, for Markdown and for pages."""
+"""The cells that every table shares, and the table for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..run.rows import NONE, SHUFFLED, Row, pooled
+from ..run.rows import DOWNSAMPLE, NONE, SHUFFLED, Row, pooled
 from ..stats import wilson
+
+FLOORS = (SHUFFLED, "blind")  # answers without the right picture
+CONTROLS = (NONE, DOWNSAMPLE, "random", "uniform", "pool")
+QUESTION_ONLY = "question only"
+
+
+def is_control(method: str) -> bool:
+    """Whether a row's method is one that methods have to beat, whatever its options and seeds."""
+    return re.split("[:,]", method)[0] in CONTROLS
+
+
+# ---- cells
 
 
 def times(after: float | None, before: float | None) -> str:
@@ -16,40 +29,57 @@ def times(after: float | None, before: float | None) -> str:
     return "" if after is None or not before else f"x {after / before:.2f}"
 
 
+def interval(value: float, low: float | None, high: float | None, form: str = ".3f") -> str:
+    """A value with its interval, if it has one: "0.865 [0.839, 0.887]"."""
+    ends = "" if low is None or high is None else f" [{low:{form}}, {high:{form}}]"
+    return f"{value:{form}}{ends}"
+
+
+def in_points(share: float, low: float | None, high: float | None) -> str:
+    """A difference of shares in percentage points: "-4.1 [-6.3, -1.9]"."""
+    return interval(100 * share, *(None if end is None else 100 * end for end in (low, high)), form="+.1f")
+
+
 def budget(row: Row) -> str:
-    """A ratio of the tokens, or of the FLOPs; empty for what decides by itself."""
+    """The ratio of tokens or of FLOPs that was asked for; empty for a method that takes no budget."""
     if row.flops_ratio is not None:
         return f"FLOPs {row.flops_ratio:g}"
     return "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
 
 
 def accuracy(row: Row) -> str:
-    """The value with its interval, where there is one."""
-    known = "" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]"
-    return f"{row.value:.3f}{known}"
+    """The value with its interval, if it has one."""
+    return interval(row.value, row.low, row.high)
 
 
 def difference(row: Row) -> str:
-    """Points more than the unpruned run on the same questions, and whether that is noise."""
+    """Percentage points from the unpruned run on the same questions, and whether they may be noise."""
     if row.difference is None or row.difference_low is None or row.difference_high is None:
         return ""
-    numbers = (row.difference, row.difference_low, row.difference_high)
-    points, low, high = (f"{100 * number:+.1f}" for number in numbers)
-    return f"{points} [{low}, {high}]{' noise' if row.is_noise else ''}"
+    points = in_points(row.difference, row.difference_low, row.difference_high)
+    return f"{points}{' noise' if row.is_noise else ''}"
+
+
+def visual(row: Row) -> str:
+    """Visual tokens before and after the last cut, and their mean over decoder layers if it differs."""
+    mean = "" if abs(row.n_visual_mean - row.n_visual_after) < 1e-6 else f" (mean {row.n_visual_mean:.4g})"
+    return f"{row.n_visual_before:.4g} -> {row.n_visual_after:.4g}{mean}"
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+Cells = Mapping[str, Callable[[Row], str]]
+
+COLUMNS: Cells = {
     "method": lambda r: r.method,
     "keep": budget,
     "accuracy [95 %]": accuracy,
     "points from none [95 %]": difference,
     "words": lambda r: _share(r.words_value),
     "stop": lambda r: _share(r.stop_rate),
-    "visual tokens": lambda r: visual(r),
+    "visual tokens": visual,
     "LLM FLOPs": lambda r: times(r.costs.llm_flops_after, r.costs.llm_flops_before),
     "prefill FLOPs": lambda r: times(r.costs.prefill_flops_after, r.costs.prefill_flops_before),
     "KV bytes": lambda r: times(r.costs.kv_bytes_after, r.costs.kv_bytes_before),
@@ -57,20 +87,26 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
+def columns(rows: Sequence[Row], cells: Cells = COLUMNS) -> list[str]:
     """The columns that say something about these rows.
 
-    "words" and "stop" are left out where every answer was whole and ended, and whatever is empty everywhere.
+    Empty columns are left out. So are "words" and "stop" if every answer was whole and ended by itself.
     """
     whole = all(r.words_value in (None, r.value) and r.stop_rate in (None, 1) for r in rows)
-    filled = [name for name, cell in COLUMNS.items() if any(cell(r) for r in rows)]
+    filled = [name for name, cell in cells.items() if any(cell(r) for r in rows)]
     return [name for name in filled if not (whole and name in ("words", "stop"))]
 
 
-def visual(row: Row) -> str:
-    """Visual tokens before and after the last cut, and in the mean over decoder layers where that differs."""
-    mean = "" if abs(row.n_visual_mean - row.n_visual_after) < 1e-6 else f" (mean {row.n_visual_mean:.4g})"
-    return f"{row.n_visual_before:.4g} -> {row.n_visual_after:.4g}{mean}"
+def order(row: Row) -> tuple:
+    """Floors first, then by budget."""
+    first = [*FLOORS, NONE]
+    return (
+        first.index(row.method) if row.method in first else len(first),
+        -(row.keep_ratio or row.flops_ratio or 0),
+    )
+
+
+# ---- tables
 
 
 def unpruned(row: Row) -> str:
@@ -82,7 +118,7 @@ def unpruned(row: Row) -> str:
     return (
         f"Unpruned, one question costs {c.llm_flops_before / 1e9:.3g} GFLOPs in the language model, "
         f"{c.prefill_flops_before / 1e9:.3g} GFLOPs up to the first token and {c.kv_bytes_before / 2**20:.3g} MiB of "
-        f"KV cache; vision tower and projector, {100 * tower:.0f} % of the prefill's FLOPs, cannot be saved."
+        f"KV cache. Pruning cannot save the vision tower and the projector, {100 * tower:.0f} % of the prefill FLOPs."
     )
 
 
@@ -91,8 +127,13 @@ def caption(row: Row) -> str:
     return (
         f"{row.n_samples} questions of the {row.split or 'whole'} split, {row.model}, {row.device}, {row.dtype}, "
         f"{row.attn_implementation}, batch {row.batch_size}, transformers {row.transformers}, torch {row.torch}, "
-        f"{row.date}"
+        f"{row.date}."
     )
+
+
+def conditions(row: Row) -> str:
+    """`caption` and `unpruned` in one paragraph."""
+    return f"{caption(row)} {unpruned(row)}".strip()
 
 
 def body(rows: Sequence[Row], floor: float | None) -> tuple[list[str], list[list[str]]]:
@@ -101,18 +142,9 @@ def body(rows: Sequence[Row], floor: float | None) -> tuple[list[str], list[list
     header = columns(shown)
     lines = [[COLUMNS[name](row) for name in header] for row in shown]
     if floor is not None:
-        first = {"method": "question only", "accuracy [95 %]": f"{floor:.3f}"}
+        first = {"method": QUESTION_ONLY, "accuracy [95 %]": f"{floor:.3f}"}
         lines.insert(0, [first.get(name, "") for name in header])
     return header, lines
-
-
-def order(row: Row) -> tuple:
-    """Floors first, then by budget."""
-    floors = [SHUFFLED, "blind", NONE]
-    return (
-        floors.index(row.method) if row.method in floors else len(floors),
-        -(row.keep_ratio or row.flops_ratio or 0),
-    )
 
 
 def table(task: str, rows: Sequence[Row], floor: float | None) -> Table:

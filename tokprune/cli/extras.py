@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import RunError
 
-EVAL_NEEDS = ("accelerate", "easy_vqa", "filelock", "jinja2", "matplotlib")
+EVAL_NEEDS = ("accelerate", "easy_vqa", "filelock", "jinja2", "matplotlib", "pandas", "tabulate")
 
 
 def load_runner(model: str = "tiny-llava", **options: Any) -> Any:
