@@ -23,11 +23,11 @@ ALL = "\n".join((ROOT / page).read_text() for page in PAGES)
 def test_tables_are_rendered_from_the_committed_rows_and_the_registries():
     assert rendered(ALL) == ALL
     assert {match[1] for match in BLOCK.findall(ALL)} == set(BLOCKS)
-    assert README.count("| question only |") >= 2
+    assert len(re.findall(r"\| question only +\|", README)) >= 2
 
 
 def test_a_changed_figure_in_a_table_is_seen():
-    (figure, *_) = re.findall(r"\| none \|  \| (0\.\d+)", README)
+    (figure, *_) = re.findall(r"\| none +\| +\| (0\.\d+)", README)
     assert rendered(README.replace(figure, "0.999", 1)) == README
 
 

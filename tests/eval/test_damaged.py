@@ -274,7 +274,7 @@ def test_whatever_a_line_became_its_batch_is_whole_or_asked_again(name, run, fin
 def test_whatever_a_line_became_there_is_a_report(name, run, finished, monkeypatch):
     """A line that is left out makes the same page every time; of one that passes there has to be one. Plots: below."""
     lines = (finished / name).read_bytes().splitlines(keepends=True)
-    monkeypatch.setattr(report, "plots", lambda *ignored: [])
+    monkeypatch.setattr(report, "plots", lambda *ignored: ({}, None))
     passed = 0
     for spoil in spoilt(lines[-1].strip()):
         (run / name).write_bytes(b"".join(lines[:-1]) + spoil + b"\n")
