@@ -69,7 +69,7 @@ def _against_floors(rows: Sequence[Row], question_only: float | None) -> tuple[s
     floors = [r for r in rows if r.method in FLOORS and r.difference is not None]
     alike = [r.method for r in floors if r.is_noise]
     if alike:
-        return f"The unpruned model cannot be told from {' or '.join(alike)}. {_CANNOT_TELL}", True
+        return f"The unpruned model is within the noise of {' and '.join(alike)}. {_CANNOT_TELL}", True
     bare = _one(rows, NONE)
     above = [r.method for r in floors if (r.difference or 0) > 0]
     if bare is not None and question_only is not None and question_only >= bare.low:
@@ -80,7 +80,7 @@ def _against_floors(rows: Sequence[Row], question_only: float | None) -> tuple[s
 
 
 def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
-    """What cannot be told from the unpruned run at one budget, and whether random tokens are among it."""
+    """What is within the noise of the unpruned run at one budget, and whether random tokens are among it."""
     pruned = [r for r in rows if r.method not in (*FLOORS, NONE) and r.difference is not None]
     if not pruned:
         return None
@@ -95,9 +95,9 @@ def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
 
 def _alike(alike: Sequence[Row]) -> list[str]:
     best, *others = alike
-    texts = [f"The best method that cannot be told from unpruned is {_described(best)}."]
+    texts = [f"The best method within the noise of unpruned is {_described(best)}."]
     if others:
-        texts.append(f"Others that cannot be told from unpruned: {'; '.join(r.method for r in others)}.")
+        texts.append(f"Also within the noise: {'; '.join(r.method for r in others)}.")
     if any(r.method.startswith("random") for r in alike):
         texts.append("Random tokens are among these: at this budget the run does not show that the choice matters.")
     return texts

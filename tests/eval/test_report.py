@@ -213,7 +213,7 @@ def test_findings_are_those_of_the_rows(compared):
     assert f"no visual token: {100 * by_name['blind', ''].value:.1f} %" in page
     alike = [r for r in by_name.values() if budget(r) == "0.5" and r.is_noise]
     best = max(alike, key=lambda r: r.value)
-    assert f"The best method that cannot be told from unpruned is {best.method}" in page
+    assert f"The best method within the noise of unpruned is {best.method}" in page
     assert "24 questions are too few" in page
 
 
@@ -239,7 +239,7 @@ def test_a_task_that_a_blind_model_solves_is_called_so(compared):
     lost = [dataclasses.replace(r, difference=-0.3, difference_low=-0.4, difference_high=-0.2) for r in rows]
     texts = [f.text for f in findings.findings(lost, 0.3)]
     assert any("All 3 methods differ from unpruned by more than noise" in text for text in texts)
-    assert not any("cannot be told" in text or "Random" in text for text in texts)
+    assert not any("within the noise" in text or "Random" in text for text in texts)
     pruned = [r for r in rows if r.method not in ("blind", "shuffled pictures")]
     assert "not known whether this task needs pictures" in findings.findings(pruned, None)[0].text
 
@@ -690,7 +690,7 @@ def told(method: str, value: float, difference: float | None = None, keep: float
     ("blind", "question_only", "says"),
     [
         (0.2, 0.3, "is clearly better"),
-        (0.59, 0.3, "cannot be told from blind. So this task cannot tell methods apart"),
+        (0.59, 0.3, "within the noise of blind. So this task cannot tell methods apart"),
         (0.8, 0.3, "is not measurably better than blind. So this task cannot tell methods apart"),
         (
             0.2,
@@ -712,5 +712,5 @@ def test_methods_better_than_unpruned_are_named_and_nearest_is_nearest():
     assert "The nearest is b with 55.0" in apart
     assert apart.endswith("Better than unpruned, by more than noise: a.")
     one = findings.findings([*bare, told("a", 0.75, 0.15, 0.25), told("b", 0.59, -0.01, 0.25)], None)[1].text
-    assert one.startswith("The best method that cannot be told from unpruned is b with ")
+    assert one.startswith("The best method within the noise of unpruned is b with ")
     assert one.endswith("Better than unpruned, by more than noise: a.")
