@@ -20,7 +20,7 @@ COMPARE = ("compare", "--task", "findit", "--limit", "2", "--methods", "none")
 COMMANDS = {
     "bench": (BENCH, "out.lock"),
     "fit-exit": (FIT, "out.lock"),
-    "search": (SEARCH, "out.trials.jsonl.lock"),
+    "search": (SEARCH, "out.lock"),
     "compare": (COMPARE, "out/.lock"),
 }
 HOLD = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
