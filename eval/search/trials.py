@@ -20,7 +20,7 @@ from optuna.trial import Trial, TrialState, create_trial
 
 from tokprune.core.errors import RunError
 
-from ..run.lines import Damaged, shortened, typed
+from ..run.lines import shortened, typed
 from ..run.locks import alone_at
 
 Counts = Mapping[int, int]  # visual tokens left from a layer on, of the largest picture; empty for the unpruned model
@@ -71,7 +71,7 @@ class Trials:
         noted = [t.user_attrs.get(POINT) for t in done]
         if UNPRUNED in study.user_attrs:
             noted.append(study.user_attrs[UNPRUNED])
-        self.points = {p.key: p for p in map(_point, noted)}
+        self.points = {p.key: p for p in (typed(Point, values) for values in noted)}
 
     def add(self, point: Point, trial: Trial | None = None) -> None:
         """Record the figures of a schedule.
@@ -162,13 +162,6 @@ def _study(path: Path, settings: dict[str, Any]) -> optuna.Study:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # its process was killed
         study.tell(trial.number, state=TrialState.FAIL)
     return study
-
-
-def _point(values: Any) -> Point:
-    point = typed(Point, values)
-    if point.right > point.n or not point.tokens:
-        raise Damaged("has more right answers than questions, or no layers")
-    return point
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
