@@ -583,7 +583,7 @@ def test_fit_exit_through_the_command_line_and_again_after_a_kill(tmp_path, monk
     assert other.returncode == 2
     assert "lr" in other.stderr
     done = tokprune_cli("fit-exit", *ARGUMENTS, "--out", str(cut))
-    assert "10 questions seen, 20 steps done" in " ".join(done.stdout.split())
+    assert "10 questions observed, 20 steps done" in " ".join(done.stdout.split())
     assert calls == ["observe", "observe", "again"]
     a, b = read_gates(whole), read_gates(cut)
     for i in a.layers:
