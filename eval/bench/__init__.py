@@ -1,4 +1,4 @@
-"""Time and memory. Read `sweep`, then `cells` (one model, resolution and batch size) and `timing` (one generation).
+"""Time and memory. Read `settings`, `sweep`, `cells` (one resolution and batch size) and `timing` (one generation).
 
-`shaped` builds models of known shapes, `break_even` says from which output length on pruning pays, `tables` prints.
+`shaped` builds models of known shapes, `break_even` finds the output lengths at which pruning gains, `tables` prints.
 """

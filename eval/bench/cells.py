@@ -1,11 +1,11 @@
-"""A cell of a sweep: one model, resolution and batch size, all configurations in turn, and the rows that come of it."""
+"""A cell of a sweep: all configurations in turn at one resolution and batch size, and the rows of what was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,33 +14,38 @@ from tokprune.core.clock import PARTS
 from ..run.rows import Config, conditions
 from ..stats import percentile
 from . import shaped
-from .break_even import Times, by_output_length, ratio
+from .break_even import Ranges, by_output_length, ratio
+from .settings import Settings
 from .timing import Measured, measured
 
-if TYPE_CHECKING:
-    from .sweep import Settings
-
 PHASES = ("vision", "selection", "prefill", "rest")
-Spread = dict[str, float]  # p20, p50 and p80 in milliseconds
+Spread = list[float]  # p20, p50 and p80 in milliseconds
+Interval = list[float]  # of a ratio to the unpruned model: low end, median, high end
 
 
 @dataclass
 class Row:
-    """One configuration in one cell at one output length, as it is written.
+    """One configuration in one cell at one output length.
 
     Args:
-        model: its name; `weights` are "random" or "real"; layers of decoder and tower as built.
-        n_visual, n_kept: visual tokens of a picture, and what the last layer sees of them; `n_mean` over layers.
-        columns: of the KV cache behind the prompt, by decoder layer.
-        vision_ms, selection_ms, prefill_ms, rest_ms: phases up to the first token; they add up to it in every round.
+        model: its name.
+        weights: "random" or "real".
+        n_layers, n_vision_layers: as built.
+        n_visual, n_kept: visual tokens of a picture, and those that the last layer sees.
+        n_mean: visual tokens, mean over the layers.
+        columns: columns of the KV cache after the prompt, by decoder layer.
+        new_tokens: the output length.
+        vision_ms, selection_ms, prefill_ms, rest_ms: phases; they add up to the first token in every round.
         selection_parts_ms: medians of the parts of the selection.
-        first_token_ms, token_ms, total_ms: from end to end; `token_ms` of every token behind the first.
-        first_token_ratio, token_ratio, total_ratio: to the bare model, paired by round: median, interval and coverage.
-        prefill_flops_ratio, token_flops_ratio, kv_bytes_ratio: what the ledger predicts.
+        first_token_ms, total_ms: end to end.
+        token_ms: each token after the first, mean of a run.
+        first_token_ratio, token_ratio, total_ratio: to the unpruned model, paired by round.
+        prefill_flops_ratio, token_flops_ratio, kv_bytes_ratio: predicted by the ledger.
         kv_bytes, kv_bytes_ledger: keys and values of the prompt, measured and predicted.
-        peak_bytes, above_bytes: the highest of all rounds; `above_bytes` was not in use before.
-        breakeven: in output length, in words.
-        first_s, token_s, total_s: every round, for intervals of one's own.
+        peak_bytes, above_bytes: highest of all rounds; `above_bytes` were not in use before the run.
+        gains, losses: ranges [first, last] of output lengths at which pruning saves or costs time, up to the longest
+            measured; last is None where the range reaches the longest.
+        first_s, token_s, total_s: every round.
     """
 
     model: str
@@ -67,9 +72,9 @@ class Row:
     first_token_ms: Spread
     token_ms: Spread | None
     total_ms: Spread
-    first_token_ratio: dict[str, float]
-    token_ratio: dict[str, float] | None
-    total_ratio: dict[str, float]
+    first_token_ratio: Interval
+    token_ratio: Interval | None
+    total_ratio: Interval
     prefill_flops_ratio: float | None
     token_flops_ratio: float | None
     kv_bytes_ratio: float | None
@@ -77,7 +82,8 @@ class Row:
     kv_bytes_ledger: int | None
     peak_bytes: int | None
     above_bytes: int | None
-    breakeven: str
+    gains: Ranges
+    losses: Ranges
     first_s: list[float]
     token_s: list[float]
     total_s: list[float]
@@ -95,17 +101,22 @@ class Row:
         """Method and ratio."""
         return Config(self.method, self.keep_ratio)
 
+    @property
+    def name(self) -> str:
+        """Method and ratio as text."""
+        return self.method + ("" if self.keep_ratio is None else f" {self.keep_ratio:g}")
+
 
 @dataclass
 class Subject:
     """A model at one resolution.
 
     Args:
-        config: of the model.
-        side: pixels a side of the square picture.
-        image_processor: that cuts it.
-        n_placeholders: rows that it gives the language model, newlines among them.
-        model: None before it is built.
+        config: the model's configuration.
+        side: width and height of the picture in pixels.
+        image_processor: cuts the picture.
+        n_placeholders: rows of the picture in the language model, newlines included.
+        model: None until it is built.
     """
 
     config: Any
@@ -123,8 +134,8 @@ class Cell:
         settings: of the sweep.
         subject: the model at a resolution.
         batch_size: prompts at a time.
-        configs: the bare model first.
-        rounds: what was counted so far, whole rounds alone.
+        configs: the unpruned model first.
+        rounds: what was measured so far, in whole rounds.
     """
 
     settings: Settings
@@ -134,7 +145,7 @@ class Cell:
     rounds: list[dict[Config, Measured]] = field(default_factory=list)
 
     def measure(self, advance: Callable[[], None] = lambda: None) -> None:
-        """All rounds, every one begun by another configuration; those that warm up are not counted."""
+        """Run all rounds, each beginning with another configuration; warm-up rounds are not kept."""
         s, model, inputs = self.settings, self.subject.model, self.inputs()
         for i in range(s.warmup + s.rounds):
             turn, found = i % len(self.configs), {}
@@ -152,7 +163,7 @@ class Cell:
         return {name: value.to(model.device) for name, value in made.items()}
 
     def rows(self) -> list[Row]:
-        """One a configuration and output length; none before a round is whole."""
+        """One per configuration and output length; none before the first round is complete."""
         lengths = sorted(set(self.settings.new_tokens)) if self.rounds else []
         seen = conditions(self.subject.model) if lengths else {}
         return [self._row(config, n, seen) for config in self.configs for n in lengths]
@@ -187,7 +198,7 @@ class Cell:
         )
 
     def _predicted(self, run: Measured, n_new: int) -> dict[str, Any]:
-        """What the report counts and its ledger predicts; of the bare model from another's report."""
+        """Counts and predictions of the report; for the unpruned model, from the report of another configuration."""
         report = run.report or next(m.report for m in self.rounds[-1].values() if m.report)
         image = report.images[0]
         bare = run.report is None
@@ -216,7 +227,7 @@ class Cell:
 
 
 def _phases(runs: Sequence[Measured]) -> dict[str, Any]:
-    """Columns of the time up to the first token, by phase."""
+    """Columns for the time to the first token, by phase."""
     parts = {p: [m.phases.seconds.get(p, 0.0) for m in runs] for p in PARTS}
     return {
         **{f"{p}_ms": spread([getattr(m.phases, f"{p}_s") for m in runs]) for p in PHASES},
@@ -225,32 +236,31 @@ def _phases(runs: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _compared(runs: Sequence[Measured], bare: Sequence[Measured], n_new: int) -> dict[str, Any]:
-    """Columns of the time from end to end, and beside the bare model's."""
-    (own, other), has_steps = (_times(each) for each in (runs, bare)), len(runs[0].ticks) > 1
-    totals = [[m.until(n_new) for m in each] for each in (runs, bare)]
+    """Columns for the time end to end, and relative to the unpruned model."""
+    longest = len(runs[0].ticks)
+    firsts, tokens, totals = (
+        [[value(m) for m in each] for each in (runs, bare)]
+        for value in (lambda m: m.ticks[0], lambda m: m.token_s or 0.0, lambda m: m.until(n_new))
+    )
+    more = list(zip(*([p - b for p, b in zip(*each, strict=True)] for each in (firsts, tokens)), strict=True))
     return {
-        "first_token_ms": spread(own.first),
-        "token_ms": spread(own.token) if has_steps else None,
+        "first_token_ms": spread(firsts[0]),
+        "token_ms": spread(tokens[0]) if longest > 1 else None,
         "total_ms": spread(totals[0]),
-        "first_token_ratio": asdict(ratio(own.first, other.first)),
-        "token_ratio": asdict(ratio(own.token, other.token)) if has_steps else None,
-        "total_ratio": asdict(ratio(*totals)),
-        "breakeven": by_output_length(own, other).in_words(len(runs[0].ticks)) if has_steps and runs[0].report else "",
-        "first_s": list(own.first),
-        "token_s": list(own.token),
+        "first_token_ratio": ratio(*firsts),
+        "token_ratio": ratio(*tokens) if longest > 1 else None,
+        "total_ratio": ratio(*totals),
+        **by_output_length(more, longest),
+        "first_s": firsts[0],
+        "token_s": tokens[0] if longest > 1 else [],
         "total_s": totals[0],
     }
-
-
-def _times(runs: Sequence[Measured]) -> Times:
-    steps = [m.token_s for m in runs]
-    return Times([m.ticks[0] for m in runs], [] if None in steps else steps)
 
 
 def spread(seconds: Sequence[float]) -> Spread:
     """Percentiles in milliseconds."""
     ordered = sorted(1000 * s for s in seconds)
-    return {"p20": percentile(ordered, 0.2), "p50": median(ordered), "p80": percentile(ordered, 0.8)}
+    return [percentile(ordered, 0.2), median(ordered), percentile(ordered, 0.8)]
 
 
 def _highest(values: Sequence[int | None]) -> int | None:

@@ -1,7 +1,6 @@
-"""Models of known shapes with random weights, and prompts with pictures cut as the real models cut them.
+"""Builds models of known shapes with random weights, and prompts with pictures cut as the real models cut them.
 
-Times do not depend on what weights hold, so nothing is downloaded. What a method decides by content, it decides here
-about noise.
+Times do not depend on the values of weights, so nothing is downloaded. Methods that decide by content see noise here.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def _internvl(side: int, image: int) -> dict[str, Any]:
 
 
 def family_of(name: str) -> Family | None:
-    """The family of a known shape, by its name; None where there is no builder."""
+    """The family of a known shape, by its name; None if it cannot be built."""
     llama, mistral, qwen = transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config
     if name.startswith("llava-next"):
         text = mistral if "mistral" in name else llama
@@ -153,24 +152,24 @@ def config_of(
         name: such as "llava-1.5-7b".
         layers: decoder layers, fewer than the real ones.
         vision_layers: layers of the vision tower.
-        side: pixels a side that the tower takes, where the picture has no other way of being larger.
+        side: width and height in pixels that the tower takes, for models that take one size only.
 
     Raises:
-        RunError: there is no builder, or the sizes are none.
+        RunError: the shape cannot be built, or a size is invalid.
     """
     shape, family = known_shape(name), family_of(name)
     if family is None:
         built = ", ".join(n for n in KNOWN if family_of(n))
-        raise RunError(f"no model of shape {name!r} can be built here; type one of: {built}")
+        raise RunError(f"cannot build a model of shape {name!r}; type one of: {built}")
     for option, asked, real in (
         ("--layers", layers, shape.text.n_layers),
         ("--vision-layers", vision_layers, shape.vision.stack.n_layers),
     ):
         least = 2 if option == "--layers" else 3
         if asked is not None and not least <= asked <= real:
-            raise RunError(f"{option} {asked} is outside {least} to {real}, what {name} has")
+            raise RunError(f"{option} {asked} is outside {least} to {real}, the layers of {name}")
     if side is not None and (side % PATCH or side < 4 * PATCH):
-        raise RunError(f"--resolution {side} is no multiple of the tower's patches of {PATCH} pixels; type 336")
+        raise RunError(f"--resolution {side} has to be a multiple of {PATCH}, the pixels of a patch; type 336")
     text = replace(shape.text, n_layers=layers or shape.text.n_layers)
     tower = replace(shape.vision.stack, n_layers=vision_layers or shape.vision.stack.n_layers)
     shape = replace(shape, text=text, vision=replace(shape.vision, stack=tower))
@@ -186,12 +185,12 @@ def config_of(
 
 
 def skeleton(config: transformers.PretrainedConfig, dtype: torch.dtype, attn: str) -> torch.nn.Module:
-    """A model without weights: it knows shapes and takes no memory."""
+    """A model without weights, which takes no memory."""
     return _built(config, dtype, attn, torch.device("meta"))
 
 
 def build(config: transformers.PretrainedConfig, dtype: torch.dtype, attn: str, device: torch.device):
-    """A model with random weights that generates to the full length."""
+    """A model with random weights; it always generates the full length."""
     torch.manual_seed(0)
     model = _built(config, dtype, attn, device)
     model.generation_config.pad_token_id = 0
@@ -199,7 +198,7 @@ def build(config: transformers.PretrainedConfig, dtype: torch.dtype, attn: str, 
 
 
 def endless(model: Any) -> Any:
-    """The same model; no token ends its answers, so that all runs are of one length."""
+    """The same model, changed so that no token ends an answer: all runs have the same length."""
     model.generation_config.eos_token_id = None
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = 0
@@ -215,13 +214,13 @@ def _built(config: transformers.PretrainedConfig, dtype: torch.dtype, attn: str,
 
 
 def first_line(error: Exception) -> str:
-    """Of what another library says."""
+    """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on configurations that never had a checkpoint."""
+    """Silence transformers' remarks on configurations without a checkpoint."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -234,18 +233,18 @@ def _quiet() -> Iterator[None]:
 def refuse_too_large(
     model: torch.nn.Module, device: torch.device, rows: int, columns: int, name: str, loaded: bool = False
 ) -> None:
-    """Raise where a model and what it computes do not fit the memory that is there.
+    """Raise if a model and what it computes do not fit the free memory.
 
     Args:
         model: a skeleton.
-        device: where it is to be built.
-        rows: of the largest batch.
-        columns: of its prompt and what is generated.
+        device: where to build it.
+        rows: rows of the largest batch.
+        columns: columns of the prompt and the output.
         name: for the message.
-        loaded: whether its weights are there already.
+        loaded: whether its weights are in memory already.
 
     Raises:
-        RunError: with what is needed, what is there, and what to type.
+        RunError: names the memory needed, the free memory, and what to type.
     """
     weights = 0 if loaded else sum(p.numel() * p.element_size() for p in model.parameters())
     shape, size = shape_from_config(model.config), model.dtype.itemsize
@@ -262,7 +261,7 @@ def refuse_too_large(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a model could take."""
+    """Free memory of a device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -275,7 +274,7 @@ def takes_any_size(config: transformers.PretrainedConfig) -> bool:
 
 
 def crop_side(config: transformers.PretrainedConfig) -> int:
-    """Pixels a side of a crop."""
+    """Width and height of a crop in pixels."""
     side = config.vision_config.image_size
     return side if isinstance(side, int) else side[0]
 
@@ -296,7 +295,7 @@ def image_processor_of(config: transformers.PretrainedConfig) -> Any:
 
 
 def _pil(module: str, name: str) -> Any:
-    """An image processor that needs no torchvision; transformers 4 has it by the plain name."""
+    """An image processor that needs no torchvision; transformers 4 has it under the plain name."""
     try:
         found = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
         return getattr(found, f"{name}Pil")
@@ -305,7 +304,7 @@ def _pil(module: str, name: str) -> Any:
 
 
 def pictures(side: int, n: int) -> list[Image.Image]:
-    """Square pictures of smooth noise, all different: equal rows of a batch would be taken for copies."""
+    """Square pictures of smooth noise, all different: equal rows of a batch would be treated as beam copies."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(n, 3, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(noise, (side, side), mode="bilinear")
@@ -313,14 +312,14 @@ def pictures(side: int, n: int) -> list[Image.Image]:
 
 
 def encoded(image_processor: Any, side: int, n: int) -> dict[str, torch.Tensor]:
-    """What the processor makes of so many square pictures."""
+    """The processor's output for n square pictures."""
     found = image_processor(pictures(side, n), return_tensors="pt")
     return {name: found[name] for name in ("pixel_values", "image_sizes", "batch_num_images") if name in found}
 
 
 @torch.no_grad()
 def placeholders(model: Any, pixels: dict[str, torch.Tensor]) -> int:
-    """Rows that one picture gives the language model, newlines among them, as the model packs them.
+    """Rows that one picture gives the language model, newlines included, as the model packs them.
 
     Args:
         model: a skeleton is enough.
@@ -332,7 +331,7 @@ def placeholders(model: Any, pixels: dict[str, torch.Tensor]) -> int:
 
 
 def prompt(config: Any, n_visual: int, n_text: int, pixels: dict[str, torch.Tensor], rows: int) -> dict:
-    """A batch: every row has text before its picture and behind it.
+    """A batch; every row has text before and after its picture.
 
     Args:
         config: of the model.
@@ -344,7 +343,7 @@ def prompt(config: Any, n_visual: int, n_text: int, pixels: dict[str, torch.Tens
     generator = torch.Generator().manual_seed(1)
     vocabulary = config.text_config.vocab_size
     special = {getattr(config, name, None) for name in ("image_token_id", "video_token_id")}
-    # Low ids are often special; where there are few, only placeholders are avoided.
+    # Low ids are often special; a small vocabulary has no others to spare.
     least = 100 if vocabulary > 1000 else 3
     words = torch.tensor([i for i in range(least, vocabulary) if i not in special])
     text = words[torch.randint(len(words), (rows, n_text), generator=generator)]

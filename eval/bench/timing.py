@@ -1,4 +1,4 @@
-"""One generation with clocks on: its phases, its cache and its memory, with a method attached or without."""
+"""Measures one generation, pruned or not: the time of its phases, its cache and its memory."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ VISION, PREFILL = "vision", "prefill"
 
 @dataclass
 class Cache:
-    """The KV cache as the first pass left it: columns by decoder layer, and bytes of all keys and values."""
+    """The KV cache after the first pass: columns by decoder layer, and bytes of all keys and values."""
 
     columns: list[int] = field(default_factory=list)
     n_bytes: int = 0
 
     @classmethod
     def of(cls, cache: Any) -> Cache:
-        """From the tensors that are there."""
+        """Read from its tensors."""
         tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         return cls([layer.keys.shape[-2] for layer in cache.layers], sum(t.numel() * t.element_size() for t in tensors))
 
 
 @dataclass
 class Phases:
-    """Seconds of one first pass, by phase; they add up to `first_s` with what is left over.
+    """Seconds of one first pass, by phase.
 
     Args:
         first_s: to the first token.
-        seconds: by phase and part of the selection: "vision", "prefill", and those of `tokprune.spans.PARTS`.
+        seconds: by phase and part of the selection: "vision", "prefill", and those of `tokprune.core.clock.PARTS`.
         counts: how often each ran.
     """
 
@@ -64,7 +64,7 @@ class Phases:
 
     @property
     def rest_s(self) -> float:
-        """What is none of these: the embeddings of the prompt, and what `generate` does around a pass."""
+        """Everything else: the embeddings of the prompt, and what `generate` does around a pass."""
         return self.first_s - self.vision_s - self.selection_s - self.prefill_s
 
 
@@ -75,12 +75,12 @@ class Measured:
     Args:
         ticks: seconds to the first token, the second, and so on.
         total_s: seconds of all of it.
-        phases: of its first pass, or of another one where listening to the phases would have slowed it.
-        cache: behind the first pass.
+        phases: of its first pass, or of another run if timing the phases would have slowed this one.
+        cache: after the first pass.
         peak_bytes, above_bytes: as in `Memory`.
-        n_new: tokens that were generated.
+        n_new: number of generated tokens.
         attn: attention implementation of the language model while it ran.
-        report: of the attachment; None for the bare model.
+        report: of the attachment; None for the unpruned model.
     """
 
     ticks: list[float]
@@ -95,20 +95,20 @@ class Measured:
 
     @property
     def token_s(self) -> float | None:
-        """Seconds a token behind the first; None where there is one alone."""
+        """Seconds for each token after the first; None if there is only one."""
         n = len(self.ticks) - 1
         return (self.ticks[-1] - self.ticks[0]) / n if n else None
 
     def until(self, n: int) -> float:
-        """Seconds to the n-th token; all of the run for its last."""
+        """Seconds to the n-th token; for the last token, of the whole run."""
         return self.total_s if n == len(self.ticks) else self.ticks[n - 1]
 
 
 def measured(model: Any, inputs: dict, config: Config, new_tokens: int) -> Measured:
-    """One configuration, once.
+    """Measure one configuration once.
 
-    On a CPU the phases are those of the run itself. On a GPU every edge of a phase waits for the device, so they are
-    read in a run of their own that stops at the first token.
+    On a CPU the phases are timed in the run itself. On a GPU the start and end of a phase wait for the device, so
+    phases are timed in another run, which stops at the first token.
     """
     if model.device.type == "cpu":
         return _once(model, inputs, config, new_tokens, phases=True)
@@ -135,7 +135,7 @@ def _once(model: Any, inputs: dict, config: Config, new_tokens: int, phases: boo
         watch = stack.enter_context(Stopwatch(model))
 
         def first_pass_ended(module, args, out) -> None:
-            if not seen:  # behind the first tick: what this takes is a few microseconds of the second token
+            if not seen:  # after the first tick: this adds a few microseconds to the second token
                 seen.update(cache=Cache.of(cache_of(out)), seconds=dict(parts.seconds), counts=dict(parts.counts))
 
         stack.callback(model.register_forward_hook(first_pass_ended).remove)
@@ -149,14 +149,14 @@ def _once(model: Any, inputs: dict, config: Config, new_tokens: int, phases: boo
 
 
 def _hear_vision(base: Any, stack: ExitStack) -> None:
-    """Time the model's own encoding, inside of what an attachment makes of it later."""
+    """Time the model's own encoding, inside what an attachment wraps around it later."""
     original = base.get_image_features
     base.get_image_features = span(VISION)(original)
     stack.callback(delattr, base, "get_image_features")
 
 
 def _hear_prefill(model: Any, parts: Parts, stack: ExitStack) -> None:
-    """Time the decoder layers and the LM head; what an attachment does inside is taken off."""
+    """Time the decoder layers and the LM head; what an attachment does inside is subtracted."""
     for module in (model.model.language_model, model.get_output_embeddings()):
         begins = module.register_forward_pre_hook(lambda *ignored: parts.begin(PREFILL))
         ends = module.register_forward_hook(lambda *ignored: parts.end())

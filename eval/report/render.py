@@ -78,13 +78,13 @@ def frontier(name: str) -> str:
 
 
 def bench(name: str) -> str:
-    """Measured times with the ledger's FLOPs, one table for each cell, and when pruning pays."""
+    """Times and memory of a sweep, with a legend."""
     rows = [bench_tables.Row(**r) for r in read_rows(name)]
     parts = [f"{bench_tables.conditions_line(rows[0])}\n"]
-    for cell in bench_tables.cells(rows):
-        columns, lines = bench_tables.summary(cell)
-        parts.append(f"**{bench_tables.title(cell[0])}**\n\n" + markdown(columns, lines))
-    parts.append("".join(f"- {line}\n" for line in bench_tables.sentences(rows)))
+    for title, header, lines in bench_tables.tables(rows):
+        columns = [column.replace("\n", " ") for column in header]
+        parts.append(f"**{title}**\n\n" + markdown(columns, [[f"`{first}`", *line] for first, *line in lines]))
+    parts.append(" ".join(bench_tables.legend(rows)) + "\n")
     return "\n".join(parts)
 
 

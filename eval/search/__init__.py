@@ -1,4 +1,4 @@
 """Searches that need a model. Read `search` (schedules) with `algorithms`, then `fit_exit` (gates) and `exits`.
 
-`trials` is what was evaluated, so that an interrupted search resumes.
+`trials` holds the evaluated schedules, so that an interrupted search resumes.
 """

@@ -1,9 +1,14 @@
-"""How a schedule is searched for, given what evaluates one: G-Search and P-Sigmoid (arXiv 2412.00556)."""
+"""Searches for a schedule, given a function that evaluates one: G-Search and P-Sigmoid (arXiv 2412.00556)."""
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import optuna
+from optuna.trial import Trial, TrialState
 
 from tokprune.core.errors import RunError
 from tokprune.core.schedules import PAPER_DEPTH, Sigmoid, half_up
@@ -11,20 +16,27 @@ from tokprune.core.signals import Decoder
 
 from .trials import Counts, Point
 
-EVALUATIONS, TRIALS = 6, 30  # of a layer of G-Search; of P-Sigmoid
+EVALUATIONS, TRIALS = 6, 30  # per layer of G-Search; in all of P-Sigmoid
 STEEPNESS = 0.25, 32.0  # from nearly a straight line to one cut
-SLACK = 1e-9  # what floating point may lose between two equal accuracies
-Evaluate = Callable[[Counts], Point]
+SLACK = 1e-9  # rounding error between two equal accuracies
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class Evaluate(Protocol):
+    """Evaluates a schedule, {} for the unpruned model, and tells the trial that proposed it."""
+
+    def __call__(self, counts: Counts, trial: Trial | None = None) -> Point:
+        """The figures of a schedule."""
 
 
 # ---- G-Search
 
 
 def fewest(most: int, holds: Callable[[int], bool], evaluations: int) -> int:
-    """The smallest count that holds, 0 to `most`, which is known to hold; 0 is asked first, then bisected.
+    """The smallest count from 0 to `most` that holds. 0 is tried first, then bisection; `most` is known to hold.
 
-    Bisection is by ratio: 1 to 2 is as far as 50 to 100. It takes for granted that what holds for a count holds for
-    larger ones; accuracy does not promise that, so a smaller count may hold that was not looked at.
+    Bisection is by ratio: 1 to 2 is as far as 50 to 100. It assumes that where a count holds, larger ones do. Accuracy
+    is not monotone, so a smaller count may hold that was not tried.
     """
     if holds(0):
         return 0
@@ -41,16 +53,16 @@ def fewest(most: int, holds: Callable[[int], bool], evaluations: int) -> int:
 
 
 def g_search(evaluate: Evaluate, n_layers: int, n_visual: int, tolerance: float, evaluations: int) -> Counts:
-    """From shallow to deep the fewest tokens from every layer on, while accuracy stays within the tolerance.
+    """The fewest tokens from every layer on, from shallow to deep, while accuracy stays within the tolerance.
 
-    Greedy: what the first layers spend of the tolerance, later ones do not have.
+    Greedy: later layers get what the first ones leave of the tolerance.
 
     Args:
-        evaluate: of a schedule, {} for the bare model.
-        n_layers: decoder layers.
+        evaluate: gives the accuracy of a schedule.
+        n_layers: number of decoder layers.
         n_visual: visual tokens of the largest picture.
-        tolerance: accuracy that may be lost, of 1.
-        evaluations: of a layer, at most.
+        tolerance: accuracy that may be lost, from 0 to 1.
+        evaluations: at most so many per layer.
     """
     least = evaluate({}).accuracy - tolerance - SLACK
     found: dict[int, int] = {}
@@ -66,9 +78,9 @@ def g_search(evaluate: Evaluate, n_layers: int, n_visual: int, tolerance: float,
 
 
 def best_single(evaluate: Evaluate, n_layers: int, n_visual: int, tolerance: float, evaluations: int) -> Counts:
-    """The control of G-Search: of all single cuts within the tolerance the one with the fewest tokens over all layers.
+    """The control of G-Search: the single cut within the tolerance with the fewest tokens over all layers.
 
-    Arguments as in `g_search`; the empty schedule where no cut holds.
+    Arguments as in `g_search`. The schedule is empty if no cut is within the tolerance.
     """
     least = evaluate({}).accuracy - tolerance - SLACK
     found: list[tuple[int, int, int]] = []
@@ -83,19 +95,19 @@ def best_single(evaluate: Evaluate, n_layers: int, n_visual: int, tolerance: flo
 
 
 def sigmoid_ratios(budget: float, n_layers: int, steepness: float, middle: float) -> list[float] | None:
-    """What is left in every layer, r(l) = lo + (1 - lo) / (1 + exp(steepness (l - middle))), r(0) = 1.
+    """Ratio of tokens left in every layer, r(l) = lo + (1 - lo) / (1 + exp(steepness (l - middle))), r(0) = 1.
 
-    `lo` is solved so that the mean over all layers is the budget; None where it would be below 0.
+    `lo` is solved so that the mean over all layers is the budget; None if it would be below 0.
     """
     sigmoid = Sigmoid(steepness, middle)
     falls = [sigmoid.fall(layer, n_layers) for layer in range(1, n_layers)]
-    room = n_layers - 1 - sum(falls)
-    lo = (budget * n_layers - 1 - sum(falls)) / room if room > 0 else -1.0
+    most = n_layers - 1 - sum(falls)
+    lo = (budget * n_layers - 1 - sum(falls)) / most if most > 0 else -1.0
     return None if lo < 0 else [1.0, *(lo + (1 - lo) * fall for fall in falls)]
 
 
 def counts_of(ratios: Sequence[float], n_visual: int) -> Counts:
-    """Ratios by layer as counts, where they fall."""
+    """Ratios by layer as counts, for the layers where they fall."""
     found: dict[int, int] = {}
     left = n_visual
     for layer, ratio in enumerate(ratios):
@@ -106,38 +118,44 @@ def counts_of(ratios: Sequence[float], n_visual: int) -> Counts:
 
 
 def p_sigmoid(
-    evaluate: Evaluate, decoder: Decoder, n_visual: int, budget: float, trials: int, seed: int
+    evaluate: Evaluate, study: optuna.Study, decoder: Decoder, n_visual: int, budget: float, trials: int, seed: int
 ) -> tuple[Counts, dict[str, float]]:
-    """The sigmoid of a budget that answers best, by Bayesian optimisation, and its parameters; the first of equals.
+    """The most accurate sigmoid with the budget, by Bayesian optimisation, and its parameters; the first of equals.
 
-    The first trial is FastV's single cut. What the budget does not reach is not evaluated and no trial.
+    The first trial is FastV's single cut. Parameters that cannot meet the budget are pruned trials, which cost nothing.
+
+    Args:
+        evaluate: tells the trial its accuracy.
+        study: resumes where it has trials already.
+        decoder: the decoder layers.
+        n_visual: visual tokens of the largest picture.
+        budget: mean ratio of visual tokens left over all layers.
+        trials: number of sigmoids to evaluate.
+        seed: of the draws.
+
+    Raises:
+        RunError: no sigmoid can meet the budget.
     """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-    study.enqueue_trial({"steepness": STEEPNESS[1], "middle": decoder.scaled(2, PAPER_DEPTH) - 0.5})
-    best: tuple[Point, Counts, dict[str, float]] | None = None
-    evaluated = 0
-    for _ in range(20 * trials):
+    if not study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.WAITING)):
+        study.enqueue_trial({"steepness": STEEPNESS[1], "middle": decoder.scaled(2, PAPER_DEPTH) - 0.5})
+    while len(finished := study.get_trials(deepcopy=False, states=FINISHED)) < 20 * trials:
+        if sum(t.state == TrialState.COMPLETE for t in finished) >= trials:
+            break
+        # A journal does not hold the sampler's state. With one seed per trial, a resumed search draws the same.
+        study.sampler = optuna.samplers.TPESampler(seed=zlib.crc32(f"{seed} {len(finished)}".encode()))
         trial = study.ask()
         steepness = trial.suggest_float("steepness", *STEEPNESS, log=True)
         middle = trial.suggest_float("middle", 0.0, float(decoder.n_layers))
         ratios = sigmoid_ratios(budget, decoder.n_layers, steepness, middle)
         if ratios is None:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            continue
-        counts = counts_of(ratios, n_visual)
-        point = evaluate(counts)
-        study.tell(trial, point.accuracy)
-        if best is None or point.right > best[0].right:
-            best = point, counts, {"steepness": steepness, "middle": middle}
-        evaluated += 1
-        if evaluated == trials:
-            break
-    if best is None:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            evaluate(counts_of(ratios, n_visual), trial)
+    complete = [t for t in finished if t.state == TrialState.COMPLETE][:trials]
+    if not complete:
         raise RunError(
-            f"no sigmoid has a mean of {budget:g} over {decoder.n_layers} layers, of which the first keeps all; type "
-            f"--budget {2 / decoder.n_layers:.2g}, for instance"
+            f"no sigmoid has a mean of {budget:g} over {decoder.n_layers} layers, because the first layer keeps all "
+            f"tokens; type --budget {2 / decoder.n_layers:.2g}, for instance"
         )
-    return best[1], best[2]
+    best = max(complete, key=lambda t: t.values[0])
+    return counts_of(sigmoid_ratios(budget, decoder.n_layers, **best.params) or (), n_visual), best.params

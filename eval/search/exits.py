@@ -1,11 +1,11 @@
-"""Exits of all visual tokens on a task's test questions: where they come, what they save and what they cost in answers.
+"""Measures exits of all visual tokens on a task's test questions: at which layer, FLOPs saved and answers lost.
 
-python -m tokprune.eval.exits --gate gate.safetensors --out rows.jsonl
+python -m tokprune.eval.search.exits --gate gate.safetensors --out rows.jsonl
 
-Beside the fitted gates (`dyvte`, made by `tokprune fit-exit`) run the attention-mass exit at several thresholds, every
-fixed layer, and the usual controls, those with a budget at the number of tokens whose FLOPs are nearest to the gates'.
-FLOPs of a question are counted without padding, from the columns that every layer saw of its row; "as run" is the
-padded batch, in which one row that stays keeps all layers wide.
+It runs the fitted gates (`dyvte`, made by `tokprune fit-exit`), the attention-mass exit at several thresholds, every
+fixed layer, and the controls. Controls with a budget keep the number of tokens whose FLOPs are nearest to the gates'.
+The FLOPs of a question are counted without padding, from the columns of its row in every layer. "As run" counts the
+padded batch, in which one row without an exit keeps all layers wide.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..stats import wilson
 from ..tasks import Sample, Task, load_task
 from .fit_exit import histogram
 
-# The last ones are quantiles of what training questions show on the embedded model, which never looks away.
+# The last ones are quantiles on training questions of the embedded model, which keeps attending to the picture.
 THRESHOLDS = (0.05, 0.2, 0.5, 0.8, 0.9, 0.95)
 
 
@@ -43,7 +43,7 @@ def exit_layer(image: ImageReport, n_layers: int) -> int | None:
 
 
 def columns_by_layer(report: Report | None, columns: list[int], n_layers: int) -> list[list[int]]:
-    """Columns of every row without padding that each layer saw; `columns` are those of the whole prompts."""
+    """Columns of every row by layer, without padding; `columns` are those of the whole prompts."""
     if report is None or not report.prefills:
         return [[n] * n_layers for n in columns]
     return report.row_layers(0, report.prefills[0].rows or columns)
@@ -53,17 +53,17 @@ class Exits:
     """Answers the same questions under one method after the other.
 
     Args:
-        runner: model and processor; the cost of the model has to be known.
-        model_name: as typed.
-        task: its test questions.
-        samples: some of them.
+        runner: model and processor; the FLOPs of the model have to be known.
+        model_name: as the user typed it.
+        task: gives the pictures.
+        samples: the test questions.
         batch_size: questions at a time.
     """
 
     def __init__(self, runner: Runner, model_name: str, task: Task, samples: Sequence[Sample], batch_size: int = 32):
         self.runner, self.model_name, self.task, self.samples = runner, model_name, task, samples
         if runner.shape is None:
-            raise RunError(f"what {model_name} costs is not known; type --model tiny-llava or another LLaVA")
+            raise RunError(f"the FLOPs of {model_name} are not known; type --model tiny-llava or another LLaVA")
         self.shape: Shape = runner.shape
         self.n_layers, self.size = self.shape.text.n_layers, batch_size
 
@@ -109,7 +109,7 @@ class Exits:
         }
 
     def nearest_ratio(self, flops: float) -> float:
-        """The ratio of visual tokens that, kept from the first layer on, costs nearest to so many LLM FLOPs."""
+        """The ratio of visual tokens, kept from the first layer on, whose LLM FLOPs are nearest to these."""
         inputs = self.runner.prepare(self.task, self.samples[:1], [self.samples[0].image_id])
         columns = int(inputs["attention_mask"].sum())
         visual = int((inputs["input_ids"] == self.runner.model.config.image_token_id).sum())
@@ -117,7 +117,7 @@ class Exits:
         return min(costs, key=lambda k: abs(costs[k] - flops)) / visual
 
     def rows(self, gate: Path, thresholds: Sequence[float], console: Console) -> list[dict[str, Any]]:
-        """All rows, the gates' first."""
+        """All rows; the first is that of the gates."""
         notes = read_gates(gate).notes
         found: list[dict[str, Any]] = []
 
@@ -127,7 +127,7 @@ class Exits:
 
         add(Config(f"dyvte:gate={gate}"), fit=notes.get("fit"), fixed_layer=notes.get("fixed_layer"))
         ratio = self.nearest_ratio(found[0]["llm_flops_after"])
-        found[0]["method"] = "dyvte"  # where the file lay says nothing
+        found[0]["method"] = "dyvte"  # without the path of the file
         add(Config(NONE))
         for layer in range(1, self.n_layers):
             add(Config(f"visual_exit:layer={layer}"))
@@ -141,7 +141,7 @@ class Exits:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row in words."""
+    """A row as text."""
     exits = " ".join(f"{layer}:{n}" for layer, n in row["exit_layers"].items() if n)
     return (
         f"{row['method']}: {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], LLM FLOPs x "

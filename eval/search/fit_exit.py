@@ -2,16 +2,17 @@
 
 tokprune fit-exit --model tiny-llava --task findit --out gate.safetensors
 
-As in the paper (arXiv 2411.19628) the model is frozen, and a gate learns to say whether the model's own answer would
-stay the same: exit is right iff on the tokens of the expected answer, the end token among them, the most likely token
-is the same in more than 99 % and the cross-entropy is below 1.03 times the unmasked one. The paper draws a layer a step
-and runs the batch twice. One pass gives the states at all layers, and the labels do not change while the model is
-frozen, so here states and labels of every (question, layer) are computed once, and a step draws a layer and questions
-among them: the same distribution. Labels come from passes in which the visual tokens really leave. What a gate reads
-lies in the prompt, which sees nothing of the answer behind it.
+As in the paper (arXiv 2411.19628) the model is frozen, and a gate learns whether the model's own answer would stay the
+same. Exit is right if, on the tokens of the expected answer and its end token, more than 99 % of the most likely tokens
+are the same and the cross-entropy is below 1.03 times the unmasked one. The paper draws a layer per step and runs the
+batch twice. Here one pass gives the states of all layers, and the labels cannot change while the model is frozen. So
+states and labels of every (question, layer) are computed once, and a step draws a layer and questions among them, which
+is the same distribution. For the labels, the visual tokens are really removed. A gate reads states of the prompt, which
+cannot see the answer after it.
 
-The paper's learning rate, 6e-5, is for gates of 2048 on states of 4096. On the embedded model (width 160) gates of 256
-take 1e-3: of 400 questions not fitted to, 400 steps leave them worse, 4000 steps, 3e-3 or 3e-4 no better.
+The paper's learning rate, 6e-5, is for gates of width 2048 on states of width 4096. The default, 1e-3, is for gates of
+width 256 on the embedded model (width 160). On 400 held-out questions, 400 steps were worse; 4000 steps, or a
+rate of 3e-3 or 3e-4, were no better.
 """
 
 from __future__ import annotations
@@ -46,23 +47,23 @@ from ..tasks import Sample, Task
 
 AGREEMENT, CROSS_ENTROPY = 0.99, 1.03  # the paper's
 WARM_UP = 0.03
-HELD_OUT = 5  # one training picture of so many is for validation
+HELD_OUT = 5  # one training picture in 5 is for validation
 NEVER = "never"
 WIDEST = 65536
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a fit depends on, beside model and task.
+    """Options of a fit.
 
     Args:
-        steps: of the optimiser, one layer each.
+        steps: steps of the optimiser, each at one layer.
         hidden: width of a gate.
         samples: training questions to fit to; a quarter as many, on other pictures, are for validation.
-        seed: of the choice of questions, the first weights and the draws of every step.
-        batch_size: questions a step, and at a time through the model.
-        lr: the highest learning rate; a cosine behind a warm-up of 3 %.
-        kl: nats; a fixed exit may change the answers' distribution by less in the mean.
+        seed: for the choice of questions, the first weights and the draws of every step.
+        batch_size: questions per step, and per pass of the model.
+        lr: the highest learning rate, after a warm-up of 3 %; a cosine lowers it.
+        kl: nats by which a fixed exit may change the distribution of the answers, in the mean.
     """
 
     steps: int = 2000
@@ -85,10 +86,10 @@ class Settings:
 
 @dataclass
 class Seen:
-    """What is known of some questions; layer l stands for an exit behind it.
+    """States and labels of some questions; index l is an exit after layer l.
 
     Args:
-        features: (n, L - 1, 2 D), what gates read.
+        features: (n, L - 1, 2 D), the input of the gates.
         labels: (n, L - 1) bool, whether exit is right.
         kl: (n, L - 1) nats, from the unmasked to the masked distribution, mean over the answer's tokens.
     """
@@ -102,7 +103,7 @@ class Seen:
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:
-        """One behind the other."""
+        """Concatenated."""
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("features", "labels", "kl")))
 
 
@@ -110,8 +111,8 @@ def label(unmasked: Tensor, masked: Tensor, answer: Tensor) -> tuple[bool, float
     """Whether exit is right for one question, and the divergence in nats.
 
     Args:
-        unmasked: (T, V) logits where the answer's tokens are predicted.
-        masked: the same without visual tokens behind a layer.
+        unmasked: (T, V) logits that predict the answer's tokens.
+        masked: the same without visual tokens after a layer.
         answer: (T,) the expected tokens.
     """
     before, after = (x.double().log_softmax(-1) for x in (unmasked, masked))
@@ -122,7 +123,7 @@ def label(unmasked: Tensor, masked: Tensor, answer: Tensor) -> tuple[bool, float
 
 @torch.no_grad()
 def observe(runner: Runner, task: Task, samples: Sequence[Sample], decoder: Decoder) -> Seen:
-    """One batch: a pass with everything, and one for an exit before every layer."""
+    """States and labels of one batch, from an unmasked pass and one pass per exit layer."""
     model, tokenizer = runner.model, runner.processor.tokenizer
     inputs = dict(runner.prepare(task, samples, [s.image_id for s in samples]))
     width, device = inputs["input_ids"].shape[1], model.device
@@ -144,7 +145,7 @@ def observe(runner: Runner, task: Task, samples: Sequence[Sample], decoder: Deco
     visual = inputs["input_ids"] == model.config.image_token_id
     after = (torch.arange(width, device=device) * visual).amax(1).tolist()
     if max(after) == width - 1:
-        raise RunError("the prompt ends with a picture, and an exit needs text behind it; use another chat template")
+        raise RunError("the prompt ends with a picture, but an exit needs text after it; use another chat template")
     states = torch.stack(out.hidden_states[1 : decoder.n_layers], 1)
     features = [gate_features(states[r, :, c + 1 : width]) for r, c in enumerate(after)]
     found = []
@@ -159,7 +160,7 @@ def observe(runner: Runner, task: Task, samples: Sequence[Sample], decoder: Deco
 
 
 def training_part(task: Task, settings: Settings) -> tuple[Task, list[Sample], list[Sample]]:
-    """The training split with questions to fit to and others, on other pictures, to validate on.
+    """The training split, its questions to fit to, and those to validate on, which are on other pictures.
 
     Raises:
         RunError: the task has no training split.
@@ -175,20 +176,20 @@ def training_part(task: Task, settings: Settings) -> tuple[Task, list[Sample], l
 
 
 class Fit:
-    """A fit that goes on where it was cut off, from OUT.partial.
+    """A fit; an interrupted one resumes from OUT.partial.
 
     Args:
         runner: model and processor.
-        model_name: as typed.
-        task: with a training split.
-        settings: the rest.
+        model_name: as the user typed it.
+        task: has a training split.
+        settings: the options.
         out: the gate file to write.
 
     Raises:
-        RunError: `out` is there, or the task has no training split.
+        RunError: `out` exists, or the task has no training split.
     """
 
-    every = 20  # batches through the model between two checkpoints; ten times as many steps
+    every = 20  # batches between two checkpoints while observing; ten times as many steps while training
 
     def __init__(self, runner: Runner, model_name: str, task: Task, settings: Settings, out: Path):
         self.runner, self.settings, self.out = runner, settings, out
@@ -214,32 +215,32 @@ class Fit:
 
     def _refuse_gate(self) -> None:
         if self.out.exists():
-            raise RunError(f"{self.out} is there already; remove it, or name another file with --out")
+            raise RunError(f"{self.out} exists already; remove it, or name another file with --out")
 
     def _gate(self) -> nn.Module:
         first = nn.Linear(2 * self.decoder.width, self.settings.hidden, bias=False)
         return nn.ModuleList([first, nn.Linear(self.settings.hidden, 2, bias=False)])
 
     def weights(self, layer: int) -> Weights:
-        """Of one gate."""
+        """The weights of one gate."""
         first, last = self.gates[layer]  # type: ignore[misc]
         return first.weight, last.weight
 
     def run(self, console: Console) -> Gates:
-        """Observe, train, validate, write, and show what came out.
+        """Observe, train, validate, write the gates and print their figures.
 
         Raises:
-            RunError: another process writes to `out`, it is there, or OUT.partial is of another fit.
+            RunError: another process writes to `out`, it exists, or OUT.partial belongs to another fit.
         """
         with alone_at(self.out):
-            self._refuse_gate()  # of another process, that has come to its end meanwhile
-            self._go_on()
+            self._refuse_gate()  # another process may have finished meanwhile
+            self._resume()
             return self._run(console)
 
     def _run(self, console: Console) -> Gates:
         size, done = self.settings.batch_size, sum(map(len, self.seen))
         if done or self.step:
-            console.print(f"going on from {self.partial}: {done} questions seen, {self.step} steps done")
+            console.print(f"The fit resumes from {self.partial}: {done} questions observed, {self.step} steps done")
         for start in range(done, len(self.samples), size):
             self.seen.append(observe(self.runner, self.task, self.samples[start : start + size], self.decoder))
             if start // size % self.every == self.every - 1:
@@ -256,7 +257,9 @@ class Fit:
         try:
             write_gates(self.out, gates)
         except OSError as error:
-            raise RunError(f"cannot write {self.out}: {error}; make room and type the same command again") from error
+            raise RunError(
+                f"cannot write {self.out}: {error}; free some space and type the same command again"
+            ) from error
         self.partial.unlink(missing_ok=True)
         show(gates.notes, console)
         return gates
@@ -265,7 +268,7 @@ class Fit:
         return slice(self.n_fit), slice(self.n_fit, None)
 
     def _train(self, seen: Seen) -> None:
-        """One step; its draws and its learning rate depend on its number alone."""
+        """One step; its draws and its learning rate depend only on its number."""
         s, device = self.settings, self.runner.model.device
         draw = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
         layer = int(torch.randint(len(self.gates), (1,), generator=draw))
@@ -281,7 +284,7 @@ class Fit:
         self.step += 1
 
     def _save(self) -> None:
-        """Everything so far, at once or not at all."""
+        """Write a checkpoint, whole or not at all."""
         tensors = {f"gate.{name}": w for name, w in self.gates.named_parameters()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{name}": x for name, x in state.items()}
@@ -292,10 +295,11 @@ class Fit:
             write_tensors(self.partial, tensors, metadata)
         except OSError as error:
             raise RunError(
-                f"cannot write {self.partial}: {error}; make room, or name another file with --out"
+                f"cannot write {self.partial}: {error}; free some space, or name another file with --out"
             ) from error
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
+        """Read the checkpoint, if there is one."""
         if not self.partial.exists():
             return
         again = f"remove {self.partial}, or name another file with --out"
@@ -306,7 +310,7 @@ class Fit:
             facts, self.step = json.loads(metadata["facts"]), int(metadata["step"])
             other = [name for name in self.facts if facts.get(name) != self.facts[name]]
             if other:
-                raise RunError(f"{self.partial} is of another fit ({', '.join(other)} differ); {again}")
+                raise RunError(f"{self.partial} belongs to a fit with other settings ({', '.join(other)}); {again}")
             self.seen = [Seen(*(tensors[f"seen.{name}"] for name in ("features", "labels", "kl")))]
             weights = {name: tensors[f"gate.{name}"] for name, _ in self.gates.named_parameters()}
             self.gates.load_state_dict(weights)
@@ -318,7 +322,7 @@ class Fit:
         except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
             if isinstance(error, RunError):
                 raise
-            raise RunError(f"{self.partial} cannot be read; {again}") from error
+            raise RunError(f"cannot read {self.partial}; {again}") from error
 
 
 def exit_layers(leaves: Tensor) -> dict[str, int]:
@@ -328,18 +332,18 @@ def exit_layers(leaves: Tensor) -> dict[str, int]:
 
 
 def histogram(first: Sequence[int | None], n_layers: int) -> dict[str, int]:
-    """How many exit before layer "1", "2" ..., and how many "never" do."""
+    """How many rows exit before layer "1", "2" ..., and how many "never" do."""
     counts = Counter(first)
     return {**{str(i): counts[i] for i in range(n_layers) if i or counts[0]}, NEVER: counts[None]}
 
 
 def calibrated_layer(kl: Sequence[float], limit: float) -> int | None:
-    """VTW's rule: the earliest layer before which everything can leave for less than `limit` nats in the mean."""
+    """VTW's rule: the earliest layer at which an exit of all rows costs less than `limit` nats in the mean."""
     return next((i + 1 for i, value in enumerate(kl) if value < limit), None)
 
 
 def _notes(weights: dict, fit: Seen, held: Seen, limit: float) -> dict[str, Any]:
-    """What a gate file says about itself: by layer 1 .. L - 1, on fitted and held-out questions."""
+    """Figures for the gate file, by layer 1 .. L - 1, on fitted and held-out questions."""
     logits = torch.stack([gate_logits(pair, held.features[:, i]) for i, pair in weights.items()], 1)
     leaves = logits[..., 1] > logits[..., 0]
     kl = fit.kl.double().mean(0).tolist()
@@ -358,10 +362,10 @@ def _notes(weights: dict, fit: Seen, held: Seen, limit: float) -> dict[str, Any]
 
 
 def show(notes: Any, console: Console) -> None:
-    """The notes of a gate file as a table, and what to type."""
+    """Print the figures of a gate file as a table, and the best fixed layer."""
     title = f"{notes['n_held_out']} held-out training questions; fitted to {notes['n_fit']}"
     table = RichTable(title=title, title_justify="left")
-    for name in ("exit before layer", "exit is right", "gate agrees", "gates exit here", "labels would", "KL, nats"):
+    for name in ("exit before layer", "exit is right", "gate is right", "gates exit", "labels exit", "KL, nats"):
         table.add_column(name, justify="right")
     for i, share in enumerate(notes["label_share"]):
         counts = [str(notes[name][str(i + 1)]) for name in ("exit_layers", "label_exit_layers")]
@@ -373,7 +377,7 @@ def show(notes: Any, console: Console) -> None:
     fixed = notes["fixed_layer"]
     if fixed is None:
         console.print(
-            f"No fixed layer changes the answers by less than {notes['kl_limit']:g} nats; --kl takes another limit"
+            f"No fixed layer changes the answers by less than {notes['kl_limit']:g} nats (--kl sets another limit)"
         )
     else:
         console.print(

@@ -1,14 +1,13 @@
-"""Finds a schedule of cuts for a model: which decoder layers need how many visual tokens (arXiv 2412.00556).
+"""Finds a schedule of cuts for a model: how many visual tokens every decoder layer needs (arXiv 2412.00556).
 
-G-Search finds the fewest tokens of every layer that answer as well as all of them; P-Sigmoid the best sigmoid of a
-budget. Questions for it are kept apart from the test split. Accuracy is not monotone in the number of tokens, and that
-of a few hundred questions has an interval of some percent: what is found held on these questions, and is measured anew
-on the test split with `tokprune compare`.
+G-Search finds the fewest tokens per layer that keep the accuracy; P-Sigmoid finds the best sigmoid for a budget. The
+questions are not those of the test split. Accuracy is not monotone in the number of tokens, and on a few hundred
+questions its interval is some percent wide. So the result holds for these questions; measure it on the test split with
+`tokprune compare`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from optuna.trial import Trial
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -28,34 +28,33 @@ from tokprune.core.signals import Decoder
 from tokprune.core.tokens import Stage
 
 from ..compare import settings
-from ..run.lines import counted
 from ..run.rows import NONE, Config, conditions
 from ..run.runner import Runner
 from ..stats import wilson
 from ..tasks import Sample, Task, load_task, stratified
 from ..tasks.imagefolder import ImageFolder
 from .algorithms import EVALUATIONS, TRIALS, best_single, g_search, p_sigmoid
-from .trials import Counts, Point, Trials, key_of
+from .trials import Counts, Point, Trials, key_of, opened
 
-# ---- the questions, and what is asked of them
+# ---- settings and questions
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is searched for.
+    """What to search for.
 
     Args:
-        tolerance: of G-Search: accuracy that may be lost, of 1.
-        budget: of P-Sigmoid: mean over all decoder layers of the fraction of visual tokens left.
-        score: a specification of what ranks the tokens.
-        samples: questions, at most.
-        seed: of the draw of questions and of P-Sigmoid.
-        trials: evaluations of a layer, or of P-Sigmoid; None is 6, or 30.
+        tolerance: for G-Search, the accuracy that may be lost, from 0 to 1.
+        budget: for P-Sigmoid, the ratio of visual tokens left, mean over all decoder layers.
+        score: specification of the method that ranks the tokens.
+        samples: number of questions, at most.
+        seed: for drawing the questions, and for P-Sigmoid.
+        trials: evaluations per layer (G-Search, 6 by default) or in all (P-Sigmoid, 30 by default).
         batch_size: questions at a time.
-        single: look for the best single cut instead, the control of G-Search.
+        single: search for the best single cut instead, the control of G-Search.
 
     Raises:
-        RunError: a value that is none, or a score that takes no schedule.
+        RunError: a value is invalid, or the score takes no schedule.
     """
 
     tolerance: float | None = None
@@ -72,13 +71,13 @@ class Wanted:
             raise RunError("--single is the control of --tolerance; type --tolerance 0.01 --single")
         if (self.tolerance is None) == (self.budget is None):
             raise RunError(
-                "type --tolerance 0.01 for the fewest tokens that answer as well, or --budget 0.25 for the best "
-                "sigmoid of so many; not both"
+                "type --tolerance 0.01 for the fewest tokens that keep the accuracy, or --budget 0.25 for the best "
+                "sigmoid with that mean ratio; not both"
             )
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
-            raise RunError(f"--tolerance {self.tolerance:g} is no loss of accuracy; type --tolerance 0.01 for 1 %")
+            raise RunError(f"invalid --tolerance {self.tolerance:g}; type --tolerance 0.01 to lose at most 1 %")
         if self.budget is not None and not 0 < self.budget < 1:
-            raise RunError(f"--budget {self.budget:g} is no fraction of the tokens; type --budget 0.25")
+            raise RunError(f"--budget {self.budget:g} is not between 0 and 1; type --budget 0.25")
         if min(self.samples, self.batch_size, 1 if self.trials is None else self.trials) < 1:
             raise RunError("--samples, --trials and --batch-size take whole numbers of at least 1")
         if self.seed < 0:
@@ -87,10 +86,10 @@ class Wanted:
             built = tokprune.get_method(self.score)
             fits = built.stage is Stage.DECODER and hasattr(built, "schedule")
             if not fits or built.schedule is not None:
-                raise RunError("it is no method between decoder layers without a schedule")
+                raise RunError("it has to prune between decoder layers, and to be named without a schedule")
             tokprune.get_method(self.spec({1: 1}, 2))
         except TokPruneError as error:
-            raise RunError(f"--score {self.score!r} cannot rank: {error}; type --score fastv, for instance") from error
+            raise RunError(f"invalid --score {self.score!r}: {error}; type --score fastv, for instance") from error
 
     def spec(self, counts: Counts, n_visual: int) -> str:
         """What `attach` takes for a schedule; "none" for the empty one."""
@@ -99,36 +98,36 @@ class Wanted:
 
 
 def calibration_task(name: str, folder: str | None = None) -> Task:
-    """Questions kept apart from the test questions of a task: its split for that, or a folder of the user's own.
+    """Questions that are not test questions of a task: its calibration split, or a folder of the user.
 
     Raises:
-        RunError: there is no such split and no other folder.
+        RunError: the task has no such split and no folder is named, or the folder is the task itself.
     """
     task = load_task(name)
     if folder is not None:
         other = ImageFolder(Path(folder))
         if isinstance(task, ImageFolder) and task.folder.resolve() == other.folder.resolve():
-            raise RunError(f"--calibration {folder} is the task itself; name a folder that is not tested on")
+            raise RunError(f"--calibration {folder} is the task itself; name another folder")
         return other
     split = getattr(task, "calibration_split", None)
     if split is None:
         raise RunError(
-            f"{name} has no questions apart from those it tests with; type --calibration FOLDER, another folder with "
+            f"{name} has no other questions than its test questions; type --calibration FOLDER, another folder with "
             "pictures and a metadata.jsonl"
         )
     return type(task)(split)  # type: ignore[call-arg]
 
 
 class Scorer:
-    """Evaluates schedules on questions; processed pictures are kept.
+    """Evaluates schedules on questions, each schedule once. Pictures are processed once.
 
     Args:
         runner: model and processor.
-        task: where the pictures are.
+        task: gives the pictures.
         samples: the questions.
-        wanted: with what score.
-        trials: what is known already, and where it is noted.
-        progress: called with every point that is new.
+        wanted: gives the score and the batch size.
+        trials: the schedules evaluated so far; takes new ones.
+        progress: called with the figures of every new schedule.
     """
 
     def __init__(
@@ -152,17 +151,20 @@ class Scorer:
                 self.n_visual_of += [image.n_visual for image in attachment.report.encoded]
         self.n_visual = max(self.n_visual_of)
 
-    def __call__(self, counts: Counts) -> Point:
-        """Of one schedule; what does not fall is left out of it."""
+    def __call__(self, counts: Counts, trial: Trial | None = None) -> Point:
+        """The figures of a schedule, without the layers at which nothing falls; told to the trial that proposed it."""
         left, falling = self.n_visual, {}
         for layer, n in sorted(counts.items()):
             if n < left:
                 falling[layer] = left = n
         key = key_of(falling)
-        if key not in self.trials.points:
-            self.trials.add(self._evaluated(key, falling))
-            self.progress(self.trials.points[key])
-        return self.trials.points[key]
+        known = self.trials.points.get(key)
+        point = known or self._evaluated(key, falling)
+        if trial is not None or known is None:
+            self.trials.add(point, trial)
+        if known is None:
+            self.progress(point)
+        return point
 
     def _evaluated(self, key: str, counts: Counts) -> Point:
         config = Config(self.wanted.spec(counts, self.n_visual))
@@ -189,33 +191,30 @@ class Scorer:
 def search(
     runner: Runner, model_name: str, task: Task, wanted: Wanted, out: Path, overwrite: bool, console: Console
 ) -> ScheduleFile:
-    """Search, write the schedule file, and show it; a search that was cut off goes on.
+    """Search, write the schedule file and print it. An interrupted search resumes.
 
     Args:
         runner: model and processor.
         model_name: as the user typed it.
         task: the questions, of which some are drawn.
-        wanted: what is searched for.
-        out: the schedule file; the evaluated points go to a file beside it.
+        wanted: what to search for.
+        out: the schedule file; the evaluated schedules go to a file next to it.
         overwrite: start over.
-        console: to show it on.
+        console: to print on.
 
     Raises:
-        RunError: it cannot be written, or is of a search with other settings.
+        RunError: a file cannot be written, or belongs to a search with other settings.
     """
     if ":" in str(out):
-        raise RunError(f"--out {out}: a colon ends the option schedule:file=...; name a file without one")
+        raise RunError(f"--out {out}: a colon would end the option schedule:file=...; name a file without one")
     samples = stratified(task.samples(), wanted.samples, wanted.seed)
     checksum = getattr(task, "checksum", None)
     pictures = 0 if checksum is None else zlib.crc32(repr([checksum(s.image_id) for s in samples]).encode())
-    asked = {k: v for k, v in vars(wanted).items() if k != "trials"}  # with more trials it goes on
+    asked = {k: v for k, v in vars(wanted).items() if k != "trials"}  # more trials resume it
     facts = settings(runner, model_name, [(task, samples)], [], **asked, split=_split(task), pictures=pictures)
-    with contextlib.closing(Trials(out, facts, overwrite)) as trials:
-        if trials.damaged:
-            then = "what it held is evaluated again", "what they held is evaluated again"
-            console.print(counted(trials.damaged, trials.path, *then), markup=False, soft_wrap=True)
+    with opened(out, facts, overwrite) as trials:
         if trials.points:
-            console.print(f"{len(trials.points)} schedules are in {trials.path} already and are not evaluated again")
+            console.print(f"The search resumes: {len(trials.points)} schedules in {trials.path} are evaluated already")
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task(f"{task.name}: {len(samples)} pictures", total=None)
@@ -227,7 +226,7 @@ def search(
             write_schedule(out, file)
         except OSError as error:
             raise RunError(f"cannot write {out}: {error.strerror or error}; type the same command again") from error
-    _tell(console, out, scorer, points)
+    _print(console, out, scorer, points)
     return file
 
 
@@ -240,12 +239,13 @@ def _found(scorer: Scorer, wanted: Wanted) -> tuple[Counts, dict[str, Any]]:
         return counts, {"search": name, "evaluations_a_layer": evaluations}
     trials = wanted.trials or TRIALS
     scorer({})
-    counts, parameters = p_sigmoid(scorer, decoder, n_visual, float(wanted.budget or 0), trials, wanted.seed)
+    study, budget = scorer.trials.study, float(wanted.budget or 0)
+    counts, parameters = p_sigmoid(scorer, study, decoder, n_visual, budget, trials, wanted.seed)
     return counts, {"search": "p-sigmoid", "trials": trials, **parameters}
 
 
 def _file(scorer: Scorer, counts: Counts, found: dict[str, Any]) -> ScheduleFile:
-    # Nothing to spare: a file has a layer all the same, and keeps everything there.
+    # A file needs a layer, also where nothing can be pruned: it keeps everything there.
     ratios = {layer: n / scorer.n_visual for layer, n in counts.items()} or {1: 1.0}
     decoder = scorer.decoder
     return ScheduleFile(scorer.wanted.score, ratios, decoder.n_layers, decoder.fingerprint, found)
@@ -284,28 +284,26 @@ def _show(progress: Progress, bar: Any, trials: Trials, point: Point) -> None:
     progress.update(bar, description=text)
 
 
-def _tell(console: Console, out: Path, scorer: Scorer, points: tuple[Point, Point]) -> None:
-    """The table of what was found, and how to use it."""
+def _print(console: Console, out: Path, scorer: Scorer, points: tuple[Point, Point]) -> None:
+    """Print the schedule, its accuracy, and how to use it."""
     bare, found = points
-    title = f"{out}: visual tokens by decoder layer"
-    table = Table("layer", "tokens left", "ratio", title=title, title_justify="left")
+    table = Table("layer", "tokens left", "ratio")
     for layer, (n, before) in enumerate(zip(found.tokens, bare.tokens, strict=True)):
         table.add_row(str(layer), f"{n:.4g}", f"{n / before:.3f}")
     whole, left = mean(bare.tokens), mean(found.tokens)
     table.add_section()
     table.add_row("mean", f"{left:.4g}", f"{left / whole:.3f}")
+    console.print(f"Visual tokens by decoder layer, in {out}:")
     console.print(table)
+    console.print(f"Accuracy [95 % interval] on {found.n} questions that are not test questions:")
     for name, point in (("unpruned", bare), ("found", found)):
         low, high = wilson(point.right, point.n)
+        console.print(f"{name:8} {point.accuracy:.3f} [{low:.3f}, {high:.3f}]")
+    half, tolerance = (high - low) / 2, scorer.wanted.tolerance
+    if tolerance is not None and half > tolerance:
         console.print(
-            f"{name:8} {point.accuracy:.3f} [{low:.3f}, {high:.3f}] of {point.n} questions that are not test questions"
+            f"The accuracy is known to +-{half:.2f}, so a tolerance of {tolerance:g} may not hold on other questions. "
+            "Use more (--samples), and measure on test questions with tokprune compare"
         )
-    low, high = wilson(found.right, found.n)
-    tolerance = scorer.wanted.tolerance
-    if tolerance is not None and (high - low) / 2 > tolerance:
-        console.print(
-            f"{found.n} questions are known to +-{(high - low) / 2:.2f} alone, so a tolerance of {tolerance:g} may "
-            "hold for them alone; --samples takes more, and tokprune compare measures on test questions"
-        )
-    console.print(f"{len(scorer.trials.points)} schedules were evaluated; they are in {scorer.trials.path}")
+    console.print(f"{len(scorer.trials.points)} schedules were evaluated; their figures are in {scorer.trials.path}")
     console.print(f'Use it: tokprune.attach(model, "schedule:file={out}"), or --methods none,schedule:file={out}')

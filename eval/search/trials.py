@@ -1,37 +1,40 @@
-"""The trials file of a search: every schedule that was evaluated, so that a search that was cut off goes on.
+"""What a search has evaluated: an Optuna study in a journal next to the schedule file, so that a search can resume.
 
-The first line holds the settings, every other one a point. A search asks for the same points in the same order whenever
-it is begun, so what stands here is looked up instead of evaluated.
+The attributes of the study hold the settings and the figures of the unpruned model. Every other schedule is a trial.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import Trial, TrialState, create_trial
 
 from tokprune.core.errors import RunError
-from tokprune.core.files import write_text
 
-from ..run.lines import Damaged, rows_of, typed
-from ..run.locks import hold
+from ..run.lines import shortened, typed
+from ..run.locks import alone_at
 
-Counts = Mapping[int, int]  # visual tokens left from a layer on, of the largest picture; empty is the bare model
+Counts = Mapping[int, int]  # visual tokens left from a layer on, of the largest picture; empty for the unpruned model
+NAME, SETTINGS, UNPRUNED, POINT = "schedule", "settings", "unpruned", "point"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluated schedule.
+    """The figures of one evaluated schedule.
 
     Args:
-        key: what `key_of` makes of it.
-        right: answers that were right.
-        n: questions.
+        key: the schedule, as `key_of` writes it.
+        right: number of right answers.
+        n: number of questions.
         tokens: visual tokens in every decoder layer, mean over the questions.
     """
 
@@ -42,7 +45,7 @@ class Point:
 
     @property
     def accuracy(self) -> float:
-        """Of 1."""
+        """Between 0 and 1."""
         return self.right / self.n
 
 
@@ -52,101 +55,117 @@ def key_of(counts: Counts) -> str:
 
 
 class Trials:
-    """Points of a search, on disk beside the schedule file.
+    """The evaluated schedules of a study.
 
     Args:
-        out: the schedule file.
-        settings: everything that a point depends on, and what is searched for, as JSON values.
-        overwrite: start over, whatever is there.
-
-    Attributes:
-        damaged: lines that are no points; they are left out, so that their schedules are evaluated again.
+        study: holds those of earlier runs, and takes new ones.
+        path: of its journal.
 
     Raises:
-        RunError: it cannot be written, another process is at it, it is of a search with other settings or none can be
-            read, or there is a schedule file of no search.
+        Damaged: a trial holds no figures.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], overwrite: bool = False):
-        self.path, self.points = out.with_name(f"{out.name}.trials.jsonl"), {}
-        settings = json.loads(json.dumps(settings))  # as they read back
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(f"{self.path}.lock")
-            hold(self._lock, self.path)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            if not overwrite:
-                self._read(out, settings)
-            self._write([{"settings": settings}, *map(asdict, self.points.values())])
-        except OSError as error:
-            self.close()
-            raise self._unwritable(error) from error
-        except RunError:
-            self.close()
-            raise
+    def __init__(self, study: optuna.Study, path: Path):
+        self.study, self.path = study, path
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        noted = [t.user_attrs.get(POINT) for t in done]
+        if UNPRUNED in study.user_attrs:
+            noted.append(study.user_attrs[UNPRUNED])
+        self.points = {p.key: p for p in (typed(Point, values) for values in noted)}
 
-    points: dict[str, Point]
-    damaged = 0
+    def add(self, point: Point, trial: Trial | None = None) -> None:
+        """Record the figures of a schedule.
 
-    def add(self, point: Point) -> None:
-        """Append a point."""
-        try:
-            size = self.path.stat().st_size
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(point)) + "\n")
-            except OSError:
-                os.truncate(self.path, size)
-                raise
-        except OSError as error:
-            raise self._unwritable(error) from error
+        Args:
+            point: the figures.
+            trial: the trial that proposed the schedule, if a sampler did.
+        """
+        if trial is not None:
+            trial.set_user_attr(POINT, asdict(point))
+            self.study.tell(trial, point.accuracy)
+        elif point.key:
+            self.study.add_trial(create_trial(value=point.accuracy, user_attrs={POINT: asdict(point)}))
+        else:
+            self.study.set_user_attr(UNPRUNED, asdict(point))
         self.points[point.key] = point
 
-    def close(self) -> None:
-        """Let another process at the file."""
-        self._lock.release()
 
-    def _unwritable(self, error: OSError) -> RunError:
-        return RunError(
-            f"cannot write {self.path}: {error.strerror or error}. Nothing that was evaluated is lost: make room and "
-            "type the same command again, or name another file with --out"
-        )
+@contextmanager
+def opened(out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> Iterator[Trials]:
+    """The trials of a search, which no other process can open meanwhile.
 
-    def _read(self, out: Path, settings: dict[str, Any]) -> None:
-        """What the whole lines hold; the last one may have been cut off."""
-        if not self.path.exists():
-            if out.exists():
-                raise RunError(f"{out} is there already; name another file with --out, or type --overwrite")
-            return
-        first, *points = [*rows_of(self.path, _line, torn=True)] or [settings]  # cut off before anything was evaluated
-        if not isinstance(first, dict):
-            raise RunError(f"{self.path} line 1 cannot be read as settings of a search; start over with --overwrite")
-        there = first
-        self.points = {p.key: p for p in points if isinstance(p, Point)}
-        self.damaged = sum(not isinstance(p, Point) for p in points)
-        for name in {**there, **settings}:
-            if there.get(name) != settings.get(name):
-                raise RunError(
-                    f"{self.path} is of a search with other settings ({name}: {_short(there.get(name))} there, "
-                    f"{_short(settings.get(name))} now); name another file with --out, or start over with --overwrite"
-                )
+    Args:
+        out: the schedule file; the journal is next to it.
+        settings: everything that the figures depend on, and what is searched for, as JSON values.
+        overwrite: delete the trials of an earlier search.
 
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+    Raises:
+        RunError: the journal cannot be read or written, another process has it open, it belongs to a search with other
+            settings, or `out` exists and no search wrote it.
+    """
+    path = out.with_name(f"{out.name}.trials.jsonl")
+    with alone_at(out):
+        try:
+            _prepare(out, path, overwrite)
+            trials = Trials(_study(path, json.loads(json.dumps(settings))), path)
+        except RunError:
+            raise
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        except Exception as error:  # Optuna documents no error for a damaged line
+            raise RunError(
+                f"cannot read {path} as the trials of a search; start over with --overwrite, or name another file "
+                "with --out"
+            ) from error
+        yield trials
 
 
-def _line(values: dict[str, Any]) -> dict[str, Any] | Point:
-    """The settings of a search, or a point."""
-    if isinstance(values.get("settings"), dict):
-        return values["settings"]
-    point = typed(Point, values)
-    if point.right > point.n or not point.tokens:
-        raise Damaged("is no point: it has more right answers than questions, or no layers")
-    return point
+class _Journal(JournalFileBackend):
+    """Optuna's journal; says in one line why it cannot be written."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            raise _unwritable(Path(self._file_path), error) from error
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _prepare(out: Path, path: Path, overwrite: bool) -> None:
+    """Clear what an earlier process left, which may have been killed while it wrote."""
+    if overwrite:
+        path.unlink(missing_ok=True)
+    elif out.exists() and not path.exists():
+        raise RunError(f"{out} exists already; name another file with --out, or type --overwrite")
+    Path(f"{path}.lock").unlink(missing_ok=True)  # Optuna's lock: the next process would wait for it
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # else the next line is appended to half a line
+
+
+def _study(path: Path, settings: dict[str, Any]) -> optuna.Study:
+    """The study of a journal, or a new one."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(_Journal(str(path), JournalFileOpenLock(str(path))))
+    if not storage.get_all_studies():
+        study = optuna.create_study(study_name=NAME, storage=storage, direction="maximize")
+    else:
+        study = optuna.load_study(study_name=NAME, storage=storage)
+    if SETTINGS not in study.user_attrs and not study.trials:
+        study.set_user_attr(SETTINGS, settings)
+    there = study.user_attrs[SETTINGS]
+    for name in {**there, **settings}:
+        if there.get(name) != settings.get(name):
+            raise RunError(
+                f"{path} belongs to a search with other settings ({name}: {shortened(there.get(name), 80)} there, "
+                f"{shortened(settings.get(name), 80)} now); name another file with --out, or start over with "
+                "--overwrite"
+            )
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):  # its process was killed
+        study.tell(trial.number, state=TrialState.FAIL)
+    return study
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"cannot write {path}: {error.strerror or error}. What was evaluated is kept: free some space, then type the "
+        "same command again, or name another file with --out"
+    )

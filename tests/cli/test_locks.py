@@ -20,7 +20,7 @@ COMPARE = ("compare", "--task", "findit", "--limit", "2", "--methods", "none")
 COMMANDS = {
     "bench": (BENCH, "out.lock"),
     "fit-exit": (FIT, "out.lock"),
-    "search": (SEARCH, "out.trials.jsonl.lock"),
+    "search": (SEARCH, "out.lock"),
     "compare": (COMPARE, "out/.lock"),
 }
 HOLD = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
@@ -123,7 +123,7 @@ def test_a_gate_that_came_while_a_fit_was_begun_is_not_lost(tmp_path):
     settings = fit_exit.Settings(steps=4, hidden=4, samples=4, batch_size=4)
     fit = fit_exit.Fit(Runner.load("tiny-llava"), "tiny-llava", Few(), settings, out)
     out.write_text("of another")
-    with pytest.raises(fit_exit.RunError, match="is there already"):
+    with pytest.raises(fit_exit.RunError, match="exists already"):
         fit.run(fit_exit.Console(quiet=True))
     assert out.read_text() == "of another"
 

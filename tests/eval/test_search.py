@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import mean
 
+import optuna
 import pytest
 import torch
 from commands import changed, refusal, tokprune_cli
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from PIL import Image
 from tokprune.eval.run.runner import EMBEDDED_MODEL, Runner
 from tokprune.eval.search import algorithms as schedules
 from tokprune.eval.search.search import Wanted, calibration_task
-from tokprune.eval.search.trials import Point, Trials, key_of
+from tokprune.eval.search.trials import NAME, Point, Trials, key_of, opened
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
@@ -50,10 +55,18 @@ class Fake:
     def __init__(self, accuracy):
         self.accuracy, self.asked = accuracy, []
 
-    def __call__(self, counts) -> Point:
+    def __call__(self, counts, trial=None) -> Point:
         self.asked.append(dict(counts))
         assert list(counts.values()) == sorted(counts.values(), reverse=True), "tokens came back"
-        return Point(key_of(counts), round(1000 * self.accuracy(by_layer(counts))), 1000, ())
+        point = Point(key_of(counts), round(1000 * self.accuracy(by_layer(counts))), 1000, ())
+        if trial is not None:
+            trial.study.tell(trial, point.accuracy)
+        return point
+
+
+def sigmoid_of(fake: Fake, budget: float, trials: int, study=None):
+    study = study or optuna.create_study(direction="maximize")
+    return schedules.p_sigmoid(fake, study, DECODER, N, budget, trials, seed=0)
 
 
 def by_layer(counts) -> list[int]:
@@ -115,20 +128,24 @@ def test_sigmoid_has_the_mean_of_the_budget(steepness, middle, budget):
 
 def test_sigmoid_out_of_reach_is_none():
     assert schedules.sigmoid_ratios(0.3, LAYERS, 32.0, 6.0) is None
-    with pytest.raises(RunError, match=r"of which the first keeps all; type --budget 0\.25"):
-        schedules.p_sigmoid(Fake(lambda left: 0.0), DECODER, N, 0.1, trials=2, seed=0)
+    with pytest.raises(RunError, match=r"the first layer keeps all tokens; type --budget 0\.25"):
+        sigmoid_of(Fake(lambda left: 0.0), 0.1, trials=2)
 
 
 def test_p_sigmoid_begins_with_one_cut_and_finds_better():
     fake = Fake(lambda left: 0.9 - abs(left[2] - 120) / 200)
-    counts, parameters = schedules.p_sigmoid(fake, DECODER, N, 0.5, trials=30, seed=0)
+    counts, parameters = sigmoid_of(fake, 0.5, trials=30)
     assert fake.asked[0] == {1: 62}  # (0.5 * 8 - 1) / 7 of 144
     assert len(fake.asked) == 30
     assert abs(by_layer(counts)[2] - 120) < 10
     assert set(parameters) == {"steepness", "middle"}
     again = Fake(fake.accuracy)
-    assert schedules.p_sigmoid(again, DECODER, N, 0.5, trials=30, seed=0) == (counts, parameters)
+    study = optuna.create_study(direction="maximize")
+    sigmoid_of(again, 0.5, 13, study)  # resumes in the same study
+    assert sigmoid_of(again, 0.5, 30, study) == (counts, parameters)
     assert again.asked == fake.asked
+    assert sigmoid_of(again, 0.5, 30, study) == (counts, parameters)
+    assert len(again.asked) == 30
 
 
 # ---- files
@@ -284,31 +301,43 @@ def test_search_end_to_end_and_after_a_kill(kind, tmp_path, monkeypatch, answere
     assert pictures
     assert all(i.startswith("validation-") for i in pictures)
     assert len(answered) == len(set(answered))
-    whole, lines = json.loads((tmp_path / "whole.json").read_text()), trials("whole.json")
+    whole, evaluated = json.loads((tmp_path / "whole.json").read_text()), points("whole.json")
+    assert len(answered) == 2 * len(evaluated)  # two batches a schedule
+    assert f"{len(evaluated)} schedules were evaluated" in done.stdout
     assert whole["found"]["search"] == kind
     assert len(whole["found"]["samples"]) == whole["found"]["n_samples"] == 6
     assert 'tokprune.attach(model, "schedule:file=whole.json")' in done.stdout
     assert "questions that are not test questions" in done.stdout
 
-    # Killed: one point was finished, the next one is cut off in the middle of its line.
-    text = (tmp_path / "whole.json.trials.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "cut.json.trials.jsonl").write_text("".join(text[:2]) + text[2][:20])
-    before = len(answered)
-    done = tokprune_cli(*changed(SEARCH, *KINDS[kind]), "--out", "cut.json")
-    assert done.returncode == 0, done.stderr
-    assert "1 schedules are in cut.json.trials.jsonl already" in done.stdout
-    assert len(answered) - before == 2 * (len(lines) - 2)  # two batches a point; all but the settings and that one
-    assert trials("cut.json") == lines
-    assert json.loads((tmp_path / "cut.json").read_text()) == whole
+    # Killed in the middle of a line, at several places, while Optuna held its own lock.
+    lines = (tmp_path / "whole.json.trials.jsonl").read_text().splitlines(keepends=True)
+    for n in (3, len(lines) // 2 + 1, len(lines) - 1):
+        cut = tmp_path / f"cut{n}.json.trials.jsonl"
+        cut.write_text("".join(lines[:n]) + lines[n][:20])
+        (tmp_path / f"{cut.name}.lock").write_text("")
+        known, before = points(f"cut{n}.json", whole=n), len(answered)
+        done = tokprune_cli(*changed(SEARCH, *KINDS[kind]), "--out", f"cut{n}.json")
+        assert done.returncode == 0, done.stderr
+        assert f"{len(known)} schedules in cut{n}.json.trials.jsonl are evaluated already" in done.stdout
+        assert len(answered) - before == 2 * (len(evaluated) - len(known))
+        assert points(f"cut{n}.json") == evaluated
+        assert json.loads((tmp_path / f"cut{n}.json").read_text()) == whole
 
     before = len(answered)
-    assert tokprune_cli(*changed(SEARCH, *KINDS[kind]), "--out", "cut.json").returncode == 0
+    assert tokprune_cli(*changed(SEARCH, *KINDS[kind]), "--out", "whole.json").returncode == 0
     assert len(answered) == before
-    assert json.loads((tmp_path / "cut.json").read_text()) == whole
+    assert json.loads((tmp_path / "whole.json").read_text()) == whole
 
 
-def trials(out):
-    return [json.loads(line) for line in open(f"{out}.trials.jsonl")]
+def points(out, whole=None) -> dict[str, Point]:
+    """What Optuna reads in a journal, or in the whole lines at its beginning."""
+    path = Path(f"{out}.trials.jsonl")
+    if whole is not None:
+        begun = path.with_suffix(".begun")
+        begun.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:whole]))
+        path = begun
+    study = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(path))))
+    return Trials(study, path).points
 
 
 def test_search_killed_goes_on(tmp_path, answered):
@@ -316,17 +345,18 @@ def test_search_killed_goes_on(tmp_path, answered):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "tokprune.cli", *run, str(tmp_path / "a.json")]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 3):
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < 5):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "a.json").exists()
-    there = len(trials(tmp_path / "a.json")) - 1
+    there = len(points(tmp_path / "a.json", whole=path.read_bytes().count(b"\n")))
+    assert there
     done = tokprune_cli(*run, str(tmp_path / "a.json"))
     assert done.returncode == 0, done.stderr
-    assert len(answered) == 2 * (len(trials(tmp_path / "a.json")) - 1 - there)
+    assert len(answered) == 2 * (len(points(tmp_path / "a.json")) - there)
     assert tokprune_cli(*run, str(tmp_path / "b.json")).returncode == 0
-    assert trials(tmp_path / "a.json") == trials(tmp_path / "b.json")
+    assert points(tmp_path / "a.json") == points(tmp_path / "b.json")
     assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
 
 
@@ -350,9 +380,9 @@ def test_found_file_prunes_exactly_what_was_measured(tmp_path, runner):
 BAD_SEARCHES = {
     "nothing": ([], "type --tolerance 0.01"),
     "both": (["--tolerance", "0.1", "--budget", "0.5"], "not both"),
-    "tolerance": (["--tolerance", "1"], "--tolerance 0.01 for 1 %"),
+    "tolerance": (["--tolerance", "1"], "type --tolerance 0.01"),
     "budget": (["--budget", "25"], "--budget 0.25"),
-    "not a number": (["--tolerance", "nan"], "--tolerance 0.01 for 1 %"),
+    "not a number": (["--tolerance", "nan"], "type --tolerance 0.01"),
     "samples": (["--tolerance", "0.1", "--samples", "0"], "at least 1"),
     "score": (["--tolerance", "0.1", "--score", "fastw"], "Did you mean 'fastv'"),
     "a score before the model": (["--tolerance", "0.1", "--score", "vtc_cls"], "type --score fastv"),
@@ -360,7 +390,7 @@ BAD_SEARCHES = {
     "a list": (["--tolerance", "0.1", "--score", "vtc_cls+fastv"], "type --score fastv"),
     "a filter before it": (["--tolerance", "0.1", "--score", "sink_filter+fastv"], "type --score fastv"),
     "a colon": (["--tolerance", "0.1", "--out", "a:b.json"], "without one"),
-    "a place": (["--tolerance", "0.1", "--samples", "1", "--out", "/proc/no/a.json"], "another file with --out"),
+    "a place": (["--tolerance", "0.1", "--samples", "1", "--out", "/proc/no/a.json"], "name another with --out"),
     "too little": (["--budget", "0.1", "--samples", "1", "--out", "OUT"], "type --budget 0.25"),
 }
 
@@ -376,40 +406,45 @@ def test_search_refuses_other_settings_and_foreign_files(tmp_path):
     out = tmp_path / "a.json"
     run = changed(SEARCH, "--trials", "1", "--samples", "2", "--out", str(out))
     out.write_text("mine")
-    assert "is there already" in refusal(tokprune_cli(*run, "--tolerance", "0.9"))
+    assert "exists already" in refusal(tokprune_cli(*run, "--tolerance", "0.9"))
     assert tokprune_cli(*run, "--tolerance", "0.9", "--overwrite").returncode == 0
     before = out.read_bytes()
     for change, named in (("--tolerance", "0.8"), ("--score", "pyramiddrop"), ("--seed", "1"), ("--suffix", " now")):
         line = refusal(tokprune_cli(*run, *(() if change == "--tolerance" else ("--tolerance", "0.9")), change, named))
-        assert "of a search with other settings" in line
+        assert "a search with other settings" in line
         assert "--overwrite" in line
     assert out.read_bytes() == before
     path = tmp_path / "a.json.trials.jsonl"
     for spoil in ("{oops\n", '{"settings": 3}\n', "[1]\n"):
         path.write_text(spoil)
-        assert "line 1 cannot be read" in refusal(tokprune_cli(*run, "--tolerance", "0.9"))
+        assert "cannot read" in refusal(tokprune_cli(*run, "--tolerance", "0.9"))
     assert tokprune_cli(*run, "--tolerance", "0.8", "--overwrite").returncode == 0
     assert read_schedule(out).found["tolerance"] == 0.8
 
 
 def test_two_searches_do_not_write_to_one_file(tmp_path):
-    first = Trials(tmp_path / "a.json", {})
-    with pytest.raises(RunError, match="another process writes"):
-        Trials(tmp_path / "a.json", {})
-    first.close()
-    Trials(tmp_path / "a.json", {}).close()
-
-
-def test_full_disk_keeps_what_was_evaluated(tmp_path, monkeypatch):
     out = tmp_path / "a.json"
-    there = Trials(out, {"a": 1})
-    there.add(Point("1x2", 1, 2, (1.0,)))
-    monkeypatch.setattr(json, "dumps", lambda values: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RunError, match="make room and type the same command again"):
-        there.add(Point("1x1", 1, 2, (1.0,)))
-    monkeypatch.undo()
-    there.close()
-    assert list(Trials(out, {"a": 1}).points) == ["1x2"]
+    with opened(out, {}), pytest.raises(RunError, match="another process writes"), opened(out, {}):
+        pass
+    with opened(out, {}):
+        pass
+
+
+@pytest.mark.parametrize("room", [0, 20], ids=["nothing", "half a line"])
+def test_full_disk_keeps_what_was_evaluated(room, tmp_path):
+    out, limits = tmp_path / "a.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(out, {"a": 1}) as trials:
+        trials.add(Point("1x2", 1, 2, (1.0,)))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (trials.path.stat().st_size + room, limits[1]))
+        try:
+            with pytest.raises(RunError, match="type the same command again"):
+                trials.add(Point("1x1", 1, 2, (1.0,)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for key in ("1x2", "1x1"):
+        with opened(out, {"a": 1}) as trials:
+            assert list(trials.points)[-1] == key
+            trials.add(Point("1x1", 1, 2, (1.0,)))
 
 
 def test_questions_are_apart_from_those_of_the_test(folder, tmp_path):

@@ -14,7 +14,7 @@ from tokprune.eval.report.explained import Explained
 from tokprune.eval.run.folder import RunFolder
 from tokprune.eval.run.runner import EMBEDDED_MODEL, Runner
 from tokprune.eval.search.fit_exit import Fit, Seen
-from tokprune.eval.search.trials import Point, Trials
+from tokprune.eval.search.trials import Point, opened
 from tokprune.eval.tasks.findit import FindIt
 
 import tokprune
@@ -41,9 +41,8 @@ def run_folder(folder: Path) -> None:
 
 
 def trials(folder: Path) -> None:
-    there = Trials(folder / "schedule.json", {"a": 1})
-    there.add(Point("1x2", 1, 2, (1.0,)))
-    there.close()
+    with opened(folder / "schedule.json", {"a": 1}) as there:
+        there.add(Point("1x2", 1, 2, (1.0,)))
 
 
 def saved(folder: Path) -> None:

@@ -93,7 +93,7 @@ def fit_exit(
 ) -> None:
     """Fit the gates of dyvte to a model, and find the layer that it can do without visual tokens from.
 
-    A fit that was cut off goes on where it stopped when the same command is typed again.
+    An interrupted fit resumes when the same command is typed again.
     """
     fitting, tasks = eval_module("search.fit_exit"), eval_module("tasks")
     settings = fitting.Settings(steps, hidden, samples, seed, batch_size, lr, kl)
@@ -137,7 +137,7 @@ def search(
 ) -> None:
     """Find how many visual tokens every decoder layer of a model needs, for the method schedule:file=OUT.
 
-    A search that was cut off goes on where it stopped when the same command is typed again.
+    An interrupted search resumes when the same command is typed again.
     """
     searched = eval_module("search.search", needs=(*EVAL_NEEDS, "optuna"))
     if max_new_tokens < 1:
