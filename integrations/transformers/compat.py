@@ -209,12 +209,55 @@ def without_blind_rows(module: Any, mask: Tensor | None, n_new: int, dtype: torc
 
 def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (B, H, S, d) of an attention module, turned by its own rotary embedding."""
-    return sys.modules[type(attention).__module__].apply_rotary_pos_emb(x, x, cos, sin)[0]
+    module = sys.modules[type(attention).__module__]
+    if hasattr(module, "apply_rotary_pos_emb"):
+        return module.apply_rotary_pos_emb(x, x, cos, sin)[0]
+    return x * cos[:, None] + module.rotate_half(x) * sin[:, None]  # of M-RoPE in releases 4, after `plain_rotary`
 
 
 def has_rotary(attention: Any) -> bool:
     """Whether `rotate` works on an attention module."""
-    return hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
+    module = sys.modules[type(attention).__module__]
+    return hasattr(module, "apply_rotary_pos_emb") or hasattr(module, "apply_multimodal_rotary_pos_emb")
+
+
+def plain_rotary(attention: Any, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by column, (B, K, d); releases 4 give those of M-RoPE by axis, (3, B, K, d)."""
+    if pair[0].ndim < 4:
+        return pair
+    sections = [2 * n for n in attention.rope_scaling["mrope_section"]]
+    cos, sin = (torch.cat([m[i % 3] for i, m in enumerate(t.split(sections, -1))], -1) for t in pair)
+    return cos, sin
+
+
+def rotate_vision(attention: Any, q: Tensor, k: Tensor, entered: Mapping) -> tuple[Tensor, Tensor]:
+    """Queries and keys (patches, H, d) of a vision tower with two-dimensional rotary positions, turned by its own."""
+    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    return turn(q, k, *entered["position_embeddings"])
+
+
+def window_index(tower: Any, grids: Tensor) -> Tensor:
+    """The order in which a Qwen2.5 tower has the tokens of pictures of these grids, (n, 3)."""
+    if hasattr(tower, "get_window_index"):
+        return tower.get_window_index(grids)[0]
+    config = tower.config
+    found = sys.modules[type(tower).__module__].get_vision_window_index
+    return found(
+        grids,
+        spatial_merge_size=config.spatial_merge_size,
+        window_size=config.window_size,
+        patch_size=config.patch_size,
+    )[0]
+
+
+def m_rope(sections: list[int], interleaved: bool = False) -> dict[str, Any]:
+    """What a text configuration says of M-RoPE."""
+    options: dict[str, Any] = {"rope_type": "default", "mrope_section": sections}
+    if interleaved:
+        options["mrope_interleaved"] = True
+    if transformers_release().startswith("4."):
+        return {"rope_scaling": options, "rope_theta": 10000.0}
+    return {"rope_parameters": {**options, "rope_theta": 10000.0}}
 
 
 def forget_compiled_code() -> None:

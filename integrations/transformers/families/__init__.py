@@ -20,6 +20,10 @@ FAMILIES = Registry(
         "llava": "tokprune.integrations.transformers.families.llava:Llava",
         "llava_next": "tokprune.integrations.transformers.families.llava_next:LlavaNext",
         "llava_onevision": "tokprune.integrations.transformers.families.llava_onevision:LlavaOnevision",
+        "qwen2_5_vl": "tokprune.integrations.transformers.families.qwen2_vl:Qwen25VL",
+        "qwen2_vl": "tokprune.integrations.transformers.families.qwen2_vl:Qwen2VL",
+        "qwen3_vl": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VL",
+        "qwen3_vl_moe": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VLMoE",
     },
     listing="tokprune.list_models()",
 )

@@ -154,7 +154,7 @@ class ModelFamily:
         return AutoConfig.for_model(
             cls.model_type,
             vision_config=cls.tower_config(sizes),
-            text_config=sizes.text_config,
+            text_config=cls.text_config(sizes),
             **cls.options(sizes),
         )
 
@@ -162,6 +162,11 @@ class ModelFamily:
     def tower_config(cls, sizes: Sizes) -> Any:
         """The vision tower's part of `config_of`."""
         return sizes.tower_config()
+
+    @classmethod
+    def text_config(cls, sizes: Sizes) -> Any:
+        """The language model's part of `config_of`."""
+        return AutoConfig.for_model(sizes.text_type, **sizes.text_arguments)
 
     @classmethod
     def options(cls, sizes: Sizes) -> dict[str, Any]:
