@@ -32,6 +32,7 @@ TOWERS = ("clip", "siglip")
 KINDS = (*TOWERS, "llava_next", "llava_onevision", "internvl")
 TILED = ("llava_next", "llava_onevision")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
 # Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
@@ -61,6 +62,7 @@ OTHERWISE = {
     "siglip": SIGLIP,
     "llava_onevision": {**SIGLIP, "text_type": "qwen2"},
     **{kind: dict(grids=(), tower_options={}) for kind in QWEN},
+    **{kind: {**SIGLIP, "text_type": "gemma"} for kind in FIXED},
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
     ),
@@ -149,6 +151,8 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind == "internvl":
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
+    if kind in FIXED:
+        return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind in QWEN:
         grids = [GRIDS[i % len(GRIDS)] for i in images]
         values = torch.cat([patches(grid, 50 + i) for grid, i in zip(grids, images, strict=True)])
@@ -169,6 +173,8 @@ def n_rows(kind: str, image: int, alone: bool = True) -> int:
     """Placeholders of an image, as the bare model counts them; alone in its row or not."""
     if kind in TOWERS:
         return N_VISUAL
+    if kind in FIXED:
+        return N_VISUAL if kind == "paligemma" else N_VISUAL // 4
     if kind in QWEN:
         return math.prod(GRIDS[image % len(GRIDS)]) // MERGED
     inputs = pixels(kind, [[image] if alone else [image, image]])
@@ -203,9 +209,11 @@ def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True, kind="clip") -> 
 
 def typed(kind: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """With what Qwen's processor says of every column: 1 for pictures, 2 for videos."""
+    ids = inputs["input_ids"]
+    if kind in ("gemma3", "paligemma"):
+        return {**inputs, "token_type_ids": (ids == IMAGE).long() if kind == "gemma3" else torch.zeros_like(ids)}
     if kind not in QWEN or RELEASE.major < 5:
         return inputs
-    ids = inputs["input_ids"]
     return {**inputs, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
 

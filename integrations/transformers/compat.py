@@ -107,9 +107,15 @@ def crop_layer(cache: Any, layer: int, length: int) -> None:
         held.crop(-excess)
 
 
-def refuse_unsupported(cache: Any, mask: Any) -> None:
-    """Raise UnsupportedCacheError for caches and masks that cannot be shortened."""
-    _refuse_cache(cache)
+def refuse_unsupported(cache: Any, mask: Any, sliding: bool = False) -> None:
+    """Raise UnsupportedCacheError for caches and masks that cannot be shortened.
+
+    Args:
+        cache: of the call.
+        mask: of the call.
+        sliding: whether layers with a sliding window may hold a pruned sequence.
+    """
+    _refuse_cache(cache, sliding)
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedCacheError(
             f"an attention mask of your own ({_kind_of_mask(mask)}) cannot be shortened with the tokens; pass the "
@@ -121,9 +127,10 @@ def _kind_of_mask(mask: Any) -> str:
     return f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
 
 
-def _refuse_cache(cache: Any) -> None:
+def _refuse_cache(cache: Any, sliding: bool) -> None:
     if cache is None:
         return
+    allowed = {"DynamicCache", "DynamicLayer", *(["DynamicSlidingWindowLayer"] if sliding else [])}
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
     layers.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
     names = {type(cache).__name__, *layers}
@@ -132,7 +139,7 @@ def _refuse_cache(cache: Any) -> None:
         ("Quant", "quantised", "leave cache_implementation out"),
         ("Sliding", "sliding-window", "use a model or configuration without sliding_window"),
     ):
-        if any(word in name for name in names):
+        if any(word in name for name in names - allowed):
             raise UnsupportedCacheError(
                 f"a {kind} cache ({type(cache).__name__}) cannot hold pruned sequences; {instead} (DynamicCache)"
             )
@@ -140,7 +147,7 @@ def _refuse_cache(cache: Any) -> None:
         raise UnsupportedCacheError(
             "an offloaded cache cannot hold pruned sequences; leave cache_implementation='offloaded' out (DynamicCache)"
         )
-    if names != {"DynamicCache", "DynamicLayer"}:
+    if not names <= allowed:
         raise UnsupportedCacheError(
             f"{type(cache).__name__} ({', '.join(sorted(layers))}) cannot hold pruned sequences; use a DynamicCache"
         )
@@ -205,6 +212,32 @@ def without_blind_rows(module: Any, mask: Tensor | None, n_new: int, dtype: torc
     causal = torch.ones(n_new, mask.shape[1], dtype=torch.bool, device=mask.device).tril(past)
     seen = (causal & valid[:, None]) | ~valid[:, past:, None]
     return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def ready_masks(
+    model: Any, embeds: Tensor, mask: Tensor, cache: Any, positions: Tensor, first: bool, types: Mapping[str, Tensor]
+) -> Any:
+    """Masks that a model would make for its language model, for embeddings (B, K, D) after what a cache holds.
+
+    Args:
+        model: with its head; its class makes the masks.
+        embeds: (B, K, D).
+        mask: (B, P + K), 0 for padding.
+        cache: or None.
+        positions: (B, K).
+        first: whether nothing came before.
+        types: the model's keyword for what every column is, (B, K), where it has one.
+    """
+    takes = inspect.signature(model.create_masks_for_generate).parameters
+    return model.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        **{"cache" if "cache" in takes else "past_key_values": cache},
+        position_ids=positions,
+        is_first_iteration=first,
+        **types,
+    )
 
 
 def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from .flops import Shape, Stack, Vision
 
 # model_type of a language model -> whether its MLP has three matrices
 TEXT_FAMILIES = {
+    "cohere2": True,
     "gemma": True,
     "gemma2": True,
+    "gemma3_text": True,
     "llama": True,
     "mistral": True,
     "opt": False,
