@@ -24,12 +24,15 @@ from tokprune.cost.flops import Stack
 RELEASE = Version(transformers.__version__)
 CACHE = "cache" if Version("5.24") <= RELEASE else "past_key_values"
 IMAGE, VIDEO, PAD, EOS, VOCAB = 90, 91, 0, 2, 99
+START, END = 88, 89  # around a picture or a frame of Qwen
 SUPPRESSED = [IMAGE, VIDEO, EOS]  # a random model must not emit placeholders, and runs are compared at full length
 SIDE, PATCH = 24, 4
 N_VISUAL = (SIDE // PATCH) ** 2  # 36
 TOWERS = ("clip", "siglip")
 KINDS = (*TOWERS, "llava_next", "llava_onevision", "internvl")
 TILED = ("llava_next", "llava_onevision")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
 # Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
@@ -58,6 +61,8 @@ SIGLIP = dict(tower_type="siglip_vision_model", tower_options=dict(vision_use_he
 OTHERWISE = {
     "siglip": SIGLIP,
     "llava_onevision": {**SIGLIP, "text_type": "qwen2"},
+    **{kind: dict(grids=(), tower_options={}) for kind in QWEN},
+    **{kind: {**SIGLIP, "text_type": "gemma"} for kind in FIXED},
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
     ),
@@ -119,6 +124,24 @@ def tiles(image: int) -> torch.Tensor:
     return crops if len(crops) == 1 else torch.cat([crops, thumbnail])
 
 
+# Qwen: frames (of two pictures), rows and columns of patches; a token shows 2 x 2 of them.
+GRIDS = ((1, 4, 6), (1, 6, 10), (1, 4, 4), (1, 2, 8))
+VIDEO_GRIDS = ((2, 4, 8), (3, 4, 4))
+MERGED = 4  # patches a token
+
+
+def patches(grid: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """(patches, values) of a picture or video as Qwen's processor gives them."""
+    return torch.randn(math.prod(grid), 3 * 2 * PATCH**2, generator=torch.Generator().manual_seed(seed))
+
+
+def video_inputs(videos: list[int], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """What Qwen's processor gives for videos."""
+    grids = [VIDEO_GRIDS[v % len(VIDEO_GRIDS)] for v in videos]
+    values = torch.cat([patches(grid, 70 + v) for grid, v in zip(grids, videos, strict=True)])
+    return {"pixel_values_videos": values.to(dtype), "video_grid_thw": torch.tensor(grids)}
+
+
 def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, torch.Tensor]:
     """What a processor gives for the pictures of every row of a batch."""
     images = [image for row in rows for image in row]
@@ -128,6 +151,12 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind == "internvl":
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
+    if kind in FIXED:
+        return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
+    if kind in QWEN:
+        grids = [GRIDS[i % len(GRIDS)] for i in images]
+        values = torch.cat([patches(grid, 50 + i) for grid, i in zip(grids, images, strict=True)])
+        return {"pixel_values": values.to(dtype), "image_grid_thw": torch.tensor(grids)}
     sizes = [SIZES[i % len(SIZES)] for i in images]
     several = [len(row) > 1 and kind == "llava_onevision" for row in rows for _ in row]
     counts = [1 if s else image_size_to_num_patches(z, PINPOINTS, SIDE) for z, s in zip(sizes, several, strict=True)]
@@ -144,6 +173,10 @@ def n_rows(kind: str, image: int, alone: bool = True) -> int:
     """Placeholders of an image, as the bare model counts them; alone in its row or not."""
     if kind in TOWERS:
         return N_VISUAL
+    if kind in FIXED:
+        return N_VISUAL if kind == "paligemma" else N_VISUAL // 4
+    if kind in QWEN:
+        return math.prod(GRIDS[image % len(GRIDS)]) // MERGED
     inputs = pixels(kind, [[image] if alone else [image, image]])
     with torch.no_grad():
         out = model(kind).model.get_image_features(**inputs)
@@ -168,9 +201,20 @@ def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True, kind="clip") -> 
     for r, images in enumerate(layout):
         ids = [1, *words(2 + r)] if lead else []
         for image in images:
-            ids += [IMAGE] * n_rows(kind, image, len(images) == 1) + words(2)
+            shown = [IMAGE] * n_rows(kind, image, len(images) == 1)
+            ids += ([START, *shown, END] if kind in QWEN else shown) + words(2)
         rows.append(ids + words(4 + 2 * r))
-    return padded(rows) | pixels(kind, [list(images) for images in layout], dtype)
+    return typed(kind, padded(rows)) | pixels(kind, [list(images) for images in layout], dtype)
+
+
+def typed(kind: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With what Qwen's processor says of every column: 1 for pictures, 2 for videos."""
+    ids = inputs["input_ids"]
+    if kind in ("gemma3", "paligemma"):
+        return {**inputs, "token_type_ids": (ids == IMAGE).long() if kind == "gemma3" else torch.zeros_like(ids)}
+    if kind not in QWEN or RELEASE.major < 5:
+        return inputs
+    return {**inputs, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -192,7 +236,7 @@ def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED, kind="clip") -> d
     mask = inputs["attention_mask"][r].bool()
     dtype = inputs["pixel_values"].dtype if "pixel_values" in inputs else torch.float32
     single = {"input_ids": inputs["input_ids"][r][mask][None], "attention_mask": mask[mask][None].long()}
-    return single | pixels(kind, [list(layout[r])], dtype)
+    return typed(kind, single) | pixels(kind, [list(layout[r])], dtype)
 
 
 # generate() of transformers 4 passes pictures with an empty cache alone, and whole: the bare model fails, too.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tokprune.core.errors import AlreadyAttachedError, NotCopyable
+from tokprune.core.errors import AlreadyAttachedError, NotCopyable, UnsupportedModelError
 from tokprune.core.signals import Signal
 from tokprune.prune.copies import folded
 from tokprune.prune.report import Report, describe_signals
@@ -38,6 +38,11 @@ def attach(model: nn.Module, request: Request) -> Attachment:
     family.check_attention(request.positions)
     before = None if request.replay else request.before
     signals = checked_signals(before, request.label, family) if before else frozenset()
+    if request.between is not None and family.no_layer_cuts:
+        raise UnsupportedModelError(
+            f"{request.label!r} cuts between decoder layers, which {family.model_type!r} does not allow: "
+            f"{family.no_layer_cuts}. Use a method that acts before the language model, such as 'divprune'"
+        )
     request.check(family.decoder, family.shape)
     current = (getattr(getattr(family.base, n), "_tokprune_attachment", None) for n in family.encode_functions)
     owners = [owner for owner in current if owner is not None]

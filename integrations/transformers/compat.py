@@ -107,9 +107,15 @@ def crop_layer(cache: Any, layer: int, length: int) -> None:
         held.crop(-excess)
 
 
-def refuse_unsupported(cache: Any, mask: Any) -> None:
-    """Raise UnsupportedCacheError for caches and masks that cannot be shortened."""
-    _refuse_cache(cache)
+def refuse_unsupported(cache: Any, mask: Any, sliding: bool = False) -> None:
+    """Raise UnsupportedCacheError for caches and masks that cannot be shortened.
+
+    Args:
+        cache: of the call.
+        mask: of the call.
+        sliding: whether layers with a sliding window may hold a pruned sequence.
+    """
+    _refuse_cache(cache, sliding)
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedCacheError(
             f"an attention mask of your own ({_kind_of_mask(mask)}) cannot be shortened with the tokens; pass the "
@@ -121,9 +127,10 @@ def _kind_of_mask(mask: Any) -> str:
     return f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
 
 
-def _refuse_cache(cache: Any) -> None:
+def _refuse_cache(cache: Any, sliding: bool) -> None:
     if cache is None:
         return
+    allowed = {"DynamicCache", "DynamicLayer", *(["DynamicSlidingWindowLayer"] if sliding else [])}
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
     layers.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
     names = {type(cache).__name__, *layers}
@@ -132,7 +139,7 @@ def _refuse_cache(cache: Any) -> None:
         ("Quant", "quantised", "leave cache_implementation out"),
         ("Sliding", "sliding-window", "use a model or configuration without sliding_window"),
     ):
-        if any(word in name for name in names):
+        if any(word in name for name in names - allowed):
             raise UnsupportedCacheError(
                 f"a {kind} cache ({type(cache).__name__}) cannot hold pruned sequences; {instead} (DynamicCache)"
             )
@@ -140,7 +147,7 @@ def _refuse_cache(cache: Any) -> None:
         raise UnsupportedCacheError(
             "an offloaded cache cannot hold pruned sequences; leave cache_implementation='offloaded' out (DynamicCache)"
         )
-    if names != {"DynamicCache", "DynamicLayer"}:
+    if not names <= allowed:
         raise UnsupportedCacheError(
             f"{type(cache).__name__} ({', '.join(sorted(layers))}) cannot hold pruned sequences; use a DynamicCache"
         )
@@ -207,14 +214,83 @@ def without_blind_rows(module: Any, mask: Tensor | None, n_new: int, dtype: torc
     return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
+def ready_masks(
+    model: Any, embeds: Tensor, mask: Tensor, cache: Any, positions: Tensor, first: bool, types: Mapping[str, Tensor]
+) -> Any:
+    """Masks that a model would make for its language model, for embeddings (B, K, D) after what a cache holds.
+
+    Args:
+        model: with its head; its class makes the masks.
+        embeds: (B, K, D).
+        mask: (B, P + K), 0 for padding.
+        cache: or None.
+        positions: (B, K).
+        first: whether nothing came before.
+        types: the model's keyword for what every column is, (B, K), where it has one.
+    """
+    takes = inspect.signature(model.create_masks_for_generate).parameters
+    return model.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        **{"cache" if "cache" in takes else "past_key_values": cache},
+        position_ids=positions,
+        is_first_iteration=first,
+        **types,
+    )
+
+
 def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (B, H, S, d) of an attention module, turned by its own rotary embedding."""
-    return sys.modules[type(attention).__module__].apply_rotary_pos_emb(x, x, cos, sin)[0]
+    module = sys.modules[type(attention).__module__]
+    if hasattr(module, "apply_rotary_pos_emb"):
+        return module.apply_rotary_pos_emb(x, x, cos, sin)[0]
+    return x * cos[:, None] + module.rotate_half(x) * sin[:, None]  # of M-RoPE in releases 4, after `plain_rotary`
 
 
 def has_rotary(attention: Any) -> bool:
     """Whether `rotate` works on an attention module."""
-    return hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
+    module = sys.modules[type(attention).__module__]
+    return hasattr(module, "apply_rotary_pos_emb") or hasattr(module, "apply_multimodal_rotary_pos_emb")
+
+
+def plain_rotary(attention: Any, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines by column, (B, K, d); releases 4 give those of M-RoPE by axis, (3, B, K, d)."""
+    if pair[0].ndim < 4:
+        return pair
+    sections = [2 * n for n in attention.rope_scaling["mrope_section"]]
+    cos, sin = (torch.cat([m[i % 3] for i, m in enumerate(t.split(sections, -1))], -1) for t in pair)
+    return cos, sin
+
+
+def rotate_vision(attention: Any, q: Tensor, k: Tensor, entered: Mapping) -> tuple[Tensor, Tensor]:
+    """Queries and keys (patches, H, d) of a vision tower with two-dimensional rotary positions, turned by its own."""
+    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    return turn(q, k, *entered["position_embeddings"])
+
+
+def window_index(tower: Any, grids: Tensor) -> Tensor:
+    """The order in which a Qwen2.5 tower has the tokens of pictures of these grids, (n, 3)."""
+    if hasattr(tower, "get_window_index"):
+        return tower.get_window_index(grids)[0]
+    config = tower.config
+    found = sys.modules[type(tower).__module__].get_vision_window_index
+    return found(
+        grids,
+        spatial_merge_size=config.spatial_merge_size,
+        window_size=config.window_size,
+        patch_size=config.patch_size,
+    )[0]
+
+
+def m_rope(sections: list[int], interleaved: bool = False) -> dict[str, Any]:
+    """What a text configuration says of M-RoPE."""
+    options: dict[str, Any] = {"rope_type": "default", "mrope_section": sections}
+    if interleaved:
+        options["mrope_interleaved"] = True
+    if transformers_release().startswith("4."):
+        return {"rope_scaling": options, "rope_theta": 10000.0}
+    return {"rope_parameters": {**options, "rope_theta": 10000.0}}
 
 
 def forget_compiled_code() -> None:

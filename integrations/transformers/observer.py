@@ -132,12 +132,14 @@ class Observer(NotCopyable):
         """Count the prompt's placeholders, on the device; take what the cache holds already out of the prompt."""
         this = self.passes.enter(BASE)
         this.joins |= _brings_features(kwargs)
+        this.asked = kwargs
         passed = _passed(args, kwargs)
         if passed is None or passed.shape[1] <= 1:
             return None
         again = given_again(args, kwargs, tuple(self.family.placeholder_ids.values()))
         if again is not None:
             this.n_again, args, kwargs = again.n, again.args, again.kwargs
+            this.asked = kwargs
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         this.by_hand = ids is None
         this.masks = placeholders(ids, embeds, self.family.placeholder_ids, self.family.base)

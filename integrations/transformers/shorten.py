@@ -119,6 +119,10 @@ class Shortener(NotCopyable):
             return None
         return this.given.long().argmax(1, keepdim=True)
 
+    def _asked_mask(self, kwargs: Mapping) -> Any:
+        """The mask that says which columns are padding, as the caller gave it."""
+        return self._pass.asked.get("attention_mask") if self.family.ready_masks else kwargs.get("attention_mask")
+
     @property
     def _pass(self) -> Pass:
         """The pass under way."""
@@ -130,8 +134,8 @@ class Shortener(NotCopyable):
     @span("shorten")
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
-        cache = cache_of(kwargs)
-        this = _Shortening(cache, given=kwargs.get("attention_mask"), numbered=kwargs.get("position_ids") is not None)
+        cache, mask = cache_of(kwargs), self._asked_mask(kwargs)
+        this = _Shortening(cache, given=mask, numbered=kwargs.get("position_ids") is not None)
         self._pass.shortening = this
         embeds = kwargs.get("inputs_embeds")
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
@@ -144,18 +148,20 @@ class Shortener(NotCopyable):
         is_prefill = n_new > 1 or past_inner == 0
         seen = None
         if is_prefill and embeds is not None:
-            seen = self._inspect(embeds, kwargs.get("attention_mask"))
+            seen = self._inspect(embeds, mask)
             self.observer.before_prefill(seen.flags, starts_call=past_inner == 0)
             _refuse_unusable(seen, past_inner)
         if columns is None and not (seen and seen.any_marked):
             if is_prefill:
                 self.observer.after_prefill(Ran(len(x), n_new, n_new, past_inner, past_inner))
             return None
-        refuse_unsupported(cache, kwargs.get("attention_mask"))
+        refuse_unsupported(cache, mask, self.family.sliding_caches)
         columns = _known_columns(columns, x, past_inner)
-        past, columns = _rewound(columns, cache, kwargs, n_new, past_inner)
+        counted = text_positions(kwargs.get("position_ids"))
+        counted = counted if counted is None else counted - self.family.first_position
+        past, columns = _rewound(columns, cache, mask, counted, n_new, past_inner)
         this.new = _new_columns(seen) if seen and seen.any_marked else None
-        short = self._short(kwargs, x, columns, this, past)
+        short = self._short({**kwargs, "attention_mask": mask}, x, columns, this, past)
         if is_prefill:
             n_inner, lengths = (this.new.source.shape[1], this.new.valid.sum(1)) if this.new else (n_new, None)
             self.observer.after_prefill(Ran(len(x), n_new, n_inner, past, past_length(cache), lengths))
@@ -204,8 +210,32 @@ class Shortener(NotCopyable):
             # Gapped positions without mask and cache are taken for several packed sequences.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
         this.mask = inner
-        short["attention_mask"] = compat.without_blind_rows(self.language_model, inner, n_inner, x.dtype)
+        if self.family.ready_masks:
+            short["attention_mask"] = self._masks(short, new, inner, cache, past, x)
+        else:
+            short["attention_mask"] = compat.without_blind_rows(self.language_model, inner, n_inner, x.dtype)
         return short | positions_of_4(kwargs, past_inner, n_inner, x.device)
+
+    def _masks(
+        self, short: Mapping, new: NewColumns | None, inner: Tensor | None, cache: Any, past: int, x: Tensor
+    ) -> Any:
+        """Masks as the base model makes them, for the short sequence."""
+        types = self._pass.asked.get(self.family.column_types)
+        if types is not None:
+            types = types[:, -x.shape[1] :]
+            types = types if new is None else gather_columns(types, new.source, 1).masked_fill(~new.valid, 0)
+        if inner is None:
+            inner = torch.ones(len(x), past_length(cache) + short["position_ids"].shape[-1], device=x.device)
+        named = {} if types is None else {self.family.column_types: types}
+        return compat.ready_masks(
+            self.family.model,
+            short.get("inputs_embeds", x),
+            inner.long(),
+            cache,
+            short["position_ids"],
+            past == 0,
+            named,
+        )
 
     def _gathered(self, kwargs: Mapping, new: NewColumns) -> dict[str, Any]:
         """Inputs of the language model that go by column, for the columns that stay.
@@ -306,19 +336,20 @@ def _new_columns(seen: _Seen) -> NewColumns:
     )
 
 
-def _rewound(columns: Columns, cache, kwargs: Mapping, n_new: int, past_inner: int) -> tuple[int, Columns]:
+def _rewound(
+    columns: Columns, cache: Any, mask: Tensor | None, counted: Tensor | None, n_new: int, past_inner: int
+) -> tuple[int, Columns]:
     """How many outer columns precede this pass, and the columns with whatever is passed again taken back.
 
     Assisted decoding takes rejected candidates back, and callers may pass the end of a prompt again. Where the
     cache is longer than what precedes this pass it is cut here: releases of transformers before 5.18 cut it to
     the user's length, which is above the short cache's, so nothing happens there.
     """
-    mask, position_ids = kwargs.get("attention_mask"), text_positions(kwargs.get("position_ids"))
     past = past_inner + columns.n_dropped
     if mask is not None:
         past = mask.shape[1] - n_new
-    elif n_new > 1 and position_ids is not None:
-        past = int(position_ids.amax()) + 1 - n_new
+    elif n_new > 1 and counted is not None:
+        past = int(counted.amax()) + 1 - n_new
     if past < columns.n_outer - columns.n_tail:
         raise UnsupportedCacheError(
             f"this cache already holds the first {columns.n_outer} tokens of the prompt, pruned, and "

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from tokprune.core.errors import MissingSignalError
 from tokprune.core.signals import Kind, Signal, Tower
+from tokprune.core.tokens import Stage
 from tokprune.methods import METHODS
 from tokprune.methods.base import Method
+
+from .families.base import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,19 @@ def list_support() -> list[Support]:
     pairs = []
     for model in FAMILIES.names():
         family = FAMILIES.load(model)
-        for kind in family.towers.values():
+        for kind in dict.fromkeys(family.towers.values()):
             tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=family.one_patch_a_row)
             supplied = family.supplies_of(tower)
-            pairs += [_pair(model, kind.name, name, tower, supplied) for name in METHODS.names()]
+            pairs += [_pair(family, kind.name, name, tower, supplied) for name in METHODS.names()]
     return pairs
 
 
-def _pair(model: str, tower_name: str, name: str, tower: Tower, supplied: frozenset[Kind]) -> Support:
+def _pair(family: type[ModelFamily], tower_name: str, name: str, tower: Tower, supplied: frozenset[Kind]) -> Support:
     method = METHODS.build(name)
-    works = all(s.kind in supplied for s in method.needs(tower))
-    instead = "" if works or not method.if_missing else f"{name}:{method.if_missing}"
-    return Support(model, tower_name, name, works, instead)
+    cuts = method.stage is Stage.DECODER and bool(family.no_layer_cuts)
+    works = not cuts and all(s.kind in supplied for s in method.needs(tower))
+    instead = "" if works or cuts or not method.if_missing else f"{name}:{method.if_missing}"
+    return Support(family.model_type, tower_name, name, works, instead)
 
 
 def checked_signals(method: Method, label: str, family) -> frozenset[Signal]:

@@ -94,11 +94,13 @@ class Tower:
         n_layers: its depth.
         has_cls: whether it has a [CLS] token.
         projects_rows: whether the projector takes one patch a row, so that merged states can be projected anew.
+        full_layers: layers in which every patch of a picture attends to all of them; empty for all layers.
     """
 
     n_layers: int
     has_cls: bool
     projects_rows: bool = True
+    full_layers: tuple[int, ...] = ()
 
     def layer(self, index: int) -> int:
         """The absolute index of a layer; negative ones count from the end.
@@ -111,11 +113,29 @@ class Tower:
                 f"layer {index} does not exist: this vision tower has {self.n_layers} layers; "
                 f"type an index from {-self.n_layers} to {self.n_layers - 1}"
             )
-        return index % self.n_layers
+        found = index % self.n_layers
+        if self.full_layers and found not in self.full_layers:
+            raise OptionError(
+                f"layer {index} of this vision tower attends within windows, so its scores are not comparable over the "
+                f"picture; use one of {', '.join(map(str, self.full_layers))}"
+            )
+        return found
+
+    def default_layer(self, index: int) -> int:
+        """As `layer`, for a method's own default: the last comparable layer up to it, or the first one after it."""
+        found = index % self.n_layers
+        if not self.full_layers:
+            return found
+        return max((i for i in self.full_layers if i <= found), default=self.full_layers[0])
+
+    def layers_from(self, start: int, last: int) -> tuple[int, ...]:
+        """Comparable layers from one to another, both included; at least one."""
+        found = tuple(i for i in range(start, last + 1) if not self.full_layers or i in self.full_layers)
+        return found or (self.default_layer(last),)
 
     def scaled(self, index: int, depth: int) -> int:
         """The layer as far into this tower as `index` is into a paper's tower of `depth` layers."""
-        return min(round(index * self.n_layers / depth), self.n_layers - 1)
+        return self.default_layer(min(round(index * self.n_layers / depth), self.n_layers - 1))
 
 
 @dataclass(frozen=True)
@@ -126,11 +146,13 @@ class Decoder:
         n_layers: its depth.
         width: of its hidden states.
         fingerprint: a hash of its configuration; what was fitted to one fits no other.
+        first_cut: the first layer that can be cut before.
     """
 
     n_layers: int
     width: int = 0
     fingerprint: str = ""
+    first_cut: int = 1
 
     def layer(self, index: int) -> int:
         """The absolute index of a layer to cut before; negative ones count from the end.
@@ -139,15 +161,22 @@ class Decoder:
             OptionError: there is no such layer, or it is the first.
         """
         found = index + self.n_layers if index < 0 else index
-        if not 1 <= found < self.n_layers:
+        if not self.first_cut <= found < self.n_layers:
             first = "nothing is cut before layer 0 (a method before the language model does that)"
+            early = f"this language model adds visual features up to layer {self.first_cut - 1}"
             raise OptionError(
                 f"cannot cut before layer {index}: "
-                + (first if found == 0 else f"this language model has {self.n_layers} layers")
-                + f"; type an index from 1 to {self.n_layers - 1}"
+                + (
+                    first
+                    if found == 0
+                    else early
+                    if 0 < found < self.first_cut
+                    else f"there are {self.n_layers} layers"
+                )
+                + f"; use an index from {self.first_cut} to {self.n_layers - 1}"
             )
         return found
 
     def scaled(self, index: int, depth: int) -> int:
         """The layer as far into this language model as `index` is into a paper's of `depth` layers; at least 1."""
-        return max(1, min(math.floor(index * self.n_layers / depth + 0.5), self.n_layers - 1))
+        return max(self.first_cut, min(math.floor(index * self.n_layers / depth + 0.5), self.n_layers - 1))

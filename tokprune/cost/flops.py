@@ -154,6 +154,8 @@ class Shape:
         text: the decoder layers of the language model.
         vocabulary: rows of the LM head.
         any_size: the tower takes a picture of any size as one crop; numbers by crop are those of one size.
+        gated_projector: half of the projector's inner width gates the other half (SwiGLU).
+        n_projectors: that run on every row; more than one where features of several tower layers are read.
     """
 
     name: str
@@ -164,10 +166,15 @@ class Shape:
     text: Stack
     vocabulary: int
     any_size: bool = False
+    n_projectors: int = 1
+    gated_projector: bool = False
 
     def project(self, n_rows: int) -> Ops:
         """The projector on so many rows."""
-        return Ops(n_rows * sum(a * b for a, b in zip(self.projector, self.projector[1:], strict=False)))
+        one = sum(a * b for a, b in zip(self.projector, self.projector[1:], strict=False))
+        if self.gated_projector:
+            one -= self.projector[1] // 2 * self.projector[2]
+        return Ops(n_rows * self.n_projectors * one)
 
     @property
     def lm_head(self) -> Ops:

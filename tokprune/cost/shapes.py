@@ -10,15 +10,21 @@ from .flops import Shape, Stack, Vision
 
 # model_type of a language model -> whether its MLP has three matrices
 TEXT_FAMILIES = {
+    "cohere2": True,
     "gemma": True,
     "gemma2": True,
+    "gemma3_text": True,
     "llama": True,
     "mistral": True,
     "opt": False,
     "phi": False,
     "phi3": True,
     "qwen2": True,
+    "qwen2_5_vl_text": True,
+    "qwen2_vl_text": True,
     "qwen3": True,
+    "qwen3_vl_moe_text": True,
+    "qwen3_vl_text": True,
 }
 # model_type of a vision tower -> its tokens that show no patch
 VISION_FAMILIES = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
@@ -39,12 +45,19 @@ def text_of(config: Any) -> Stack:
     return Stack(
         n_layers=config.num_hidden_layers,
         width=config.hidden_size,
-        mlp_width=getattr(config, "intermediate_size", None) or config.ffn_dim,
+        mlp_width=_mlp_width(config),
         n_heads=heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         gated=TEXT_FAMILIES[config.model_type],
     )
+
+
+def _mlp_width(config: Any) -> int:
+    """Of the MLP, or of the experts that a token goes through together."""
+    if getattr(config, "num_experts_per_tok", None):
+        return config.num_experts_per_tok * config.moe_intermediate_size
+    return getattr(config, "intermediate_size", None) or config.ffn_dim
 
 
 def vision_of(config: Any) -> Vision:

@@ -42,7 +42,7 @@ class DAMROFilter(Filter):
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """Attention of one head in one layer."""
-        layers = (tower.layer(-1 if self.layer is None else self.layer),)
+        layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({cls_signal(tower, layers, self.without_cls, heads="single")})
 
     def passes(self, tokens: VisualTokens) -> Tensor:

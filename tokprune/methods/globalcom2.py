@@ -75,7 +75,7 @@ class GlobalCom2(ScoreMethod):
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """One [CLS] row, where there is one."""
-        layers = (tower.layer(-1 if self.layer is None else self.layer),)
+        layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({Signal(Kind.CLS_ROW, layers, self.form)} if tower.has_cls else ())
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -62,8 +62,8 @@ class HiRED(ScoreMethod):
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """Both layers."""
-        early = tower.layer(0 if self.budget_layer is None else self.budget_layer)
-        late = tower.layer(-2 if self.layer is None else self.layer)
+        early = tower.default_layer(0) if self.budget_layer is None else tower.layer(self.budget_layer)
+        late = tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)
         if early > late:
             raise OptionError(f"budget_layer is layer {early}, behind layer={late}; type a layer up to {late}")
         return frozenset({cls_signal(tower, tuple(sorted({early, late})), self.without_cls)})

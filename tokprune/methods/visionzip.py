@@ -53,7 +53,7 @@ class VisionZip(Method):
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """Attention and keys of one layer, and the [CLS] state where the projector takes it."""
-        layers = (tower.layer(-2 if self.layer is None else self.layer),)
+        layers = ((tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)),)
         found = {Signal(Kind.CLS_ROW if tower.has_cls else Kind.RECEIVED, layers), Signal(Kind.KEYS, layers)}
         return frozenset(found | ({Signal(Kind.CLS_STATE)} if tower.has_cls and tower.projects_rows else set()))
 

@@ -43,14 +43,14 @@ class VTCCLS(RankMethod):
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """The layers start_layer .. L-2."""
-        last = tower.layer(-2)
+        last = tower.default_layer(-2)
         start = min(tower.scaled(16, 24), last) if self.start_layer is None else tower.layer(self.start_layer)
         if start > last:
             raise OptionError(
                 f"start_layer={self.start_layer} is layer {start}, behind layer {last}, the last one summed; "
                 f"type start_layer={last} for that layer alone"
             )
-        return frozenset({cls_signal(tower, tuple(range(start, last + 1)), self.without_cls)})
+        return frozenset({cls_signal(tower, tower.layers_from(start, last), self.without_cls)})
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Sum over layers, (G, N)."""

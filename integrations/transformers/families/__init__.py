@@ -16,10 +16,18 @@ from .base import ModelFamily
 FAMILIES = Registry(
     what="model family",
     table={
+        "aya_vision": "tokprune.integrations.transformers.families.cohere2_vision:AyaVision",
+        "cohere2_vision": "tokprune.integrations.transformers.families.cohere2_vision:Cohere2Vision",
+        "gemma3": "tokprune.integrations.transformers.families.gemma3:Gemma3",
         "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
         "llava": "tokprune.integrations.transformers.families.llava:Llava",
         "llava_next": "tokprune.integrations.transformers.families.llava_next:LlavaNext",
         "llava_onevision": "tokprune.integrations.transformers.families.llava_onevision:LlavaOnevision",
+        "paligemma": "tokprune.integrations.transformers.families.paligemma:PaliGemma",
+        "qwen2_5_vl": "tokprune.integrations.transformers.families.qwen2_vl:Qwen25VL",
+        "qwen2_vl": "tokprune.integrations.transformers.families.qwen2_vl:Qwen2VL",
+        "qwen3_vl": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VL",
+        "qwen3_vl_moe": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VLMoE",
     },
     listing="tokprune.list_models()",
 )

@@ -61,7 +61,12 @@ class ModelFamily:
         one_patch_a_row: whether the projector takes one patch a row (no pixel shuffle).
         nested_encoders: encode functions that call another one, by name.
         m_rope: whether positions are those of M-RoPE, which are not column numbers.
+        first_position: what positions begin with.
         column_inputs: keywords of the language model with one entry a column, and the axis of the columns.
+        ready_masks: whether the base model hands ready masks to its language model, which have to be made anew.
+        column_types: keyword of the base model that says what every column is, for those masks.
+        sliding_caches: whether layers with a sliding window may hold a pruned sequence; the window counts kept tokens.
+        no_layer_cuts: why nothing can be cut between decoder layers; empty where it can.
         visual_inputs: keywords with a list of (visual columns, D), selected by the mask that `visual_mask` names.
     """
 
@@ -73,9 +78,14 @@ class ModelFamily:
     one_patch_a_row: ClassVar[bool] = True
     nested_encoders: ClassVar[Mapping[str, str]] = {}
     m_rope: ClassVar[bool] = False
+    first_position: ClassVar[int] = 0
     column_inputs: ClassVar[Mapping[str, int]] = {}
     visual_inputs: ClassVar[Sequence[str]] = ()
     visual_mask: ClassVar[str] = ""
+    ready_masks: ClassVar[bool] = False
+    column_types: ClassVar[str] = ""
+    sliding_caches: ClassVar[bool] = False
+    no_layer_cuts: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -154,7 +164,7 @@ class ModelFamily:
         return AutoConfig.for_model(
             cls.model_type,
             vision_config=cls.tower_config(sizes),
-            text_config=sizes.text_config,
+            text_config=cls.text_config(sizes),
             **cls.options(sizes),
         )
 
@@ -162,6 +172,11 @@ class ModelFamily:
     def tower_config(cls, sizes: Sizes) -> Any:
         """The vision tower's part of `config_of`."""
         return sizes.tower_config()
+
+    @classmethod
+    def text_config(cls, sizes: Sizes) -> Any:
+        """The language model's part of `config_of`."""
+        return AutoConfig.for_model(sizes.text_type, **sizes.text_arguments)
 
     @classmethod
     def options(cls, sizes: Sizes) -> dict[str, Any]:

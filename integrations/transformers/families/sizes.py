@@ -48,19 +48,18 @@ class Sizes:
         return (self.side // self.patch) ** 2
 
     @property
-    def text_config(self) -> Any:
-        """Configuration of the language model."""
+    def text_arguments(self) -> dict[str, Any]:
+        """Arguments of the configuration of a language model."""
         stack = self.text
-        return AutoConfig.for_model(
-            self.text_type,
-            hidden_size=stack.width,
-            intermediate_size=stack.mlp_width,
-            num_hidden_layers=stack.n_layers,
-            num_attention_heads=stack.n_heads,
-            num_key_value_heads=stack.n_kv_heads,
-            vocab_size=self.vocabulary,
+        return {
+            "hidden_size": stack.width,
+            "intermediate_size": stack.mlp_width,
+            "num_hidden_layers": stack.n_layers,
+            "num_attention_heads": stack.n_heads,
+            "num_key_value_heads": stack.n_kv_heads,
+            "vocab_size": self.vocabulary,
             **self.text_options,
-        )
+        }
 
     def tower_config(self, **options: Any) -> Any:
         """Configuration of the vision tower; `options` of the family come before those of `tower_options`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokprune.core.errors import NotCopyable, UnsupportedModelError
 
-from ..compat import has_rotary, rotate
+from ..compat import has_rotary, plain_rotary, rotate
 from ..hooks import Hooks
 from ..passes import Passes
 
@@ -113,13 +113,13 @@ class DecoderTap(NotCopyable):
         """What a layer would compute from its input, with its own norm and projections."""
         module = self.layers[layer].self_attn
         states = self.layers[layer].input_layernorm(hidden)
-        return Attention(module, rotary, _projected(module, "k", states), states=states)
+        return Attention(module, plain_rotary(module, rotary), _projected(module, "k", states), states=states)
 
     def _enter(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         found = self._open
         if layer in found.wanted:
             pair = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
-            found.seen[layer] = {"rotary": pair}
+            found.seen[layer] = {"rotary": plain_rotary(module, pair)}
 
     def _seen(self, layer: int, side: str, projection: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
         found = self._open

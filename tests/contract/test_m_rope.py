@@ -1,0 +1,426 @@
+"""Laws of families with M-RoPE: against the bare model whose dropped columns are masked and whose positions are kept.
+
+Rows of a batch hold a picture, two pictures, a video and a picture, and text alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from counter import counted
+from tokprune.integrations.transformers import family_of
+from tokprune.integrations.transformers.hooks import Hooks
+from tokprune.integrations.transformers.passes import Passes
+from tokprune.integrations.transformers.tower_taps import TowerTap
+
+import tokprune
+from tokprune.core.errors import OptionError, UnsupportedModelError
+from tokprune.core.signals import Kind, Signal
+
+kinds = pytest.mark.parametrize("kind", tiny.QWEN)
+ROWS = ((("image", 0),), (("image", 1), ("image", 2)), (("video", 0), ("image", 3)), ())
+BEFORE = ("uniform", "fopru", "divprune", "random")
+DTYPE = torch.float64
+BY_COLUMN = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def model_of(kind, dtype=DTYPE):
+    model = tiny.model(kind, "sdpa", dtype)
+    if kind.endswith("moe"):
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    return model
+
+
+def row(kind, parts, seed=0, dtype=DTYPE):
+    """One row as the processor makes it: pictures and videos in the order of the prompt, text around them."""
+    generator = torch.Generator().manual_seed(10 + seed)
+
+    def words(n):
+        return torch.randint(3, 80, (n,), generator=generator).tolist()
+
+    ids = [1, *words(2 + seed)]
+    for what, number in parts:
+        grid = (tiny.GRIDS if what == "image" else tiny.VIDEO_GRIDS)[number]
+        frames = grid[0] if what == "video" and kind.startswith("qwen3") else 1
+        placeholder = tiny.IMAGE if what == "image" else tiny.VIDEO
+        n = grid[0] * grid[1] * grid[2] // tiny.MERGED // frames
+        for _ in range(frames):  # Qwen3 puts a timestamp before every frame
+            ids += [*words(1), tiny.START, *[placeholder] * n, tiny.END]
+        ids += words(2)
+    ids += words(4 + seed)
+    found = tiny.typed(kind, tiny.padded([ids]))
+    images = [number for what, number in parts if what == "image"]
+    videos = [number for what, number in parts if what == "video"]
+    found |= tiny.pixels(kind, [images], dtype) if images else {}
+    return found | (tiny.video_inputs(videos, dtype) if videos else {})
+
+
+def batch(kind, rows=ROWS, dtype=DTYPE):
+    """The rows, left-padded."""
+    singles = [row(kind, parts, seed, dtype) for seed, parts in enumerate(rows)]
+    longest = max(single["input_ids"].shape[1] for single in singles)
+    found = {}
+    for name in dict.fromkeys(name for single in singles for name in single):
+        parts = [single[name] for single in singles if name in single]
+        if name in BY_COLUMN:
+            parts = [F.pad(p, (longest - p.shape[1], 0)) for p in parts]
+        found[name] = torch.cat(parts)
+    return found, singles
+
+
+def n_kept(kept):
+    return [len(k) for k in kept]
+
+
+def columns_kept(kind, inputs, kept, rows=ROWS):
+    """(B, S) bool: what stays, from what was kept of pictures and then of videos."""
+    keep, ids = inputs["attention_mask"].bool().clone(), inputs["input_ids"]
+    for what, placeholder in (("image", tiny.IMAGE), ("video", tiny.VIDEO)):
+        own = [number for parts in rows for w, number in parts if w == what]
+        sizes = [
+            torch.tensor((tiny.GRIDS if what == "image" else tiny.VIDEO_GRIDS)[n]).prod().item() // tiny.MERGED
+            for n in own
+        ]
+        mine, kept = kept[: len(own)], kept[len(own) :]
+        flags = [torch.zeros(n, dtype=torch.bool).index_fill(0, k, True) for n, k in zip(sizes, mine, strict=True)]
+        if flags:
+            keep[ids == placeholder] = torch.cat(flags)
+    return keep
+
+
+@torch.no_grad()
+def captured(model, inputs):
+    """Positions that the bare model gives its language model."""
+    seen = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return seen["position_ids"]
+
+
+@torch.no_grad()
+def masked(model, inputs, keep, positions):
+    """Logits of the bare model that does not see the dropped columns."""
+    rest = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    return model(**rest, attention_mask=keep.long(), position_ids=positions, use_cache=False).logits
+
+
+@torch.no_grad()
+def masked_greedy(model, inputs, keep, positions, n_new=6):
+    """Greedy tokens that recompute everything at every step."""
+    inputs, tokens = dict(inputs), []
+    for _ in range(n_new):
+        logits = masked(model, inputs, keep, positions)[:, -1]
+        logits[:, tiny.SUPPRESSED] = -torch.inf
+        tokens.append(logits.argmax(-1, keepdim=True))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[-1]], 1)
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, 1))
+        keep, positions = F.pad(keep, (0, 1), value=True), torch.cat([positions, positions[..., -1:] + 1], -1)
+    return torch.cat(tokens, 1)
+
+
+@kinds
+@torch.no_grad()
+def test_keep_all_is_bit_identical(kind):
+    model, (inputs, _) = model_of(kind), batch(kind)
+    logits, tokens = model(**inputs).logits, tiny.generate(model, inputs)
+    for method in (*BEFORE, "tome", "cdpruner", "fastv"):
+        with tokprune.attach(model, method, keep_ratio=1.0):
+            assert torch.equal(model(**inputs).logits, logits)
+            assert torch.equal(tiny.generate(model, inputs), tokens)
+
+
+@kinds
+@pytest.mark.parametrize("method", BEFORE)
+@torch.no_grad()
+def test_pruned_equals_the_bare_model_with_dropped_columns_masked(kind, method):
+    model, (inputs, _) = model_of(kind), batch(kind)
+    positions, bare = captured(model, inputs), model(**inputs, use_cache=False).logits
+    with tokprune.attach(model, method, keep_ratio=0.3) as attachment:
+        pruned, kept = model(**inputs).logits, attachment.kept
+    keep = columns_kept(kind, inputs, kept)
+    assert (pruned - masked(model, inputs, keep, positions))[keep].abs().max() < 1e-9
+    assert (pruned - bare)[:3][keep[:3]].abs().max() > 1e-2
+    # One token of the first picture swapped for another: the answer is another one.
+    first, other = int(kept[0][0]), next(i for i in range(6) if i not in kept[0].tolist())
+    twin = keep.clone()
+    places = (inputs["input_ids"][0] == tiny.IMAGE).nonzero()[:, 0]
+    twin[0, places[first]], twin[0, places[other]] = False, True
+    assert (pruned[0, -1] - masked(model, inputs, twin, positions)[0, -1]).abs().max() > 1e-3
+
+
+@kinds
+@torch.no_grad()
+def test_generation_equals_recomputing_and_rows_alone(kind):
+    model, (inputs, singles) = model_of(kind), batch(kind)
+    positions = captured(model, inputs)
+    with tokprune.attach(model, "fopru", keep_ratio=0.3) as attachment:
+        tokens = tiny.generate(model, inputs, max_new_tokens=6)
+        kept, report = attachment.kept, attachment.report
+        uncached = tiny.generate(model, inputs, max_new_tokens=6, use_cache=False)
+        alone = [tiny.generate(model, single, max_new_tokens=6) for single in singles]
+    keep = columns_kept(kind, inputs, kept)
+    assert report.n_prompt_kept == int(keep.sum(1).max())
+    assert torch.equal(tokens, uncached)
+    assert torch.equal(tokens, torch.cat(alone))
+    assert torch.equal(tokens, masked_greedy(model, inputs, keep, positions))
+
+
+@kinds
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(do_sample=True, top_k=5)], ids=["beams", "sampling"])
+@torch.no_grad()
+def test_beams_and_sampling_of_a_batch_equal_rows_alone(kind, options):
+    model, (inputs, singles) = model_of(kind), batch(kind, ROWS[:3])
+    with tokprune.attach(model, "uniform", keep_ratio=0.3) as attachment:
+        torch.manual_seed(0)
+        together = tiny.generate(model, inputs, max_new_tokens=4, **options)
+        assert len(attachment.report.images) == 5
+        if "num_beams" in options:
+            alone = torch.cat([tiny.generate(model, single, max_new_tokens=4, **options) for single in singles])
+            assert torch.equal(together, alone)
+        torch.manual_seed(0)
+        assert torch.equal(together, tiny.generate(model, inputs, max_new_tokens=4, **options))
+
+
+@kinds
+@torch.no_grad()
+def test_a_second_turn_equals_the_long_sequence_masked(kind):
+    """Through generate with all ids, and one step by hand: positions are those of the long sequence."""
+    model, (inputs, _) = model_of(kind), batch(kind, ROWS[:3])
+    more = torch.randint(3, 80, (3, 4), generator=torch.Generator().manual_seed(5))
+    n = inputs["input_ids"].shape[1]
+    with tokprune.attach(model, "uniform", keep_ratio=0.3) as attachment:
+        first = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, suppress_tokens=tiny.SUPPRESSED, return_dict_in_generate=True
+        )
+        kept, cache = attachment.kept, first[tiny.CACHE]
+        ids = torch.cat([first.sequences, more], 1)
+        mask = F.pad(inputs["attention_mask"], (0, ids.shape[1] - n), value=1)
+        again = tiny.typed(kind, {"input_ids": ids, "attention_mask": mask})
+        tokens = tiny.generate(model, again, max_new_tokens=4, **tiny.cached(cache))
+    keep = columns_kept(kind, inputs, kept, ROWS[:3])
+    positions = captured(model, inputs)
+    longer = positions[..., -1:] + torch.arange(1, ids.shape[1] - n + 1)
+    whole = tiny.typed(kind, {**inputs, "input_ids": ids, "attention_mask": mask})
+    keep = F.pad(keep, (0, ids.shape[1] - n), value=True)
+    want = masked_greedy(model, whole, keep, torch.cat([positions, longer], -1), 4)
+    assert torch.equal(tokens, want)
+
+
+@kinds
+@pytest.mark.skipif(tiny.RELEASE.major < 5, reason="the bare model of transformers 4 numbers such a step from 0")
+@torch.no_grad()
+def test_a_step_by_hand_gets_the_position_of_the_long_sequence(kind):
+    model, single = model_of(kind), row(kind, ROWS[1])
+    positions, seen = captured(model, single), {}
+    with tokprune.attach(model, "uniform", keep_ratio=0.3):
+        out = model(**single, use_cache=True)
+        deltas = model.model.rope_deltas.clone()
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+        )
+        model(input_ids=torch.tensor([[7]]), **tiny.cached(out[tiny.CACHE]))
+        hook.remove()
+        assert torch.equal(model.model.rope_deltas, deltas)
+    assert seen["position_ids"][-1].flatten()[0] == positions[-1, 0, -1] + 1
+
+
+@kinds
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "dart"])
+@torch.no_grad()
+def test_a_cut_between_layers_equals_masking_behind_it(kind, method):
+    """Cached, uncached and alone agree; the report counts what the layers saw."""
+    model, (inputs, singles) = model_of(kind), batch(kind)
+    first = family_of(model).decoder.first_cut
+    spec = f"{method}:schedule=layers/{first}x2/{first + 1}x1"
+    with tokprune.attach(model, spec) as attachment:
+        tokens, report = tiny.generate(model, inputs, max_new_tokens=5), attachment.report
+        kept = attachment.kept
+        uncached = tiny.generate(model, inputs, max_new_tokens=5, use_cache=False)
+        alone = [tiny.generate(model, single, max_new_tokens=5) for single in singles]
+    assert torch.equal(tokens, uncached)
+    assert torch.equal(tokens, torch.cat(alone))
+    assert all({first, first + 1} <= set(entry) for entry in kept)
+    assert report.layers[first - 1] == inputs["input_ids"].shape[1] > report.layers[first] > report.layers[-1]
+
+
+@kinds
+@torch.no_grad()
+def test_what_was_cut_is_what_masked_layers_do_not_see(kind):
+    model, single = model_of(kind), row(kind, ROWS[1])
+    layer = family_of(model).decoder.first_cut
+    positions = captured(model, single)
+    with tokprune.attach(model, f"fastv:layer={layer}", keep_ratio=0.4) as attachment:
+        pruned = model(**single).logits
+        kept = [entry[layer] for entry in attachment.kept]
+    keep = columns_kept(kind, single, kept, ROWS[1:2])[0]
+    n = len(keep)
+    allowed = torch.ones(n, n, dtype=torch.bool).tril() & keep | torch.eye(n, dtype=torch.bool)
+    hooks = [
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": allowed[None, None]}), with_kwargs=True
+        )
+        for block in model.model.language_model.layers[layer:]
+    ]
+    try:
+        want = model(**single, position_ids=positions, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert (pruned - want)[0, keep].abs().max() < 1e-9
+
+
+@kinds
+@torch.no_grad()
+def test_detaching_gives_everything_back(kind):
+    model, single = tiny.fresh_model(kind), row(kind, ROWS[2], dtype=torch.float32)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    logits = model(**single).logits
+    with tokprune.attach(model, "fopru+fastv", keep_ratio=[0.5, 0.5]):
+        model(**single)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == {
+        name: names | ({"rope_deltas"} & set(vars(dict(model.named_modules())[name]))) for name, names in before.items()
+    }
+    assert torch.equal(model(**single).logits, logits)
+
+
+@kinds
+def test_contiguous_positions_are_refused(kind):
+    with pytest.raises(OptionError, match="positions='original'"):
+        tokprune.attach(model_of(kind), "uniform", keep_ratio=0.5, positions="contiguous")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl"])
+def test_cuts_before_the_added_features_are_refused(kind):
+    with pytest.raises(OptionError, match="use an index from 3"):
+        tokprune.attach(model_of(kind), "fastv:layer=2", keep_ratio=0.5)
+
+
+def test_scores_within_windows_are_refused():
+    with pytest.raises(OptionError, match="use one of 1, 3"):
+        tokprune.attach(model_of("qwen2_5_vl"), "fopru:layer=2", keep_ratio=0.5)
+
+
+def test_an_undeclared_column_input_is_refused():
+    model = tiny.fresh_model("qwen2_vl")
+    single = row("qwen2_vl", ROWS[0], dtype=torch.float32)
+    n = single["input_ids"].shape[1]
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "per_layer_inputs": torch.zeros(1, n, 2)}), with_kwargs=True
+    )
+    with tokprune.attach(model, "uniform", keep_ratio=0.5), pytest.raises(UnsupportedModelError, match="per_layer_inp"):
+        model(**single)
+
+
+# ---- the vision tower
+
+
+@kinds
+@pytest.mark.parametrize("what", ["image", "video"])
+@torch.no_grad()
+def test_received_attention_is_the_towers_own(kind, what, monkeypatch):
+    """Recorded inside of the tower's attention function; then the mean over the patches of a token, in its order."""
+    model = tiny.fresh_model(kind)
+    family, tower = family_of(model), model.model.visual
+    layer = family.tower.full_layers[-1] if family.tower.full_layers else family.tower.n_layers - 1
+    name = f"get_{what}_features"
+    if what == "image":
+        given = tiny.pixels(kind, [[0, 1]])
+    else:
+        given = {k.replace("pixel_values_videos", "pixel_values_videos"): v for k, v in tiny.video_inputs([0]).items()}
+    seen = []
+    module = sys.modules[type(tower).__module__]
+    own = module.eager_attention_forward
+
+    def spy(attention, query, key, value, *args, **kwargs):
+        if attention is tower.blocks[layer].attn:
+            seen.append((query @ key.transpose(2, 3) * attention.scaling).softmax(-1).mean((1, 2))[0])
+        return own(attention, query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(module, "eager_attention_forward", spy)
+    model.set_attn_implementation("eager")
+    signal = Signal(Kind.RECEIVED, (layer,))
+    tap, hooks = TowerTap(family, frozenset({signal}), Passes()), Hooks(model)
+    tap.install(hooks)
+    _, found = tap.collect(lambda: getattr(model.model, name)(**given))
+    hooks.close()
+    patches = torch.cat(seen)
+    torch.testing.assert_close(found[signal][0, :, 0], patches, rtol=1e-4, atol=1e-7)
+    packed = torch.cat(family.pack(name, given, found[signal]))[:, 0]
+    grids = next(v for k, v in given.items() if k.endswith("grid_thw"))
+    order = family.token_order(grids)
+    tokens = patches.view(-1, 4).mean(1)
+    torch.testing.assert_close(packed, tokens if order is None else tokens[order], rtol=1e-4, atol=1e-7)
+
+
+@kinds
+def test_a_token_shows_the_patches_that_its_score_is_of(kind):
+    """With the tower's attention switched off, the gradient of a row is at its own patches alone."""
+    model = tiny.fresh_model(kind)
+    family = family_of(model)
+    for block in model.model.visual.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.attn.proj.bias)
+    given = tiny.pixels(kind, [[0, 1]])
+    pixels = given["pixel_values"].requires_grad_()
+    rows = torch.cat(family.encode("get_image_features", **given))
+    n = len(pixels)
+    order = family.token_order(given["image_grid_thw"])
+    for t, feature in enumerate(rows):
+        (gradient,) = torch.autograd.grad(feature.square().sum(), pixels, retain_graph=True)
+        touched = gradient.abs().sum(1).gt(0).nonzero()[:, 0].tolist()
+        # Patches come in groups of a token, in the order of the placeholders, whatever the tower sorts them by.
+        assert touched == list(range(4 * t, 4 * t + 4)), (t, n)
+    if order is not None:
+        marks = torch.arange(n // 4, dtype=torch.float32)[:, None].expand(-1, 4).reshape(1, n, 1)
+        in_tower = marks.view(n // 4, 4)[torch.argsort(order)].view(1, n, 1)
+        packed = torch.cat(family.pack("get_image_features", given, in_tower))[:, 0]
+        assert packed.tolist() == list(range(n // 4))
+
+
+# ---- the ledger
+
+
+@kinds
+@torch.no_grad()
+def test_the_ledger_equals_the_counter(kind):
+    model = tiny.fresh_model(kind)
+    if kind.endswith("moe"):
+        model.set_experts_implementation("eager")
+    single = row(kind, (("image", 1),), dtype=torch.float32)
+    family = family_of(model)
+    grid = tiny.GRIDS[1]
+    seen = counted(lambda: model(**single, logits_to_keep=1, use_cache=False), ("visual", "language_model"))
+    shape = family.shape
+    ledger = shape.encode(1, grid[1] * grid[2]) + shape.read(single["input_ids"].shape[1])
+    tower = seen["visual"]
+    assert abs(ledger.vision.flops + ledger.projector.flops - tower) < 0.01 * tower
+    language = seen["language_model"]
+    assert abs(ledger.decoder.flops - language) < 0.01 * language
+
+
+@functools.cache
+def videos_report(kind):
+    model, single = model_of(kind), row(kind, ROWS[2])
+    with torch.no_grad(), tokprune.attach(model, "uniform", keep_ratio=0.25) as attachment:
+        model(**single)
+        return attachment.report
+
+
+@kinds
+def test_a_videos_budget_is_over_all_its_frames(kind):
+    images = videos_report(kind).images
+    assert [image.n_visual for image in images] == [4, 16]
+    assert [image.n_kept for image in images] == [1, 4]
+    assert images[1].layout.n_crops == tiny.VIDEO_GRIDS[0][0]
+    assert set(images[1].kept_by_crop()) == {1, 2}
