@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
+.PHONY: setup demo docs test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -41,6 +41,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+# The documentation as a site in site/, in strict mode.
+docs: setup
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m tokprune.eval.report.render
+	$(BIN)/python -m tokprune.cli.reference
+	$(BIN)/mkdocs build --strict --quiet
 
 fix: setup
 	$(BIN)/ruff check --fix .
@@ -97,4 +104,4 @@ wheel: setup
 	   assert (r.EMBEDDED_MODEL / 'model.safetensors').is_file(); print('wheel ok')"
 
 clean:
-	rm -rf $(VENV) .venv-*  build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf $(VENV) .venv-*  build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs site

@@ -1,6 +1,6 @@
 """Renders the tables of the README and of docs/ from the committed rows in `eval/results/` and from the registries.
 
-python -m tokprune.eval.report.render     # rewrite README.md and docs/results.md
+python -m tokprune.eval.report.render     # rewrite README.md and the pages of docs/ that have tables
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from tokprune.integrations.transformers import FAMILIES, NEWEST
 
 import tokprune
 from tokprune.core.budget import REFERENCE_TEXT, Budget
@@ -23,7 +24,7 @@ from .exports import markdown, markdown_tables
 from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, interval, of_kinds, order, times
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PAGES = (Path("README.md"), Path("docs/results.md"))
+PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/models.md")))
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
 
@@ -151,6 +152,40 @@ def ledger(names: str) -> str:
     return markdown((*head, *(f"left at keep {r}: LLM / prefill" for r in (0.5, 0.25, 0.11))), lines)
 
 
+def savings(name: str) -> str:
+    """What keeping a quarter saves on a known model: counted, and the time to the first token as measured."""
+    shape, keep = known_shape(name), 0.25
+    n = Budget(keep_ratio=keep).n_keep(shape.n_visual)
+    before, after = (shape.prefill(count + REFERENCE_TEXT) for count in (shape.n_visual, n))
+    amounts = (
+        ("visual tokens", shape.n_visual, n, "", 1),
+        ("columns of the language model", shape.n_visual + REFERENCE_TEXT, n + REFERENCE_TEXT, "", 1),
+        ("LLM FLOPs of the prefill", before.llm.flops, after.llm.flops, " T", 1e12),
+        ("FLOPs up to the first token", before.prefill.flops, after.prefill.flops, " T", 1e12),
+        ("KV cache, 16 bit", before.kv_bytes, after.kv_bytes, " MiB", 2**20),
+    )
+    lines = [[what, f"{a / by:.3g}{unit}", f"{b / by:.3g}{unit}", times(b, a)] for what, a, b, unit, by in amounts]
+    rows = [bench_tables.Row(**r) for r in read_rows(f"bench-{name}.jsonl")]
+    bare, pruned = (next(r for r in rows if r.method == method) for method in ("none", "vtc_cls"))
+    low, middle, high = pruned.first_token_ratio
+    seconds = [f"{r.first_token_ms[1] / 1000:.2f} s" for r in (bare, pruned)]
+    lines.append(["time to first token, measured", *seconds, f"x {middle:.2f} [{low:.2f}, {high:.2f}]"])
+    return markdown(("", "all tokens", "a quarter", "ratio"), lines)
+
+
+def families(_: str) -> str:
+    """Model families, what they take, and where they can be cut."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in FAMILIES.names():
+        family = FAMILIES.load(name)
+        towers = ", ".join(dict.fromkeys(kind.name for kind in family.towers.values()))
+        takes = "pictures, videos" if "get_video_features" in family.encode_functions else "pictures"
+        facts = (towers, takes, "no" if family.no_layer_cuts else "yes", f"{family.oldest} to {NEWEST}")
+        alike.setdefault(facts, []).append(f"`{name}`")
+    lines = [[", ".join(names), *facts] for facts, names in alike.items()]
+    return markdown(("`model_type`", "vision tower", "takes", "cuts between layers", "transformers"), lines)
+
+
 def exits(name: str) -> str:
     """The layer where all visual tokens leave, what that saves and what it costs in answers."""
     rows = read_rows(name)
@@ -191,11 +226,13 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "comparison": comparison,
     "frontier": frontier,
     "exits": exits,
+    "families": families,
     "grid": grid,
     "kinds": kinds,
     "ledger": ledger,
     "models": models,
     "pairs": pairs,
+    "savings": savings,
 }
 
 

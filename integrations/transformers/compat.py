@@ -42,6 +42,12 @@ def is_newer_than_tested(release: str) -> bool:
     return found > newest
 
 
+def is_at_least(release: str) -> bool:
+    """Whether the installed release is this one or a newer one."""
+    found, least = ([int(part) for part in text.split(".")[:2]] for text in (transformers_release(), release))
+    return found >= least
+
+
 @functools.cache
 def warn_if_untested() -> None:
     """Warn once a process where transformers is newer than the newest release that was tested."""

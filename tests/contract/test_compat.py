@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -12,11 +13,12 @@ import tiny
 import torch
 import transformers
 from packaging.version import Version
-from tokprune.integrations.transformers import compat
+from tokprune.integrations.transformers import compat, families
 from transformers import DynamicCache
 
 import tokprune
 from tokprune.cli import doctor
+from tokprune.core.errors import UnsupportedModelError
 
 RELEASE = Version(transformers.__version__)
 
@@ -223,3 +225,10 @@ def test_doctor_says_what_a_broken_torchvision_does(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "operator torchvision::nms does not exist" in done.stdout
     assert "pip uninstall torchvision" in done.stdout
+
+
+def test_a_family_says_which_release_it_needs(monkeypatch):
+    monkeypatch.setattr(tiny.family("gemma3"), "oldest", "99.0")
+    model = types.SimpleNamespace(config=types.SimpleNamespace(model_type="gemma3"))
+    with pytest.raises(UnsupportedModelError, match=r"99\.0 or newer.*pip install -U transformers"):
+        families._checked_release(families.FAMILIES.load(model.config.model_type))

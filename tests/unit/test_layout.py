@@ -92,11 +92,3 @@ def test_base_install_never_names_torchvision_or_flash_attn():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [n for n in names if n.split(".")[0] in ("torchvision", "flash_attn")], name
-
-
-def test_every_method_has_a_readme_row():
-    readme = (ROOT / "README.md").read_text()
-    for name in tokprune.list_methods():
-        assert f"| `{name}` |" in readme
-    for name in tokprune.list_models():
-        assert f"| `{name}`, " in readme

@@ -11,6 +11,7 @@ from tokprune.core.registry import Registry
 from tokprune.cost.flops import Shape
 from tokprune.cost.shapes import KNOWN
 
+from ..compat import is_at_least, transformers_release
 from .base import ModelFamily
 
 FAMILIES = Registry(
@@ -40,7 +41,17 @@ def family_of(model: Any) -> ModelFamily:
         UnsupportedModelError: no family, or a wrapping that hooks cannot follow.
     """
     model = _unwrapped(model)
-    return FAMILIES.load(_model_type(model))(model)
+    family = FAMILIES.load(_model_type(model))
+    _checked_release(family)
+    return family(model)
+
+
+def _checked_release(family: type[ModelFamily]) -> None:
+    if not is_at_least(family.oldest):
+        raise UnsupportedModelError(
+            f"{family.model_type!r} needs transformers {family.oldest} or newer, and {transformers_release()} is "
+            "installed; use pip install -U transformers"
+        )
 
 
 def shape_from_config(config: Any) -> Shape:

@@ -22,7 +22,7 @@ from tokprune.core.layout import Layout
 from tokprune.core.signals import Decoder, Kind, Signal, Tower
 from tokprune.cost.flops import Shape
 
-from ..compat import attention_implementation, features_of
+from ..compat import OLDEST, attention_implementation, features_of
 from .sizes import Sizes
 
 # What tells one language model's configuration from another's.
@@ -52,6 +52,7 @@ class ModelFamily:
 
     Attributes:
         model_type: `config.model_type`.
+        oldest: the oldest release of transformers that the laws hold on for this family.
         encode_functions: functions of the base model that turn pictures into rows for the language model, each
             with the field of the configuration that names its placeholder id.
         images_from_prompt: whether only the prompt tells which crops make up an image; then tokens are selected
@@ -71,6 +72,7 @@ class ModelFamily:
     """
 
     model_type: ClassVar[str] = ""
+    oldest: ClassVar[str] = OLDEST
     encode_functions: ClassVar[Mapping[str, str]] = {"get_image_features": "image_token_id"}
     images_from_prompt: ClassVar[bool] = False
     default_positions: ClassVar[str] = "contiguous"

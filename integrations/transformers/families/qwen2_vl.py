@@ -32,6 +32,7 @@ class Qwen2VL(ModelFamily):
     """
 
     model_type = "qwen2_vl"
+    oldest: ClassVar[str] = "5.18.0"
     m_rope: ClassVar[bool] = True
     default_positions: ClassVar[str] = "original"
     one_patch_a_row: ClassVar[bool] = False

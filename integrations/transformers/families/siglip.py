@@ -24,6 +24,7 @@ class SiglipFamily(ModelFamily):
     is not told which of them belong together.
     """
 
+    oldest: ClassVar[str] = "5.18.0"
     one_patch_a_row: ClassVar[bool] = False
     towers: ClassVar = {"siglip_vision_model": TowerKind("SigLIP", False)}
     no_layer_cuts: ClassVar[str] = "its decoder layers take masks and caches of several kinds"
