@@ -1,19 +1,22 @@
-"""What `--model_args` takes, read by the types declared here, and what a task's generation settings become."""
+"""The arguments of `--model_args`, and the generation settings of a task."""
 
 from __future__ import annotations
 
-import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import StoppingCriteria
 
 import tokprune
-from tokprune.core.errors import OptionError, RunError
+from tokprune.core.budget import Scope
+from tokprune.core.errors import OptionError, RunError, shown
+from tokprune.core.registry import check, parse, unknown_option
+from tokprune.prune.request import Newlines, Positions
 
 NONE = "none"
 ATTACH = ("keep_ratio", "keep_tokens", "flops_ratio", "flops_scope", "flops_text", "positions", "newlines")
@@ -31,34 +34,36 @@ class Options:
         keep_ratio, keep_tokens, flops_ratio, flops_scope, flops_text: the budget, as `tokprune.attach` takes it; for
             two joined methods keep_ratio=0.5/0.25.
         positions, newlines: as `tokprune.attach` takes them.
-        revision: of a hub id.
-        dtype: such as bfloat16; the checkpoint's own on a GPU and float32 elsewhere where it is left out.
-        device: such as cuda:1; where it is left out, the GPU of this process, or the CPU.
+        revision: of the hub id.
+        dtype: such as bfloat16. Default: the checkpoint's own on a GPU, float32 on a CPU.
+        device: such as cuda:1. Default: the GPU of this process, or the CPU.
         device_map: such as auto, to spread a model over several GPUs.
         attn_implementation: sdpa, eager or flash_attention_2.
-        batch_size: requests at a time.
-        max_new_tokens: where an answer is cut, for tasks that do not say.
-        suffix: added to every question, such as " Answer with a single word or phrase."
-        system_prompt: said before the question; a text or a file that holds it.
-        record: a file that gets one JSON line a request.
+        batch_size: requests per batch.
+        max_new_tokens: maximum length of an answer, for tasks that set none.
+        suffix: text added to every question, such as " Answer with a single word or phrase."
+        system_prompt: a text, or a file that holds it.
+        record: a file for one JSON line per request.
     """
+
+    shown_as: ClassVar[str] = "--model_args"
 
     pretrained: str
     method: str = NONE
-    keep_ratio: float | tuple[float, ...] | None = None
-    keep_tokens: int | tuple[int, ...] | None = None
-    flops_ratio: float | None = None
-    flops_scope: str | None = None
-    flops_text: int | None = None
-    positions: str | None = None
-    newlines: str | None = None
+    keep_ratio: float | tuple[float, ...] | None = field(default=None, metadata={"example": "0.25 or 0.5/0.25"})
+    keep_tokens: int | tuple[int, ...] | None = field(default=None, metadata={"example": "64 or 128/64"})
+    flops_ratio: float | None = field(default=None, metadata={"example": "0.3"})
+    flops_scope: Scope | None = None
+    flops_text: int | None = field(default=None, metadata={"example": "64"})
+    positions: Positions | None = None
+    newlines: Newlines | Literal["auto"] | None = None
     revision: str | None = None
     dtype: str | None = None
     device: str | None = None
     device_map: str | None = None
     attn_implementation: str | None = None
-    batch_size: int = 1
-    max_new_tokens: int = 1024
+    batch_size: int = field(default=1, metadata={"example": "8"})
+    max_new_tokens: int = field(default=1024, metadata={"example": "16"})
     suffix: str = ""
     system_prompt: str = ""
     record: str | None = None
@@ -68,37 +73,40 @@ class Options:
         """From texts, as on a command line, or from values.
 
         Raises:
-            TokPruneError: an argument that does not exist or whose value cannot be; what to type instead is said.
+            TokPruneError: an argument does not exist, or its value is invalid.
         """
-        known = [f.name for f in fields(cls)]
         for name in given:
-            if name not in known:
-                raise OptionError(_unknown(name, known))
+            if name in _REFUSED:
+                raise OptionError(_REFUSED[name])
+            if name not in cls.__dataclass_fields__:
+                own = "Options of a method go into method=, as method=vtc_cls:start_layer=2"
+                raise OptionError(f"{unknown_option(cls, name)}. {own}")
         if not str(given.get("pretrained") or "").strip():
-            raise OptionError("no model named; type --model_args pretrained=FOLDER_OR_HUB_ID,method=vtc_cls,...")
+            raise OptionError("no model named: use --model_args pretrained=FOLDER_OR_HUB_ID,method=vtc_cls,...")
         if isinstance(given.get("method"), str) and not given["method"].strip():
-            raise OptionError(f"no method named; type method=none, or one of: {', '.join(tokprune.list_methods())}")
-        read = {name: _read(name, value) for name, value in given.items()}
-        options = cls(**{name: value for name, value in read.items() if value is not None})
+            raise OptionError(f"no method named: use method=none, or one of: {', '.join(tokprune.list_methods())}")
+        options = cls(**{name: _read(cls, name, value) for name, value in given.items() if value not in (None, "")})
         options._check()
         return options
 
     def _check(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} is too small: use {name}=1 or more")
         if self.dtype not in (None, "auto") and not isinstance(getattr(torch, self.dtype or "", None), torch.dtype):
-            raise OptionError(f"dtype={self.dtype!r} is no type of torch; type dtype=bfloat16, float16 or float32")
+            raise OptionError(f"invalid dtype={self.dtype}: use dtype=bfloat16, dtype=float16 or dtype=float32")
         if not self.is_bare:
             tokprune.get_method(self.method)
             return
         if self.attach:
             name = next(iter(self.attach))
             raise OptionError(
-                f"method=none is the bare model and takes no {name}; leave {name} out, or name a method, as "
+                f"method=none runs the bare model, so it takes no {name}: leave {name} out, or use "
                 f"method=vtc_cls,{name}={_typed(self.attach[name])}"
             )
 
     @property
     def is_bare(self) -> bool:
-        """Whether nothing is pruned."""
         return self.method == NONE
 
     @property
@@ -109,7 +117,7 @@ class Options:
 
 
 def split_arguments(text: str) -> dict[str, str]:
-    """`a=1,b=x:y=z,c=0.5,0.25` as a dict of texts: a comma ends a value only where a name and "=" follow it.
+    """`a=1,b=x:y=z,c=0.5,0.25` as a dict of texts: a comma ends a value only if a name and "=" follow it.
 
     Raises:
         OptionError: a part without a name, or a name twice.
@@ -118,94 +126,51 @@ def split_arguments(text: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in re.split(r",(?=\s*\w+=)", text.strip().rstrip(",")))):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise OptionError(f"{part!r} in --model_args is no argument; type name=value,name=value")
+            raise OptionError(f"invalid argument {part!r} in --model_args: use name=value,name=value")
         if name in found:
-            raise OptionError(f"{name} is in --model_args twice ({found[name]}, {value}); leave one out")
+            raise OptionError(f"{name} is given twice in --model_args ({found[name]}, {value}): leave one out")
         found[name] = value
     return found
 
 
 def merged(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Model arguments with lmms-eval's own flags; a batch size of 1, which nobody has to type, gives way.
+    """Model arguments with lmms-eval's own flags; --batch_size 1 is its default and does not count.
 
     Raises:
-        OptionError: both say something, and not the same.
+        OptionError: a flag and an argument differ.
     """
     out = dict(given)
     for name, value in flags.items():
         if value is None or (name == "batch_size" and str(value) == "1" and name in given):
             continue
         if name == "max_batch_size":
-            raise OptionError("--max_batch_size is for automatic batch sizes; type --batch_size 8 alone")
+            raise OptionError("automatic batch sizes are not supported: use --batch_size 8, without --max_batch_size")
         if name in out and str(out[name]) != str(value):
-            raise OptionError(f"--{name} {value} and {name}={out[name]} in --model_args differ; leave one out")
+            raise OptionError(f"--{name} {value} and {name}={out[name]} in --model_args differ: leave one out")
         out[name] = value
     return out
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    if name == "keep":
-        return "keep is no model argument; type keep_ratio=0.25 (a fraction of the tokens) or keep_tokens=64 (a count)"
-    if name == "trust_remote_code":
-        return "trust_remote_code is no model argument: tokprune runs no code from the hub; leave it out"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return (
-        f"no model argument {name!r}.{hint} There are: {', '.join(known)}. Options of a method go into its "
-        "specification, as method=vtc_cls:start_layer=2"
-    )
-
-
-def _read(name: str, value: Any) -> Any:
-    """A value of an argument from its text; None where it is empty."""
-    if value is None or value == "":
-        return None
-    try:
-        if name == "keep_ratio":
-            return _numbers(value, float)
-        if name == "keep_tokens":
-            return _numbers(value, int)
-        if name == "flops_ratio":
-            return float(value)
-        if name in ("batch_size", "max_new_tokens", "flops_text"):
-            return _at_least_one(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{name}={value} is not {WANTED[name]}; type {EXAMPLES[name]}") from error
-    return str(value)
-
-
-WANTED = {
-    "keep_ratio": "a fraction in (0, 1]",
-    "keep_tokens": "a whole number",
-    "flops_ratio": "a fraction in (0, 1]",
-    "batch_size": "a whole number of at least 1",
-    "max_new_tokens": "a whole number of at least 1",
-    "flops_text": "a whole number of at least 1",
-}
-EXAMPLES = {
-    "keep_ratio": "keep_ratio=0.25, or keep_ratio=0.5/0.25 for two joined methods",
-    "keep_tokens": "keep_tokens=64, or keep_tokens=128/64 for two joined methods",
-    "flops_ratio": "flops_ratio=0.3",
-    "batch_size": "--batch_size 8",
-    "max_new_tokens": "max_new_tokens=16",
-    "flops_text": "flops_text=64",
+_REFUSED = {
+    "keep": "unknown argument 'keep': did you mean keep_ratio=0.25 or keep_tokens=64?",
+    "trust_remote_code": "tokprune runs no code from the hub: leave trust_remote_code out",
 }
 
 
-def _numbers(value: Any, kind: type) -> Any:
-    """One number, or a tuple where there are several: 0.25, 0.5/0.25 or 0.5,0.25."""
+def _read(cls: type, name: str, value: Any) -> Any:
+    """The value of an argument by its declared type, from a text or a value.
+
+    Raises:
+        OptionError: no such argument, or the value does not fit.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if isinstance(value, str):
-        value = [kind(part) for part in re.split("[/,]", value.strip("[]()"))]
-    if isinstance(value, (list, tuple)):
-        return tuple(value) if len(value) > 1 else value[0]
-    return value  # checked by attach
-
-
-def _at_least_one(value: Any) -> int:
-    number = int(value)
-    if number < 1 or str(number) != str(value):
-        raise ValueError
-    return number
+        value = parse(cls, name, value)
+    elif isinstance(value, list):
+        value = tuple(value)
+    check(cls, name, value)
+    return value
 
 
 def _typed(value: Any) -> str:
@@ -218,13 +183,13 @@ def _typed(value: Any) -> str:
 def generation(given: Mapping[str, Any], max_new_tokens: int, eos: str) -> tuple[dict[str, Any], list[str]]:
     """Arguments of `generate` from a task's generation_kwargs, and the texts that end an answer.
 
-    Sampling starts with a temperature above 0, unless do_sample is false. What `generate` does not know here is left
-    out, as lmms-eval's own models leave it out.
+    A temperature above 0 turns sampling on, unless do_sample is false. Other settings are ignored, as in lmms-eval's
+    own models.
 
     Args:
         given: `generation_kwargs` of a task, with those of `--gen_kwargs`.
-        max_new_tokens: for tasks that do not say.
-        eos: the tokenizer's end, which needs no text to be looked for.
+        max_new_tokens: for tasks that set none.
+        eos: the tokenizer's end token, which stops generation anyway.
 
     Raises:
         RunError: a setting is of a wrong type or out of range.
@@ -264,14 +229,14 @@ def _yes_or_no(value: Any) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """Texts that end an answer; an empty value is none."""
+    """Texts that end an answer."""
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise ValueError
     return list(texts)
 
 
-# How a setting is read, whether it is in range, what it is, and an example.
+# How a setting is read, its range, its description, and an example.
 SETTINGS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str, str]] = {
     "max_new_tokens": (_whole, lambda n: n >= 0, "a whole number of at least 1", "16"),
     "num_beams": (_whole, lambda n: n >= 0, "a whole number of at least 1", "1"),
@@ -299,13 +264,8 @@ def _setting(name: str, value: Any) -> Any:
             return found
     except (TypeError, ValueError, OverflowError, KeyError):
         pass
-    try:
-        shown = " ".join(repr(value).split())
-    except ValueError:  # whole numbers of thousands of digits have no text
-        shown = "a number too long to show"
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     raise RunError(
-        f"{name}={shown} in --gen_kwargs or the task's generation_kwargs is not {wanted}; type --gen_kwargs "
+        f"{name}={shown(value)} in --gen_kwargs or the task's generation_kwargs is not {wanted}: use --gen_kwargs "
         f"{name}={example}"
     )
 
@@ -316,10 +276,10 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 class Until(StoppingCriteria):
-    """Ends a row when its answer holds one of some texts.
+    """Ends a row when its answer contains one of some texts.
 
-    It reads the end of the decoded answer, so it takes every tokenizer; that of transformers needs a vocabulary with
-    certain letters in it.
+    It decodes the end of the answer, so it works with every tokenizer; that of transformers needs certain letters in
+    the vocabulary.
 
     Args:
         stops: the texts.
@@ -329,10 +289,10 @@ class Until(StoppingCriteria):
 
     def __init__(self, stops: list[str], tokenizer: Any, n_prompt: int):
         self.stops, self.tokenizer, self.n_prompt = stops, tokenizer, n_prompt
-        self.n_last = 16 + 4 * max(map(len, stops))  # tokens that surely hold a text that has just come to its end
+        self.n_last = 16 + 4 * max(map(len, stops))  # enough tokens to hold the longest text
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
-        """Whether each row ends, (B,) bool."""
+        """Whether each row has ended, (B,) bool."""
         last = input_ids[:, self.n_prompt :][:, -self.n_last :]
         texts = self.tokenizer.batch_decode(last, skip_special_tokens=True)
         return torch.tensor([cut(text, self.stops) != text for text in texts], device=input_ids.device)

@@ -116,7 +116,11 @@ REFUSED = {
         "Options: split, start_layer",
     ),
     "option value": (dict(method="fopru:form=softmx", keep_ratio=0.3), errors.OptionError, "'softmax', 'logits'"),
-    "option type": (dict(method="vtc_cls", keep_ratio=0.3, start_layer="2"), errors.OptionError, "int or None"),
+    "option type": (
+        dict(method="vtc_cls", keep_ratio=0.3, start_layer="2"),
+        errors.OptionError,
+        "a whole number or None",
+    ),
     "no equals sign": (dict(method="fopru:row", keep_ratio=0.3), errors.OptionError, "name:option=value"),
     "layer": (dict(method="vtc_cls:start_layer=9", keep_ratio=0.3), errors.OptionError, "from -4 to 3"),
     "late layer": (dict(method="vtc_cls:start_layer=3", keep_ratio=0.3), errors.OptionError, "start_layer=2"),
@@ -133,7 +137,7 @@ REFUSED = {
     "options with a list": (
         dict(method=["fopru"], keep_ratio=0.3, strategy="row"),
         errors.OptionError,
-        "write them in the list",
+        "use '",
     ),
     "options with an object": (
         dict(method=tokprune.get_method("fopru"), keep_ratio=0.3, strategy="row"),

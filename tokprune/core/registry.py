@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,18 +14,18 @@ from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from .errors import OptionError, UnknownNameError
+from .errors import OptionError, UnknownNameError, shown
 
 
 class Registry:
     """A table of names that imports a class only when its name is asked for.
 
     Args:
-        what: what the names stand for, used in messages.
+        what: the kind of thing that is named, used in messages.
         table: name to "module:Class".
         aliases: name to another spelling of a whole specification ("vtc_cls:start_layer=-2").
         group: entry-point group through which other packages add names.
-        listing: what a user types to see all names.
+        listing: the call that lists all names, used in messages.
     """
 
     def __init__(
@@ -39,7 +40,6 @@ class Registry:
         self.group, self.listing = group, listing
 
     def names(self) -> list[str]:
-        """All names, aliases included, sorted."""
         return sorted({*self.table, *self.aliases, *self._plugins()})
 
     def load(self, name: str) -> type:
@@ -57,9 +57,9 @@ class Registry:
         raise UnknownNameError(self._unknown(name))
 
     def name_of(self, cls: type) -> str | None:
-        """The name under which `load` gives this class; None where there is none.
+        """The name under which `load` returns this class, or None.
 
-        Plug-ins are imported where that has to be known; one that cannot be imported has no class.
+        Plug-ins are imported to find out; one that cannot be imported is skipped.
         """
         written = f"{cls.__module__}:{cls.__qualname__}"
         found = [name for name, place in self.table.items() if place == written]
@@ -100,30 +100,39 @@ class Registry:
 def _split(part: str, spec: str) -> tuple[str, str]:
     key, equals, value = part.partition("=")
     if not equals:
-        raise OptionError(f"{part!r} in {spec!r} is no option; type name:option=value:option=value")
+        raise OptionError(f"invalid option {part!r} in {spec!r}: use name:option=value:option=value")
     return key, value
 
 
 def _check_once(keys: list[str], spec: str) -> None:
     for key in keys:
         if keys.count(key) > 1:
-            raise OptionError(f"{key} is given twice, with {spec!r}; write it once")
+            raise OptionError(f"{key} is given twice, in {spec!r}; use it once")
 
 
-@functools.cache  # asked for with every option that is checked
+@functools.cache  # needed for every option that is checked
 def _option_types(cls: type) -> Mapping[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
 
 
+def _shown_as(cls: type) -> str:
+    return getattr(cls, "shown_as", cls.__name__)
+
+
 def _option_type(cls: type, key: str) -> Any:
     known = _option_types(cls)
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        have = ", ".join(known) or "none"
-        raise OptionError(f"{cls.__name__} has no option {key!r}.{hint} Options: {have}")
+        raise OptionError(unknown_option(cls, key))
     return known[key]
+
+
+def unknown_option(cls: type, key: str) -> str:
+    """The message for an option that a class does not have."""
+    known = _option_types(cls)
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{_shown_as(cls)} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}"
 
 
 def _alternatives(declared: Any) -> Iterable[Any]:
@@ -132,14 +141,27 @@ def _alternatives(declared: Any) -> Iterable[Any]:
 
 
 def parse(cls: type, key: str, text: str) -> Any:
-    """The value of an option from its text, by the option's declared type."""
+    """The value of an option from its text, by the option's declared type.
+
+    A tuple is read from "0.5/0.25" or "0.5,0.25", None from "none".
+
+    Raises:
+        OptionError: the class has no such option, or the text does not fit its type.
+    """
     declared = _option_type(cls, key)
     kinds = _alternatives(declared)
     for kind in sorted(kinds, key=lambda k: k is not type(None)):  # "none" first
         value = _parse_as(kind, text)
         if value is not MISSING:
             return value
-    raise OptionError(f"{cls.__name__}: {key}={text!r} is not {describe(declared)}")
+    raise _unfit(cls, key, text)
+
+
+def _unfit(cls: type, key: str, value: Any) -> OptionError:
+    """The error for a value of another type, with the example that the field's metadata may hold."""
+    (example,) = (f.metadata.get("example") for f in fields(cls) if f.name == key)
+    use = f"; use {key}={example}" if example else ""
+    return OptionError(f"{_shown_as(cls)}: {key}={shown(value)} is not {describe(_option_type(cls, key))}{use}")
 
 
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -152,7 +174,10 @@ def _parse_as(kind: Any, text: str) -> Any:
         return _BOOLEANS.get(text.lower(), MISSING)
     if typing.get_origin(kind) is Literal:
         return text if text in typing.get_args(kind) else MISSING
-    if hasattr(kind, "parse"):  # it says itself what is wrong
+    if typing.get_origin(kind) is tuple:
+        values = [_parse_as(typing.get_args(kind)[0], part) for part in re.split("[/,]", text.strip("[]()"))]
+        return MISSING if MISSING in values else tuple(values)
+    if hasattr(kind, "parse"):  # it raises its own error
         return kind.parse(text)
     try:
         return kind(text)
@@ -164,16 +189,16 @@ def check(cls: type, key: str, value: Any) -> None:
     """Raise OptionError unless the value fits the option's declared type."""
     declared = _option_type(cls, key)
     if not any(_fits(kind, value) for kind in _alternatives(declared)):
-        raise OptionError(f"{cls.__name__}: {key}={value!r} is not {describe(declared)}")
+        raise _unfit(cls, key, value)
     if isinstance(value, (int, float)) and not abs(value) < 2**63:
-        shown = repr(value)
-        shown = shown if len(shown) < 30 else f"{shown[:10]}... of {len(shown)} characters"
-        raise OptionError(f"{cls.__name__}: {key}={shown} is no number of a usual size; type one within 64 bits")
+        raise OptionError(f"{_shown_as(cls)}: {key}={shown(value)} is out of range: use a number that fits 64 bits")
 
 
 def _fits(kind: Any, value: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(typing.get_args(kind)[0], part) for part in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
@@ -181,12 +206,17 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
+_WORDS = {type(None): "None", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def describe(declared: Any) -> str:
-    """A declared type in words: "int or None", "one of 'rank', 'row'"."""
-    names = []
-    for kind in _alternatives(declared):
-        if typing.get_origin(kind) is Literal:
-            names.append("one of " + ", ".join(repr(v) for v in typing.get_args(kind)))
-        else:
-            names.append("None" if kind is type(None) else getattr(kind, "described", kind.__name__))
-    return " or ".join(names)
+    """A declared type in words: "a whole number or None", "one of 'rank', 'row'"."""
+    kinds = list(_alternatives(declared))
+    values = [v for kind in kinds if typing.get_origin(kind) is Literal for v in typing.get_args(kind)]
+    names = ["one of " + ", ".join(map(repr, values))] if values else []
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            names.append("several joined by '/'")
+        elif typing.get_origin(kind) is not Literal:
+            names.append(_WORDS.get(kind) or getattr(kind, "described", kind.__name__))
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -21,7 +21,7 @@ from .decoder import DecoderMethod
 
 @dataclass(frozen=True)
 class DART(DecoderMethod):
-    """One cut; duplicates go, whatever attention says.
+    """One cut; duplicates are dropped, regardless of attention.
 
     Pivots are the visual and the text tokens with the largest L1 norm of keys (all heads) in the layer before the cut.
     They are visited one after the other, visual ones first, then text, each by descending norm; every pivot keeps the
@@ -56,19 +56,17 @@ class DART(DecoderMethod):
     def __post_init__(self):
         super().__post_init__()
         if self.uniform:
-            raise OptionError(f"DART ranks nothing, so uniform={self.uniform} has no place; leave it out")
+            raise OptionError(f"DART ranks nothing, so uniform={self.uniform} has no effect; leave it out")
 
     @property
     def count(self) -> Count:
-        """Nothing is promised where LightCompress' count is taken; `cuts` says what it is."""
+        """With LightCompress' count there is no guarantee; `cuts` has the number."""
         return Count.CONTENT if self.faithful else Count.EXACT
 
     def left(self, n_present: int, n_keep: int) -> int:
-        """The budget, or LightCompress' count for it."""
         return self.overshoot(n_keep) if self.faithful else n_keep
 
     def overshoot(self, budget: int) -> int:
-        """LightCompress' count."""
         n_pivots = self.pivots + self.text_pivots
         return self.pivots + n_pivots * (budget // n_pivots)
 
@@ -78,7 +76,6 @@ class DART(DecoderMethod):
         return self.overshoot(int(kept)) if self.faithful else round(kept)
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """Keys of the layer before the cut, and states of the text at it."""
         text_keys = Signal(Kind.LM_TEXT_KEYS, (layer - 1,), text=self.text)
         return frozenset({Signal(Kind.LM_KEYS, (layer - 1,)), text_keys, Signal(Kind.LM_TEXT_STATES, text=self.text)})
 
@@ -87,7 +84,6 @@ class DART(DecoderMethod):
         return Ops((self.pivots + self.text_pivots) * layout.n_visual * widths.rows)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Visual pivots, and what every pivot keeps."""
         visual = self.visual_pivots(tokens, n_keep)
         text, exists = self.text_pivots_of(tokens)
         states = [ops.take(tokens.features, visual), ops.take(tokens.signal(Kind.LM_TEXT_STATES), text)]
@@ -100,7 +96,7 @@ class DART(DecoderMethod):
         return _largest(norms, min(self.pivots, n_keep))[0]
 
     def text_pivots_of(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-        """Indices of text pivots, by descending norm, (G, P), and which of them are no padding."""
+        """Indices of text pivots, by descending norm, (G, P), and which of them are not padding."""
         index, norms = _largest(tokens.signal(Kind.LM_TEXT_KEYS).abs().sum((2, 3)), self.text_pivots)
         return index, norms > 0
 

@@ -22,11 +22,11 @@ from .decoder import DecoderMethod
 
 @dataclass(frozen=True)
 class FromFile(DecoderMethod):
-    """Cuts where a schedule file says, as far as it says, by the score that it names.
+    """Cut at the layers and by the fractions of a schedule file, ranked by the score that it names.
 
     The file holds the fraction of the visual tokens that is left from a layer on, and which language model that was
-    found for. It takes no budget. Where it says 0, all visual tokens leave. `tokprune search` writes such files:
-    G-Search, the fewest tokens that answer as well, or P-Sigmoid, the best sigmoid of a budget.
+    found for. It takes no budget. A fraction of 0 drops all visual tokens. `tokprune search` writes such files:
+    G-Search, the fewest tokens without loss of accuracy, or P-Sigmoid, the best sigmoid of a budget.
 
     Source:   "Accelerating Multimodal Large Language Models by Searching Optimal Vision Token Reduction", CVPR 2025,
               arXiv 2412.00556.
@@ -36,7 +36,7 @@ class FromFile(DecoderMethod):
     Needs:    what the score needs, before every cut.
 
     Args:
-        file: a schedule file. In a specification its path holds no colon.
+        file: a schedule file. In a specification its path must not have a colon.
     """
 
     file: str = ""
@@ -48,53 +48,48 @@ class FromFile(DecoderMethod):
         super().__post_init__()
         if self.schedule is not None or self.uniform:
             raise OptionError(
-                "schedule takes file alone: what is left stands in the file, and options of the score in the file's "
+                "schedule takes only file: the file holds the schedule, and options of the score go into the file's "
                 '"score" ("fastv:uniform=0.5")'
             )
 
     @functools.cached_property
     def found(self) -> ScheduleFile:
-        """Read once, when first asked for; OptionError where there is nothing to read."""
+        """Read once, when first used; OptionError if the file is missing or broken."""
         if not self.file:
             raise OptionError(f"schedule needs a file, as schedule:file=schedule.json; {HOW}")
         return read_schedule(self.file)
 
     @functools.cached_property
     def by(self) -> DecoderMethod:
-        """What ranks the tokens, with the schedule."""
         from . import METHODS
 
         score = self.found.score
         try:
             built = METHODS.build(score)
             if not isinstance(built, DecoderMethod) or isinstance(built, FromFile) or built.schedule is not None:
-                raise OptionError("that is no method between decoder layers without a schedule, such as fastv")
+                raise OptionError("use a method between decoder layers without a schedule, such as fastv")
             return METHODS.build(score, {"schedule": self.found.schedule})
         except TokPruneError as error:
             raise OptionError(f"file={self.file!r} ranks by {score[:80]!r}: {error}") from error
 
     @property
     def plan(self) -> Schedule:
-        """The file's."""
         return self.by.plan
 
     @property
     def takes_budget(self) -> bool:
-        """The file says how many."""
         return False
 
     @property
     def count(self) -> Count:
-        """The score's."""
         return self.by.count if self.file else Count.EXACT
 
     @property
     def keeps_features(self) -> bool:  # type: ignore[override]
-        """The score's."""
         return self.by.keeps_features if self.file else True
 
     def check(self, decoder: Decoder) -> None:
-        """Raise OptionError where the schedule was found for another language model."""
+        """Raise OptionError if the schedule was found for another language model."""
         found = self.found
         if (found.n_layers, found.fingerprint) != (decoder.n_layers, decoder.fingerprint):
             raise OptionError(
@@ -104,25 +99,19 @@ class FromFile(DecoderMethod):
         self.by.check(decoder)
 
     def write_file(self, path: Path) -> None:
-        """The schedule as it was read."""
         write_schedule(path, self.found)
 
     def left(self, n_present: int, n_keep: int) -> int:
-        """The score's; nothing is left of nothing."""
         return self.by.left(n_present, n_keep) if n_keep else 0
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """The score's."""
         return self.by.reads(layer)
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
-        """The score's."""
         return self.by.cost(layout, n_keep, widths) if n_keep else Ops()
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """The score's."""
         return self.by.score(tokens)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """As the score's method; nothing has to be ranked where all leave."""
         return self.by.select(tokens, n_keep) if n_keep else replace(tokens, keep=torch.zeros_like(tokens.keep))

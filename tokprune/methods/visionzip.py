@@ -53,7 +53,7 @@ class VisionZip(Method):
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         """Attention and keys of one layer, and the [CLS] state where the projector takes it."""
-        layers = ((tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)),)
+        layers = (tower.default_layer(-2) if self.layer is None else tower.layer(self.layer),)
         found = {Signal(Kind.CLS_ROW if tower.has_cls else Kind.RECEIVED, layers), Signal(Kind.KEYS, layers)}
         return frozenset(found | ({Signal(Kind.CLS_STATE)} if tower.has_cls and tower.projects_rows else set()))
 
@@ -67,7 +67,6 @@ class VisionZip(Method):
         return Ops(spent)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Every crop by itself."""
         return crop_by_crop(tokens, ops.shares(tokens.layout.crop_sizes, n_keep, even=True), self._compress)
 
     def _n_contextual(self, n_keep: int) -> int:
