@@ -2,8 +2,8 @@
 
 python -m tokprune.eval.bench.harness --out eval/results/harness-tiny-llava.jsonl
 
-Both answer the same questions in the same batches with the same calls of processor and model. The harness also writes a row
-for every answer and the times of every batch; the report that it draws at the end of a run is not in it.
+Both answer the same questions in the same batches with the same calls of processor and model. The harness also writes a
+row for every answer and the times of every batch; the report that it draws at the end of a run is not in it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main(
         for config in CONFIGS:
             line = _measured(runner, task, samples, config, batch_size, rounds)
             typer.echo(
-                f"{name}, {config.label}: {line['hand_ms']:.2f} ms by hand, {line['harness_ms']:.2f} ms by the harness, "
+                f"{name}, {config.label}: {line['hand_ms']:.2f} ms by hand, {line['harness_ms']:.2f} ms in all: "
                 f"x {line['ratio']:.2f} [{line['ratios'][0]:.2f}, {line['ratios'][-1]:.2f}]"
             )
             lines.append({**line, "threads": torch.get_num_threads(), **conditions(runner.model)})

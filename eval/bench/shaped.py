@@ -6,21 +6,19 @@ Times do not depend on the values of weights, so nothing is downloaded. Methods 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 import transformers
 from PIL import Image
-from tokprune.integrations.transformers import features_of, shape_from_config
+from tokprune.integrations.transformers import FAMILIES, Sizes, family_of, shape_from_config
 from transformers import AutoModelForImageTextToText
 
 from tokprune.core.errors import RunError
-from tokprune.cost.flops import Shape
 from tokprune.cost.shapes import KNOWN, known_shape
 
 PATCH = 14
@@ -31,116 +29,30 @@ SCALED = "type fewer decoder layers (--layers 4), --dtype bfloat16, or a smaller
 # ------------------------------------------------------------------------------------------ configurations
 
 
-def _clip(shape: Shape, side: int) -> transformers.PretrainedConfig:
-    return transformers.CLIPVisionConfig(**_tower(shape), image_size=side, patch_size=PATCH, projection_dim=768)
+class Build(NamedTuple):
+    """How a known shape is built: its family, its parts, pixels a side, and the grids that pictures are cut into."""
 
-
-def _siglip(shape: Shape, side: int) -> transformers.PretrainedConfig:
-    head = shape.vision.pooling_head
-    return transformers.SiglipVisionConfig(**_tower(shape), image_size=side, patch_size=PATCH, vision_use_head=head)
-
-
-def _internvit(shape: Shape, side: int) -> transformers.PretrainedConfig:
-    sides = dict(image_size=[side, side], patch_size=[PATCH, PATCH])
-    return transformers.InternVLVisionConfig(**_tower(shape), **sides, attention_bias=True)
-
-
-def _tower(shape: Shape) -> dict[str, int]:
-    stack = shape.vision.stack
-    return dict(
-        hidden_size=stack.width,
-        intermediate_size=stack.mlp_width,
-        num_hidden_layers=stack.n_layers,
-        num_attention_heads=stack.n_heads,
-    )
-
-
-def _language_model(shape: Shape, cls: Any) -> transformers.PretrainedConfig:
-    stack = shape.text
-    return cls(
-        hidden_size=stack.width,
-        intermediate_size=stack.mlp_width,
-        num_hidden_layers=stack.n_layers,
-        num_attention_heads=stack.n_heads,
-        num_key_value_heads=stack.n_kv_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=32768,
-        **({"sliding_window": None} if cls is transformers.MistralConfig else {}),
-    )
-
-
-def _grids(side: int, most: int) -> list[list[int]]:
-    return [[rows * side, columns * side] for rows in range(1, most + 1) for columns in range(1, most + 1)]
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to build a model of a family.
-
-    Args:
-        config: its configuration class.
-        vision: the tower's configuration, from a shape and pixels a side.
-        text: the language model's configuration class.
-        side: pixels a side that the tower takes.
-        options: of the configuration, from pixels a side and the id of the placeholder.
-    """
-
-    config: Any
-    vision: Callable[[Shape, int], transformers.PretrainedConfig]
-    text: Any
+    family: str
+    text: str
+    tower: str
     side: int
-    options: Callable[[int, int], dict[str, Any]]
+    grids: tuple[tuple[int, int], ...] = ()
 
 
-def _llava(side: int, image: int) -> dict[str, Any]:
-    return dict(
-        image_token_index=image,
-        image_seq_length=(side // PATCH) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
+NEXT_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+ONEVISION_GRIDS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
+BUILDS = {
+    "llava-next-mistral": Build("llava_next", "mistral", "clip_vision_model", 336, NEXT_GRIDS),
+    "llava-next": Build("llava_next", "llama", "clip_vision_model", 336, NEXT_GRIDS),
+    "llava-1.5": Build("llava", "llama", "clip_vision_model", 336),
+    "onevision": Build("llava_onevision", "qwen2", "siglip_vision_model", 384, ONEVISION_GRIDS),
+    "internvl3": Build("internvl", "qwen2", "internvl_vision", 448),
+}
 
 
-def _llava_next(side: int, image: int) -> dict[str, Any]:
-    grids = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
-    return {**_llava(side, image), "image_grid_pinpoints": grids}
-
-
-def _onevision(side: int, image: int) -> dict[str, Any]:
-    return dict(
-        image_token_index=image,
-        video_token_index=image - 1,
-        image_grid_pinpoints=_grids(side, 6),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        vision_aspect_ratio="anyres_max_9",
-    )
-
-
-def _internvl(side: int, image: int) -> dict[str, Any]:
-    n_patches = (side // PATCH) ** 2
-    return dict(
-        image_token_id=image,
-        image_seq_length=n_patches // 4,
-        downsample_ratio=0.5,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-
-
-def family_of(name: str) -> Family | None:
-    """The family of a known shape, by its name; None if it cannot be built."""
-    llama, mistral, qwen = transformers.LlamaConfig, transformers.MistralConfig, transformers.Qwen2Config
-    if name.startswith("llava-next"):
-        text = mistral if "mistral" in name else llama
-        return Family(transformers.LlavaNextConfig, _clip, text, 336, _llava_next)
-    if name.startswith("llava-1.5"):
-        return Family(transformers.LlavaConfig, _clip, llama, 336, _llava)
-    if name.startswith("onevision"):
-        return Family(transformers.LlavaOnevisionConfig, _siglip, qwen, 384, _onevision)
-    if name.startswith("internvl3"):
-        return Family(transformers.InternVLConfig, _internvit, qwen, 448, _internvl)
-    return None
+def build_of(name: str) -> Build | None:
+    """How a known shape is built, by its name; None where it cannot be."""
+    return next((build for prefix, build in BUILDS.items() if name.startswith(prefix)), None)
 
 
 def config_of(
@@ -157,9 +69,9 @@ def config_of(
     Raises:
         RunError: the shape cannot be built, or a size is invalid.
     """
-    shape, family = known_shape(name), family_of(name)
-    if family is None:
-        built = ", ".join(n for n in KNOWN if family_of(n))
+    shape, build = known_shape(name), build_of(name)
+    if build is None:
+        built = ", ".join(n for n in KNOWN if build_of(n))
         raise RunError(f"cannot build a model of shape {name!r}; type one of: {built}")
     for option, asked, real in (
         ("--layers", layers, shape.text.n_layers),
@@ -172,12 +84,25 @@ def config_of(
         raise RunError(f"--resolution {side} has to be a multiple of {PATCH}, the pixels of a patch; type 336")
     text = replace(shape.text, n_layers=layers or shape.text.n_layers)
     tower = replace(shape.vision.stack, n_layers=vision_layers or shape.vision.stack.n_layers)
-    shape = replace(shape, text=text, vision=replace(shape.vision, stack=tower))
-    side = side or family.side
-    return family.config(
-        vision_config=family.vision(shape, side),
-        text_config=_language_model(shape, family.text),
-        **family.options(side, shape.vocabulary - 1),
+    side = side or build.side
+    clip = {"projection_dim": 768} if build.tower.startswith("clip") else {}
+    siglip = {"vision_use_head": shape.vision.pooling_head} if build.tower.startswith("siglip") else {}
+    mistral = {"sliding_window": None} if build.text == "mistral" else {}
+    return FAMILIES.load(build.family).config_of(
+        Sizes(
+            text=text,
+            tower=tower,
+            text_type=build.text,
+            tower_type=build.tower,
+            vocabulary=shape.vocabulary,
+            side=side,
+            patch=PATCH,
+            image_id=shape.vocabulary - 1,
+            video_id=shape.vocabulary - 2,
+            grids=build.grids,
+            text_options={"max_position_embeddings": 32768, **mistral},
+            tower_options={**clip, **siglip},
+        )
     )
 
 
@@ -280,27 +205,8 @@ def crop_side(config: transformers.PretrainedConfig) -> int:
 
 
 def image_processor_of(config: transformers.PretrainedConfig) -> Any:
-    """The family's own image processor, for the crops of this configuration."""
-    side = crop_side(config)
-    square = {"height": side, "width": side}
-    if config.model_type == "llava":
-        return _pil("clip", "CLIPImageProcessor")(size={"shortest_edge": side}, crop_size=square)
-    grids = {"image_grid_pinpoints": getattr(config, "image_grid_pinpoints", None)}
-    if config.model_type == "llava_next":
-        options = dict(size={"shortest_edge": side}, crop_size=square)
-        return _pil("llava_next", "LlavaNextImageProcessor")(**options, **grids)
-    if config.model_type == "llava_onevision":
-        return _pil("llava_onevision", "LlavaOnevisionImageProcessor")(size=square, **grids)
-    return _pil("got_ocr2", "GotOcr2ImageProcessor")(size=square, crop_to_patches=True, min_patches=1, max_patches=12)
-
-
-def _pil(module: str, name: str) -> Any:
-    """An image processor that needs no torchvision; transformers 4 has it under the plain name."""
-    try:
-        found = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
-        return getattr(found, f"{name}Pil")
-    except ImportError:
-        return getattr(transformers, name)
+    """The family's own image processor, for crops of this configuration."""
+    return FAMILIES.load(config.model_type).image_processor(config)
 
 
 def pictures(side: int, n: int) -> list[Image.Image]:
@@ -326,8 +232,7 @@ def placeholders(model: Any, pixels: dict[str, torch.Tensor]) -> int:
         pixels: of one picture.
     """
     values = pixels["pixel_values"].to(model.device, model.dtype)
-    out = model.model.get_image_features(**{**pixels, "pixel_values": values})
-    return sum(map(len, features_of(out)))
+    return sum(map(len, family_of(model).encode("get_image_features", **{**pixels, "pixel_values": values})))
 
 
 def prompt(config: Any, n_visual: int, n_text: int, pixels: dict[str, torch.Tensor], rows: int) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tokprune.integrations.transformers import attention_implementation, cache_of
+from tokprune.integrations.transformers import attention_implementation, cache_of, family_of
 
 import tokprune
 from tokprune.core.clock import PARTS, Parts, listen, span
@@ -124,7 +124,7 @@ def _once(model: Any, inputs: dict, config: Config, new_tokens: int, phases: boo
     with ExitStack() as stack:
         parts = stack.enter_context(listen(lambda: now(model.device))) if phases else Parts()
         if phases:
-            _hear_vision(model.model, stack)
+            _hear_vision(model, stack)
         attachment = None
         if config.method != NONE:
             budget = {} if config.keep_ratio is None else {"keep_ratio": config.keep_ratio}
@@ -140,7 +140,7 @@ def _once(model: Any, inputs: dict, config: Config, new_tokens: int, phases: boo
 
         stack.callback(model.register_forward_hook(first_pass_ended).remove)
         out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        attn = attention_implementation(model.model.language_model)
+        attn = attention_implementation(family_of(model).language_model)
         report = attachment.report if attachment else None
     first = Phases(watch.prefill_s, seen["seconds"], seen["counts"])
     n_new = out.shape[1] - inputs["input_ids"].shape[1]
@@ -148,16 +148,17 @@ def _once(model: Any, inputs: dict, config: Config, new_tokens: int, phases: boo
     return Measured(watch.ticks, watch.total_s, first, seen["cache"], *peaks, n_new, attn, report)
 
 
-def _hear_vision(base: Any, stack: ExitStack) -> None:
+def _hear_vision(model: Any, stack: ExitStack) -> None:
     """Time the model's own encoding, inside what an attachment wraps around it later."""
-    original = base.get_image_features
-    base.get_image_features = span(VISION)(original)
-    stack.callback(delattr, base, "get_image_features")
+    family = family_of(model)
+    for name in family.encode_functions:
+        setattr(family.base, name, span(VISION)(getattr(family.base, name)))
+        stack.callback(delattr, family.base, name)
 
 
 def _hear_prefill(model: Any, parts: Parts, stack: ExitStack) -> None:
     """Time the decoder layers and the LM head; what an attachment does inside is subtracted."""
-    for module in (model.model.language_model, model.get_output_embeddings()):
+    for module in (family_of(model).language_model, model.get_output_embeddings()):
         begins = module.register_forward_pre_hook(lambda *ignored: parts.begin(PREFILL))
         ends = module.register_forward_hook(lambda *ignored: parts.end())
         stack.callback(begins.remove)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokprune.integrations.transformers import shape_from_config
+from tokprune.integrations.transformers import family_of, shape_from_config
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tokprune
@@ -117,7 +117,7 @@ class Runner:
         """Median number of prompt tokens beside the picture."""
         prompts = [self.prompt(s.question) for s in samples]
         ids = self.processor.tokenizer(prompts)["input_ids"]
-        return round(median(sum(i != self.model.config.image_token_id for i in row) for row in ids))
+        return round(median(int((~self.placeholders(torch.tensor(row))).sum()) for row in ids))
 
     def prompt(self, question: str) -> str:
         """The question in the processor's chat template, or in LLaVA 1.5's where there is none.
@@ -139,9 +139,11 @@ class Runner:
         self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1
     ) -> dict[str, torch.Tensor]:
         """Left-padded inputs on the model's device; with `scale`, of pictures of other height and width."""
-        images = [[_scaled(task.image(i), scale)] for i in image_ids]
+        return self._processed(samples, [_scaled(task.image(i), scale) for i in image_ids])
+
+    def _processed(self, samples: Sequence[Sample], pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         text = [self.prompt(s.question) for s in samples]
-        inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
+        inputs = self.processor(images=[[p] for p in pictures], text=text, padding=True, return_tensors="pt")
         return inputs.to(self.device, self.model.dtype)
 
     @property
@@ -200,7 +202,7 @@ class Runner:
         tokens, report, watch = self.answer(asked.inputs, config, salts)
         before, after = whole.columns, (report.prefills[0].rows if report else None) or asked.columns
         by_layer = report.row_layers(0, after) if report else [[n] for n in after]
-        n_layers = len(self.model.model.language_model.layers)
+        n_layers = self.n_layers
         n_mean = [mean(i.placeholders_by_layer(n_layers)) for i in report.encoded] if report else asked.n_visual
         n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
         selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
@@ -235,27 +237,54 @@ class Runner:
         return rows, time
 
     def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], selector: Ops) -> Costs:
-        language_model = self.model.model.language_model
-        bytes_per_value = language_model.dtype.itemsize
         if len(columns[1]) == 1:  # the bare model: the same in every layer
-            columns = columns[0], columns[1] * len(language_model.layers)
+            columns = columns[0], columns[1] * self.n_layers
         before, after = (a.crops[i] if a.crops else 0 for a in asked)
-        return Costs.of(self.shape if before else None, columns, selector, bytes_per_value, (before, after))
+        return Costs.of(self.shape if before else None, columns, selector, self.model.dtype.itemsize, (before, after))
 
-    @torch.no_grad()
-    def asked(self, inputs) -> Asked:
+    def asked_about(self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1) -> Asked:
+        """Prepared questions about pictures, at another scale where that is given."""
+        pictures = [_scaled(task.image(i), scale) for i in image_ids]
+        return self._asked(self._processed(samples, pictures), [picture.size for picture in pictures])
+
+    def _asked(self, inputs, sizes: Sequence[tuple]) -> Asked:
         """Inputs with what the model makes of them.
 
-        Its crops are asked of the model itself: this is also the first run, which is slow, and no configuration should
-        pay for it. They are unknown for a model that cannot be attached to.
+        Args:
+            inputs: of a batch.
+            sizes: of every picture, width and height among them; equal ones are cut into equal crops.
         """
         columns = inputs["attention_mask"].sum(1).tolist()
-        n_visual = (inputs["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
-        if self.model.config.model_type not in tokprune.list_models():
-            return Asked(inputs, columns, n_visual, [])
+        n_visual = self.placeholders(inputs["input_ids"]).sum(1).tolist()
+        keys = list(zip(n_visual, sizes, strict=True))
+        if self._known and not self._crops.keys() >= set(keys):
+            self._crops.update(zip(keys, self._crops_of(inputs), strict=True))
+        return Asked(inputs, columns, n_visual, [self._crops[key] for key in keys] if self._known else [])
+
+    @torch.no_grad()
+    def _crops_of(self, inputs) -> list[int]:
+        """Crops of every picture, asked of the model itself; also the first run, which is always slow."""
         with tokprune.attach(self.model, "uniform", keep_ratio=1) as attachment:
             self.model(**inputs, logits_to_keep=1)
-            return Asked(inputs, columns, n_visual, [i.layout.n_crops for i in attachment.report.encoded])
+            return [i.layout.n_crops for i in attachment.report.encoded]
+
+    def placeholders(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which ids stand for visual tokens, bool."""
+        return family_of(self.model).is_placeholder(ids) if self._known else ids == self.model.config.image_token_id
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @functools.cached_property
+    def _known(self) -> bool:
+        """Whether the model can be attached to; otherwise its crops are unknown."""
+        return self.model.config.model_type in tokprune.list_models()
+
+    @functools.cached_property
+    def _crops(self) -> dict[tuple, int]:
+        return {}
 
     def run(
         self,
@@ -270,12 +299,12 @@ class Runner:
         for batch, open_ in batches(samples, configs, batch_size) if todo is None else todo:
             part = samples[batch * batch_size : (batch + 1) * batch_size]
             ids = [s.image_id for s in part]
-            whole = self.asked(self.prepare(task, part, ids))
+            whole = self.asked_about(task, part, ids)
             other = half = whole
             if any(c.shuffled for c in open_):
-                other = self.asked(self.prepare(task, part, [others[s.id] for s in part]))
+                other = self.asked_about(task, part, [others[s.id] for s in part])
             if any(c.method == DOWNSAMPLE for c in open_):
-                half = self.asked(self.prepare(task, part, ids, scale=0.5))
+                half = self.asked_about(task, part, ids, scale=0.5)
             for config in open_:
                 if config.shuffled:
                     yield config, *self.rows(task, part, config, other, other, batch)

@@ -112,7 +112,7 @@ class Exits:
         """The ratio of visual tokens, kept from the first layer on, whose LLM FLOPs are nearest to these."""
         inputs = self.runner.prepare(self.task, self.samples[:1], [self.samples[0].image_id])
         columns = int(inputs["attention_mask"].sum())
-        visual = int((inputs["input_ids"] == self.runner.model.config.image_token_id).sum())
+        visual = int(self.runner.placeholders(inputs["input_ids"]).sum())
         costs = {k: self.shape.read(columns - visual + k).llm.flops for k in range(1, visual + 1)}
         return min(costs, key=lambda k: abs(costs[k] - flops)) / visual
 

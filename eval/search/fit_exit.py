@@ -142,7 +142,7 @@ def observe(runner: Runner, task: Task, samples: Sequence[Sample], decoder: Deco
         return out.logits[:, -n - 1 : -1], out
 
     unmasked, out = passed(output_hidden_states=True)
-    visual = inputs["input_ids"] == model.config.image_token_id
+    visual = family_of(model).is_placeholder(inputs["input_ids"])
     after = (torch.arange(width, device=device) * visual).amax(1).tolist()
     if max(after) == width - 1:
         raise RunError("the prompt ends with a picture, but an exit needs text after it; use another chat template")

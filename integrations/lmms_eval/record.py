@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokprune.integrations.transformers import shape_from_config
+from tokprune.integrations.transformers import family_of, shape_from_config
 
 import tokprune
 from tokprune.core.errors import RunError, UnsupportedModelError
@@ -92,8 +92,10 @@ def _by_row(report: Report, n_images: Sequence[int]) -> list[list[ImageReport]]:
 
 
 def _placeholders(inputs: Any, model: torch.nn.Module) -> list[int]:
-    token = getattr(model.config, "image_token_id", None)
-    return [0] * len(inputs["input_ids"]) if token is None else (inputs["input_ids"] == token).sum(1).tolist()
+    ids = inputs["input_ids"]
+    if model.config.model_type not in tokprune.list_models():
+        return [0] * len(ids)
+    return family_of(model).is_placeholder(ids).sum(1).tolist()
 
 
 def _shape(model: torch.nn.Module) -> Shape | None:

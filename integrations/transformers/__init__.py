@@ -18,6 +18,7 @@ from .compat import (
 )
 from .families import FAMILIES, family_of, shape_from_config
 from .families.base import ModelFamily
+from .families.sizes import Sizes
 from .support import Support, list_support
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "OLDEST",
     "Attachment",
     "ModelFamily",
+    "Sizes",
     "Support",
     "as_cache",
     "attach",

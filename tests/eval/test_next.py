@@ -179,7 +179,7 @@ def test_crops_are_counted_by_the_model(runner):
     task = load_task("findit_hd")
     samples = task.samples()[:4]
     ids = [s.image_id for s in samples]
-    whole, half = (runner.asked(runner.prepare(task, samples, ids, scale)) for scale in (1, 0.5))
+    whole, half = (runner.asked_about(task, samples, ids, scale) for scale in (1, 0.5))
     assert whole.crops == [5] * 4
     assert half.crops == [3] * 4  # the least that LLaVA-NeXT makes of a picture: two crops
     assert max(half.n_visual) < 0.6 * min(whole.n_visual)

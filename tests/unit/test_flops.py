@@ -101,7 +101,7 @@ def small_text(family: str) -> transformers.PretrainedConfig:
     return config
 
 
-@pytest.mark.parametrize("family", TEXT_FAMILIES)
+@pytest.mark.parametrize("family", [f for f in TEXT_FAMILIES if "_vl_" not in f])  # those: contract/test_m_rope.py
 def test_text_families_equal_the_counter(family):
     from tokprune.cost.shapes import text_of
 
@@ -331,7 +331,7 @@ def test_flops_ratio_out_of_reach_names_the_least():
     model, inputs = tiny.model(), tiny.batch(((0,),))
     with tokprune.attach(model, "vtc_cls", flops_ratio=0.1), pytest.raises(BudgetError) as error:
         model(**inputs)
-    least = float(str(error.value).split("type flops_ratio=")[1].split()[0])
+    least = float(str(error.value).split("use flops_ratio=")[1].split()[0])
     with tokprune.attach(model, "vtc_cls", flops_ratio=least) as attachment:
         model(**inputs)
         assert [i.n_kept for i in attachment.report.images] == [1]

@@ -343,7 +343,7 @@ def test_another_tokprune_json_is_not_lost(content, runner, tmp_path):
     path = tmp_path / "tokprune.json"
     path.mkdir() if content is None else path.write_bytes(content.encode("latin-1"))
     with tokprune.attach(runner.model, "vtc_cls", keep_ratio=0.5) as attachment:
-        with pytest.raises(SavedError, match="is no saved attachment and would be lost; name another folder"):
+        with pytest.raises(SavedError, match="would be lost; name another folder"):
             attachment.save(tmp_path)
     assert content is None or path.read_bytes() == content.encode("latin-1")
 
@@ -375,9 +375,9 @@ def test_folders_that_cannot_be_written(place, runner, tmp_path):
     (tmp_path / "file").write_text("mine")
     place = str(tmp_path / "file") if place == "FILE" else place
     with tokprune.attach(runner.model, "vtc_cls", keep_ratio=0.5) as attachment:
-        with pytest.raises(SavedError, match="name a folder that can be written|is no path of a folder"):
+        with pytest.raises(SavedError, match="name a folder that can be written|is not the path of a folder"):
             attachment.save(place)
-    with pytest.raises(SavedError, match="there is no such file|is no path of a folder"):
+    with pytest.raises(SavedError, match="no such file|is not the path of a folder"):
         tokprune.load(runner.model, place)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -559,8 +559,8 @@ CHANGED = {
     "an unknown option": ((*M, "options", "rows"), 1, "has no option 'rows'"),
     "an option of another type": ((*M, "options", "uniform"), "all", "uniform='all' is not a number"),
     "an option out of range": ((*M, "options", "uniform"), 3, "out of range"),
-    "an object as option": ((*M, "options", "uniform"), {"a": 1}, "is no value of an option"),
-    "a list as option": ((*M, "options", "uniform"), [0.5], "is no value of an option"),
+    "an object as option": ((*M, "options", "uniform"), {"a": 1}, "is not a value of an option"),
+    "a list as option": ((*M, "options", "uniform"), [0.5], "is not a value of an option"),
     "another schedule": ((*M, "options", "schedule"), "single/2", "takes only file"),
     "a path": (F, "/etc/passwd", 'the file of a method is "/etc/passwd" and no object with file, sha256'),
     "a path upwards": ((*F, "file"), "../../etc/passwd", "files lie in the folder itself"),
@@ -627,9 +627,9 @@ def test_what_is_no_such_file_is_one_clear_error(what, runner, tmp_path):
 
 
 def test_folders_that_hold_none(runner, tmp_path):
-    assert "there is no such file; write the folder anew" in refused(runner.model, tmp_path / "none")
+    assert "no such file; write the folder anew" in refused(runner.model, tmp_path / "none")
     (tmp_path / "file").write_text("{}")
-    assert "there is no such file" in refused(runner.model, tmp_path / "file")
+    assert "no such file" in refused(runner.model, tmp_path / "file")
     (tmp_path / "tokprune.json").mkdir()
     assert "not a file" in refused(runner.model, tmp_path)
     (tmp_path / "tokprune.json").rmdir()

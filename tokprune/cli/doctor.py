@@ -81,7 +81,7 @@ def findings(runner: Any) -> Iterator[Finding]:
 
 
 def _prunes(model, inputs: dict, method: str) -> Finding:
-    n_visual, built = int(_visual(model, inputs["input_ids"][:1]).sum()), tokprune.get_method(method)
+    n_visual, built = int(family_of(model).is_placeholder(inputs["input_ids"][:1]).sum()), tokprune.get_method(method)
     if built.is_filter:
         after = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
         method, built = f"{method}+{after}", tokprune.get_method(after)
@@ -111,11 +111,6 @@ def _prunes(model, inputs: dict, method: str) -> Finding:
     return Finding(f"{method} prunes", not found, "; ".join([seen, *found]))
 
 
-def _visual(model, ids: torch.Tensor) -> torch.Tensor:
-    """Which ids are placeholders of visual tokens, bool."""
-    return torch.isin(ids, torch.tensor(list(family_of(model).placeholder_ids.values()), device=ids.device))
-
-
 def _least(built: tokprune.Method, n_keep: int) -> int:
     return n_keep if built.count is Count.EXACT else 1
 
@@ -142,7 +137,7 @@ def _differs(model, inputs: dict, kept: list, logits: torch.Tensor, built: tokpr
         ids = inputs["input_ids"][row][real]
         embeds = model.get_input_embeddings()(ids)
         (features,) = family.encode("get_image_features", pixel_values=inputs["pixel_values"][row : row + 1])
-        visual = _visual(model, ids).nonzero()[:, 0]
+        visual = family.is_placeholder(ids).nonzero()[:, 0]
         columns = torch.ones_like(ids, dtype=torch.bool)
         columns[visual] = False
         columns[visual[index.to(visual.device)]] = True

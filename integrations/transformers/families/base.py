@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -109,6 +110,10 @@ class ModelFamily:
         """By encode function, the id in `input_ids` that stands for one visual token."""
         found = {name: getattr(self.base.config, field, None) for name, field in self.encode_functions.items()}
         return {name: value for name, value in found.items() if value is not None}
+
+    def is_placeholder(self, ids: Tensor) -> Tensor:
+        """Which ids stand for visual tokens, bool."""
+        return torch.isin(ids, torch.tensor(list(self.placeholder_ids.values()), device=ids.device))
 
     def encode(self, name: str, **arguments: Any) -> list[Tensor]:
         """Rows of pictures through one of the encode functions, (N, D) an entry."""
