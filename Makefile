@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo docs test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
+.PHONY: setup demo docs quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -35,6 +35,13 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# About a minute: methods, golden data, tensor work, one model family.
+QUICK := tests/golden tests/contract/test_methods.py tests/contract/test_cut_methods.py tests/unit/test_ops.py \
+  tests/unit/test_attention.py tests/unit/test_budget_and_registry.py tests/unit/test_select.py tests/unit/test_layout.py
+quick: setup
+	$(BIN)/python -m pytest -n 2 $(QUICK)
+	$(BIN)/python -m pytest -n 2 tests/contract/test_adapters.py -k clip
 
 check: setup
 	$(BIN)/ruff check .
