@@ -80,6 +80,35 @@ assert {m for m in loaded if m.startswith("tokprune.methods.")} == shared, loade
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("missing", [("typer", "rich"), ("rich",), ()])
+def test_only_the_command_line_needs_its_extra(missing):
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({missing}, None)  # as if they were not installed
+import tokprune
+assert tokprune.list_support() and tokprune.get_method("vtc_cls")
+assert not [name for name in sys.modules if name.split(".")[0] in ("typer", "rich") and sys.modules[name]]
+sys.argv = ["tokprune", "--help"]
+from tokprune.cli import main
+main()
+"""
+    done = run(code)
+    if not missing:
+        assert (done.returncode, done.stderr) == (0, "")
+        return
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert " and ".join(missing) in line
+    assert "pip install 'tokprune[cli]'" in line
+
+
+def test_eval_and_dev_bring_the_command_line():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {part.partition(">")[0] for part in extras["cli"]} == {"typer", "rich"}
+    assert "tokprune[cli]" in extras["eval"]
+    assert "tokprune[eval]" in extras["dev"]
+
+
 @pytest.mark.parametrize("folder", ["eval", "integrations"])
 def test_bare_import_of_a_mapped_folder_says_what_to_type(folder):
     done = run(f"import {folder}", cwd=ROOT)
