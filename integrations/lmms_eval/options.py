@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import StoppingCriteria
 
 import tokprune
-from tokprune.core.errors import OptionError, RunError
+from tokprune.core.budget import Scope
+from tokprune.core.errors import OptionError, RunError, shown
+from tokprune.core.registry import check, parse, unknown_option
+from tokprune.prune.request import Newlines, Positions
 
 NONE = "none"
 ATTACH = ("keep_ratio", "keep_tokens", "flops_ratio", "flops_scope", "flops_text", "positions", "newlines")
@@ -43,22 +46,24 @@ class Options:
         record: a file that gets one JSON line a request.
     """
 
+    shown_as: ClassVar[str] = "--model_args"
+
     pretrained: str
     method: str = NONE
-    keep_ratio: float | tuple[float, ...] | None = None
-    keep_tokens: int | tuple[int, ...] | None = None
-    flops_ratio: float | None = None
-    flops_scope: str | None = None
-    flops_text: int | None = None
-    positions: str | None = None
-    newlines: str | None = None
+    keep_ratio: float | tuple[float, ...] | None = field(default=None, metadata={"example": "0.25 or 0.5/0.25"})
+    keep_tokens: int | tuple[int, ...] | None = field(default=None, metadata={"example": "64 or 128/64"})
+    flops_ratio: float | None = field(default=None, metadata={"example": "0.3"})
+    flops_scope: Scope | None = None
+    flops_text: int | None = field(default=None, metadata={"example": "64"})
+    positions: Positions | None = None
+    newlines: Newlines | Literal["auto"] | None = None
     revision: str | None = None
     dtype: str | None = None
     device: str | None = None
     device_map: str | None = None
     attn_implementation: str | None = None
-    batch_size: int = 1
-    max_new_tokens: int = 1024
+    batch_size: int = field(default=1, metadata={"example": "8"})
+    max_new_tokens: int = field(default=1024, metadata={"example": "16"})
     suffix: str = ""
     system_prompt: str = ""
     record: str | None = None
@@ -68,31 +73,35 @@ class Options:
         """From texts, as on a command line, or from values.
 
         Raises:
-            TokPruneError: an argument that does not exist or whose value cannot be; what to type instead is said.
+            TokPruneError: an argument does not exist, or its value is invalid.
         """
-        known = [f.name for f in fields(cls)]
         for name in given:
-            if name not in known:
-                raise OptionError(_unknown(name, known))
+            if name in _REFUSED:
+                raise OptionError(_REFUSED[name])
+            if name not in cls.__dataclass_fields__:
+                own = "Options of a method go into method=, as method=vtc_cls:start_layer=2"
+                raise OptionError(f"{unknown_option(cls, name)}. {own}")
         if not str(given.get("pretrained") or "").strip():
-            raise OptionError("no model named; type --model_args pretrained=FOLDER_OR_HUB_ID,method=vtc_cls,...")
+            raise OptionError("no model named: use --model_args pretrained=FOLDER_OR_HUB_ID,method=vtc_cls,...")
         if isinstance(given.get("method"), str) and not given["method"].strip():
-            raise OptionError(f"no method named; type method=none, or one of: {', '.join(tokprune.list_methods())}")
-        read = {name: _read(name, value) for name, value in given.items()}
-        options = cls(**{name: value for name, value in read.items() if value is not None})
+            raise OptionError(f"no method named: use method=none, or one of: {', '.join(tokprune.list_methods())}")
+        options = cls(**{name: _read(cls, name, value) for name, value in given.items() if value not in (None, "")})
         options._check()
         return options
 
     def _check(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} is too small: use {name}=1 or more")
         if self.dtype not in (None, "auto") and not isinstance(getattr(torch, self.dtype or "", None), torch.dtype):
-            raise OptionError(f"dtype={self.dtype!r} is no type of torch; type dtype=bfloat16, float16 or float32")
+            raise OptionError(f"invalid dtype={self.dtype}: use dtype=bfloat16, dtype=float16 or dtype=float32")
         if not self.is_bare:
             tokprune.get_method(self.method)
             return
         if self.attach:
             name = next(iter(self.attach))
             raise OptionError(
-                f"method=none is the bare model and takes no {name}; leave {name} out, or name a method, as "
+                f"method=none runs the bare model, so it takes no {name}: leave {name} out, or use "
                 f"method=vtc_cls,{name}={_typed(self.attach[name])}"
             )
 
@@ -118,9 +127,9 @@ def split_arguments(text: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in re.split(r",(?=\s*\w+=)", text.strip().rstrip(",")))):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise OptionError(f"{part!r} in --model_args is no argument; type name=value,name=value")
+            raise OptionError(f"invalid argument {part!r} in --model_args: use name=value,name=value")
         if name in found:
-            raise OptionError(f"{name} is in --model_args twice ({found[name]}, {value}); leave one out")
+            raise OptionError(f"{name} is given twice in --model_args ({found[name]}, {value}): leave one out")
         found[name] = value
     return found
 
@@ -136,76 +145,33 @@ def merged(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]
         if value is None or (name == "batch_size" and str(value) == "1" and name in given):
             continue
         if name == "max_batch_size":
-            raise OptionError("--max_batch_size is for automatic batch sizes; type --batch_size 8 alone")
+            raise OptionError("automatic batch sizes are not supported: use --batch_size 8, without --max_batch_size")
         if name in out and str(out[name]) != str(value):
-            raise OptionError(f"--{name} {value} and {name}={out[name]} in --model_args differ; leave one out")
+            raise OptionError(f"--{name} {value} and {name}={out[name]} in --model_args differ: leave one out")
         out[name] = value
     return out
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    if name == "keep":
-        return "keep is no model argument; type keep_ratio=0.25 (a fraction of the tokens) or keep_tokens=64 (a count)"
-    if name == "trust_remote_code":
-        return "trust_remote_code is no model argument: tokprune runs no code from the hub; leave it out"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return (
-        f"no model argument {name!r}.{hint} There are: {', '.join(known)}. Options of a method go into its "
-        "specification, as method=vtc_cls:start_layer=2"
-    )
-
-
-def _read(name: str, value: Any) -> Any:
-    """A value of an argument from its text; None where it is empty."""
-    if value is None or value == "":
-        return None
-    try:
-        if name == "keep_ratio":
-            return _numbers(value, float)
-        if name == "keep_tokens":
-            return _numbers(value, int)
-        if name == "flops_ratio":
-            return float(value)
-        if name in ("batch_size", "max_new_tokens", "flops_text"):
-            return _at_least_one(value)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{name}={value} is not {WANTED[name]}; type {EXAMPLES[name]}") from error
-    return str(value)
-
-
-WANTED = {
-    "keep_ratio": "a fraction in (0, 1]",
-    "keep_tokens": "a whole number",
-    "flops_ratio": "a fraction in (0, 1]",
-    "batch_size": "a whole number of at least 1",
-    "max_new_tokens": "a whole number of at least 1",
-    "flops_text": "a whole number of at least 1",
-}
-EXAMPLES = {
-    "keep_ratio": "keep_ratio=0.25, or keep_ratio=0.5/0.25 for two joined methods",
-    "keep_tokens": "keep_tokens=64, or keep_tokens=128/64 for two joined methods",
-    "flops_ratio": "flops_ratio=0.3",
-    "batch_size": "--batch_size 8",
-    "max_new_tokens": "max_new_tokens=16",
-    "flops_text": "flops_text=64",
+_REFUSED = {
+    "keep": "unknown argument 'keep': did you mean keep_ratio=0.25 or keep_tokens=64?",
+    "trust_remote_code": "tokprune runs no code from the hub: leave trust_remote_code out",
 }
 
 
-def _numbers(value: Any, kind: type) -> Any:
-    """One number, or a tuple where there are several: 0.25, 0.5/0.25 or 0.5,0.25."""
+def _read(cls: type, name: str, value: Any) -> Any:
+    """The value of an argument by its declared type, from a text or a value.
+
+    Raises:
+        OptionError: no such argument, or the value does not fit.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if isinstance(value, str):
-        value = [kind(part) for part in re.split("[/,]", value.strip("[]()"))]
-    if isinstance(value, (list, tuple)):
-        return tuple(value) if len(value) > 1 else value[0]
-    return value  # checked by attach
-
-
-def _at_least_one(value: Any) -> int:
-    number = int(value)
-    if number < 1 or str(number) != str(value):
-        raise ValueError
-    return number
+        value = parse(cls, name, value)
+    elif isinstance(value, list):
+        value = tuple(value)
+    check(cls, name, value)
+    return value
 
 
 def _typed(value: Any) -> str:
@@ -299,13 +265,8 @@ def _setting(name: str, value: Any) -> Any:
             return found
     except (TypeError, ValueError, OverflowError, KeyError):
         pass
-    try:
-        shown = " ".join(repr(value).split())
-    except ValueError:  # whole numbers of thousands of digits have no text
-        shown = "a number too long to show"
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     raise RunError(
-        f"{name}={shown} in --gen_kwargs or the task's generation_kwargs is not {wanted}; type --gen_kwargs "
+        f"{name}={shown(value)} in --gen_kwargs or the task's generation_kwargs is not {wanted}: use --gen_kwargs "
         f"{name}={example}"
     )
 

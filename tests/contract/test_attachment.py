@@ -116,7 +116,11 @@ REFUSED = {
         "Options: split, start_layer",
     ),
     "option value": (dict(method="fopru:form=softmx", keep_ratio=0.3), errors.OptionError, "'softmax', 'logits'"),
-    "option type": (dict(method="vtc_cls", keep_ratio=0.3, start_layer="2"), errors.OptionError, "int or None"),
+    "option type": (
+        dict(method="vtc_cls", keep_ratio=0.3, start_layer="2"),
+        errors.OptionError,
+        "a whole number or None",
+    ),
     "no equals sign": (dict(method="fopru:row", keep_ratio=0.3), errors.OptionError, "name:option=value"),
     "layer": (dict(method="vtc_cls:start_layer=9", keep_ratio=0.3), errors.OptionError, "from -4 to 3"),
     "late layer": (dict(method="vtc_cls:start_layer=3", keep_ratio=0.3), errors.OptionError, "start_layer=2"),

@@ -557,7 +557,7 @@ CHANGED = {
     "a method of no package": ((*M, "name"), "vtc_csl", "Did you mean 'vtc_cls'.*install that"),
     "a specification": ((*M, "name"), "dyvte:gate=/etc/passwd", "no method named"),
     "an unknown option": ((*M, "options", "rows"), 1, "has no option 'rows'"),
-    "an option of another type": ((*M, "options", "uniform"), "all", "uniform='all' is not float"),
+    "an option of another type": ((*M, "options", "uniform"), "all", "uniform='all' is not a number"),
     "an option out of range": ((*M, "options", "uniform"), 3, "out of range"),
     "an object as option": ((*M, "options", "uniform"), {"a": 1}, "is no value of an option"),
     "a list as option": ((*M, "options", "uniform"), [0.5], "is no value of an option"),

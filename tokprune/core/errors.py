@@ -1,5 +1,9 @@
 """What tokprune raises. Every message says what was asked, what was found and what to type instead."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class TokPruneError(ValueError):
     """Base of all errors of this package."""
@@ -59,6 +63,15 @@ class TaskError(TokPruneError):
 
 class RunError(TokPruneError):
     """A run cannot start or go on: the model, the output folder or the settings."""
+
+
+def shown(value: Any) -> str:
+    """A value in one line of at most 60 characters, for a message."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python prints no whole numbers of thousands of digits
+        return "a number too long to show"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def why_unloadable(error: Exception) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,7 @@ from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from .errors import OptionError, UnknownNameError
+from .errors import OptionError, UnknownNameError, shown
 
 
 class Registry:
@@ -100,14 +101,14 @@ class Registry:
 def _split(part: str, spec: str) -> tuple[str, str]:
     key, equals, value = part.partition("=")
     if not equals:
-        raise OptionError(f"{part!r} in {spec!r} is no option; type name:option=value:option=value")
+        raise OptionError(f"invalid option {part!r} in {spec!r}: use name:option=value:option=value")
     return key, value
 
 
 def _check_once(keys: list[str], spec: str) -> None:
     for key in keys:
         if keys.count(key) > 1:
-            raise OptionError(f"{key} is given twice, with {spec!r}; write it once")
+            raise OptionError(f"{key} is given twice, in {spec!r}; write it once")
 
 
 @functools.cache  # asked for with every option that is checked
@@ -116,14 +117,23 @@ def _option_types(cls: type) -> Mapping[str, Any]:
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
 
 
+def _shown_as(cls: type) -> str:
+    return getattr(cls, "shown_as", cls.__name__)
+
+
 def _option_type(cls: type, key: str) -> Any:
     known = _option_types(cls)
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        have = ", ".join(known) or "none"
-        raise OptionError(f"{cls.__name__} has no option {key!r}.{hint} Options: {have}")
+        raise OptionError(unknown_option(cls, key))
     return known[key]
+
+
+def unknown_option(cls: type, key: str) -> str:
+    """What to say where a class has no option of this name."""
+    known = _option_types(cls)
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{_shown_as(cls)} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}"
 
 
 def _alternatives(declared: Any) -> Iterable[Any]:
@@ -132,14 +142,27 @@ def _alternatives(declared: Any) -> Iterable[Any]:
 
 
 def parse(cls: type, key: str, text: str) -> Any:
-    """The value of an option from its text, by the option's declared type."""
+    """The value of an option from its text, by the option's declared type.
+
+    A tuple is read from "0.5/0.25" or "0.5,0.25", None from "none".
+
+    Raises:
+        OptionError: the class has no such option, or the text does not fit its type.
+    """
     declared = _option_type(cls, key)
     kinds = _alternatives(declared)
     for kind in sorted(kinds, key=lambda k: k is not type(None)):  # "none" first
         value = _parse_as(kind, text)
         if value is not MISSING:
             return value
-    raise OptionError(f"{cls.__name__}: {key}={text!r} is not {describe(declared)}")
+    raise _unfit(cls, key, text)
+
+
+def _unfit(cls: type, key: str, value: Any) -> OptionError:
+    """The error for a value of another type, with the example that the field's metadata may hold."""
+    (example,) = (f.metadata.get("example") for f in fields(cls) if f.name == key)
+    use = f"; use {key}={example}" if example else ""
+    return OptionError(f"{_shown_as(cls)}: {key}={shown(value)} is not {describe(_option_type(cls, key))}{use}")
 
 
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -152,6 +175,9 @@ def _parse_as(kind: Any, text: str) -> Any:
         return _BOOLEANS.get(text.lower(), MISSING)
     if typing.get_origin(kind) is Literal:
         return text if text in typing.get_args(kind) else MISSING
+    if typing.get_origin(kind) is tuple:
+        values = [_parse_as(typing.get_args(kind)[0], part) for part in re.split("[/,]", text.strip("[]()"))]
+        return MISSING if MISSING in values else tuple(values)
     if hasattr(kind, "parse"):  # it says itself what is wrong
         return kind.parse(text)
     try:
@@ -164,16 +190,16 @@ def check(cls: type, key: str, value: Any) -> None:
     """Raise OptionError unless the value fits the option's declared type."""
     declared = _option_type(cls, key)
     if not any(_fits(kind, value) for kind in _alternatives(declared)):
-        raise OptionError(f"{cls.__name__}: {key}={value!r} is not {describe(declared)}")
+        raise _unfit(cls, key, value)
     if isinstance(value, (int, float)) and not abs(value) < 2**63:
-        shown = repr(value)
-        shown = shown if len(shown) < 30 else f"{shown[:10]}... of {len(shown)} characters"
-        raise OptionError(f"{cls.__name__}: {key}={shown} is no number of a usual size; type one within 64 bits")
+        raise OptionError(f"{_shown_as(cls)}: {key}={shown(value)} is out of range: use a number that fits 64 bits")
 
 
 def _fits(kind: Any, value: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(typing.get_args(kind)[0], part) for part in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
@@ -181,12 +207,17 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
+_WORDS = {type(None): "None", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def describe(declared: Any) -> str:
-    """A declared type in words: "int or None", "one of 'rank', 'row'"."""
-    names = []
-    for kind in _alternatives(declared):
-        if typing.get_origin(kind) is Literal:
-            names.append("one of " + ", ".join(repr(v) for v in typing.get_args(kind)))
-        else:
-            names.append("None" if kind is type(None) else getattr(kind, "described", kind.__name__))
-    return " or ".join(names)
+    """A declared type in words: "a whole number or None", "one of 'rank', 'row'"."""
+    kinds = list(_alternatives(declared))
+    values = [v for kind in kinds if typing.get_origin(kind) is Literal for v in typing.get_args(kind)]
+    names = ["one of " + ", ".join(map(repr, values))] if values else []
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            names.append("several joined by '/'")
+        elif typing.get_origin(kind) is not Literal:
+            names.append(_WORDS.get(kind) or getattr(kind, "described", kind.__name__))
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
