@@ -30,7 +30,6 @@ class Sample:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """All that are right."""
         return self.answer, *self.also
 
     @property

@@ -32,11 +32,9 @@ class EasyVQA:
         return _samples(self.split)
 
     def train_samples(self) -> list[Sample]:
-        """The package's training questions, for the question-only floor."""
         return _samples("train")
 
     def image(self, image_id: str) -> Image.Image:
-        """The picture, RGB."""
         return open_picture(_paths(self.split)[int(image_id)])
 
 

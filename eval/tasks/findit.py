@@ -234,11 +234,9 @@ class FindIt:
         return _samples(type(self), self.split, self.n_scenes)
 
     def train_samples(self) -> list[Sample]:
-        """Questions about training scenes, for the question-only floor."""
         return _samples(type(self), "train", self.n_scenes)
 
     def image(self, image_id: str) -> Image.Image:
-        """The picture of a scene."""
         split, index = image_id.split("-")
         return Image.fromarray(self.draw(split, int(index))[0])
 

@@ -41,7 +41,6 @@ class ImageFolder:
         self._samples = _read(folder)
 
     def samples(self) -> list[Sample]:
-        """All lines, in order."""
         return self._samples
 
     def train_samples(self) -> None:
@@ -49,7 +48,6 @@ class ImageFolder:
         return
 
     def image(self, image_id: str) -> Image.Image:
-        """The picture, RGB."""
         return open_picture(self.folder / image_id, REPLACE)
 
     def checksum(self, image_id: str) -> int:

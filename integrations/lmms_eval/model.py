@@ -115,22 +115,18 @@ class TokPrune(lmms):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The bare model."""
         return self._model
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's."""
         return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
         return self._model.device if hasattr(self, "_model") else self._device
 
     @property
     def batch_size(self) -> int:
-        """Requests at a time."""
         return self.options.batch_size
 
     def prompt(self, text: str, n_images: int) -> str:

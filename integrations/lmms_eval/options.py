@@ -107,7 +107,6 @@ class Options:
 
     @property
     def is_bare(self) -> bool:
-        """Whether nothing is pruned."""
         return self.method == NONE
 
     @property

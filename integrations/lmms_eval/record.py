@@ -140,7 +140,6 @@ class Recorder:
         self.write([])
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Append lines."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:

@@ -45,7 +45,6 @@ class App(typer.Typer):
     """Commands that check what was typed."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
-        """As that of typer."""
         return super().command(name, **{"cls": Command, **options})
 
 

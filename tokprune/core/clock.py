@@ -41,13 +41,11 @@ class Parts:
         self._since = 0.0
 
     def begin(self, name: str) -> None:
-        """A part begins."""
         self._charge()
         self._open.append(name)
         self.counts[name] += 1
 
     def end(self) -> None:
-        """The part that began last ends."""
         self._charge()
         self._open.pop()
 

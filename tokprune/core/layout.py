@@ -45,7 +45,6 @@ class Layout:
 
     @property
     def n_newlines(self) -> int:
-        """Newlines."""
         return self.crop.count(NEWLINE)
 
     @functools.cached_property
@@ -102,7 +101,6 @@ class Layout:
         return self if len(self.visual) == len(self.crop) else self.part(self.visual)
 
     def part(self, index: Sequence[int]) -> Layout:
-        """The layout of some of the tokens."""
         crop, row, column = (tuple(t[i] for i in index) for t in (self.crop, self.row, self.column))
         return Layout(crop, row, column, self.crop_grid)
 

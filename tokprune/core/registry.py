@@ -40,7 +40,6 @@ class Registry:
         self.group, self.listing = group, listing
 
     def names(self) -> list[str]:
-        """All names, aliases included, sorted."""
         return sorted({*self.table, *self.aliases, *self._plugins()})
 
     def load(self, name: str) -> type:

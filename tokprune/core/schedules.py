@@ -102,11 +102,9 @@ class Single(Schedule):
 
     @property
     def text(self) -> str:
-        """As "single/2"."""
         return "single" if self.layer is None else f"single/{self.layer}"
 
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
-        """All at once."""
         layer = decoder.scaled(2, PAPER_DEPTH) if self.layer is None else decoder.layer(self.layer)
         return {layer: keep}
 
@@ -123,7 +121,6 @@ class Pyramid(Schedule):
 
     @property
     def text(self) -> str:
-        """As "pyramid/8/16/24"."""
         return "/".join(["pyramid", *map(str, self.at)])
 
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
@@ -156,7 +153,6 @@ class Cosine(Schedule):
 
     @property
     def text(self) -> str:
-        """As "cosine/0.5/0.85"."""
         return f"cosine/{self.shift}/{self.ceiling}"
 
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
@@ -188,7 +184,6 @@ class Sigmoid(Schedule):
 
     @property
     def text(self) -> str:
-        """As "sigmoid/0.5/8"."""
         return f"sigmoid/{self.steepness}" + ("" if self.middle is None else f"/{self.middle}")
 
     def fall(self, layer: float, n_layers: int) -> float:
@@ -218,7 +213,6 @@ class Explicit(Schedule):
 
     @classmethod
     def of(cls, steps: Mapping[int, float]) -> Explicit:
-        """From {layer: count or fraction}."""
         return cls(tuple(sorted(steps.items())))
 
     def __post_init__(self):
@@ -237,12 +231,10 @@ class Explicit(Schedule):
 
     @property
     def text(self) -> str:
-        """As "layers/2x288/8x144"."""
         return "/".join(["layers", *(f"{layer}x{value}" for layer, value in self.steps)])
 
     @property
     def takes_budget(self) -> bool:
-        """It says itself how many."""
         return False
 
     def _resolved(self, decoder: Decoder) -> list[tuple[int, float]]:
@@ -253,7 +245,6 @@ class Explicit(Schedule):
         return found
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
-        """As given."""
         return tuple(layer for layer, _ in self._resolved(decoder))
 
     def counts(self, decoder: Decoder, n_visual: int, n_keep: int) -> dict[int, int]:
@@ -309,7 +300,6 @@ class ScheduleFile:
 
     @property
     def schedule(self) -> Explicit:
-        """As methods between decoder layers take it."""
         return Explicit.of({layer: float(ratio) for layer, ratio in self.layers.items()})
 
 

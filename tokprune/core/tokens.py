@@ -63,11 +63,9 @@ class VisualTokens:
 
     @property
     def n_visual(self) -> int:
-        """N."""
         return self.features.shape[1]
 
     def has(self, kind: Kind) -> bool:
-        """Whether there is a signal of this kind."""
         return any(s.kind is kind for s in self.signals)
 
     def signal(self, kind: Kind, form: Form | None = None, heads: Heads = "mean") -> Tensor:

@@ -23,7 +23,6 @@ class Ops:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations."""
         return 2 * self.macs
 
     def __add__(self, other: Ops) -> Ops:
@@ -178,7 +177,6 @@ class Shape:
 
     @property
     def lm_head(self) -> Ops:
-        """The LM head on one position."""
         return Ops(self.vocabulary * self.text.width)
 
     def encode(self, crops: int = 1, n_patches: int | None = None, selector: Ops | None = None) -> Ledger:
@@ -266,7 +264,6 @@ class Ledger:
 
     @property
     def decoder(self) -> Ops:
-        """All decoder layers."""
         return sum(self.layers, Ops())
 
     @property
@@ -285,7 +282,6 @@ class Ledger:
         return self.before_llm + self.selector + self.llm
 
     def part(self, name: str) -> Ops:
-        """One of `PARTS`."""
         return getattr(self, name)
 
     def __add__(self, other: Ledger) -> Ledger:

@@ -152,7 +152,6 @@ class RankMethod(ScoreMethod):
     split: Split = "joint"
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
-        """The highest scores of all, or of every crop."""
         if self.split == "joint" or len(tokens.layout.crops) == 1:
             return super().chosen(ranked, tokens, n_keep)
         return top_by_crop(ranked, tokens.layout, ops.shares(tokens.layout.crop_sizes, n_keep, even=True))
@@ -166,7 +165,6 @@ class Filter(Method):
 
     @property
     def takes_budget(self) -> bool:
-        """It drops what it finds."""
         return False
 
     def passes(self, tokens: VisualTokens) -> Tensor:

@@ -25,13 +25,10 @@ class Blind(Method):
 
     @property
     def takes_budget(self) -> bool:
-        """It keeps nothing."""
         return False
 
     def min_keep(self, layout: Layout) -> int:
-        """None."""
         return 0
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Drop everything."""
         return replace(tokens, keep=torch.zeros_like(tokens.keep))

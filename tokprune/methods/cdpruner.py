@@ -51,7 +51,6 @@ class CDPruner(Method):
     source: ClassVar[str] = "arXiv:2506.10967"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """The text."""
         return frozenset({Signal(Kind.TEXT_EMBEDS)})
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
@@ -63,7 +62,6 @@ class CDPruner(Method):
         return Ops(updates + (sum(n * n for n, _ in pairs) + layout.n_visual) * widths.rows)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """The chosen tokens, in raster order."""
         relevance = self.relevance(tokens.features, tokens.signal(Kind.TEXT_EMBEDS))
         return self.choose(tokens, relevance, n_keep)
 
@@ -78,7 +76,6 @@ class CDPruner(Method):
         return (near - low + 1e-6) / (high - low).clamp(min=1e-6)
 
     def choose(self, tokens: VisualTokens, relevance: Tensor, n_keep: int) -> VisualTokens:
-        """The tokens of the greedy order, of all crops or of every crop."""
         if self.split == "joint" or len(tokens.layout.crops) == 1:
             return tokens.keeping(self.order(tokens.features, relevance, n_keep))
         shares = ops.shares(tokens.layout.crop_sizes, n_keep, even=True)

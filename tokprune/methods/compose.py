@@ -38,16 +38,13 @@ class Chain(Method):
             raise OptionError(f"{self.method} does not rank single tokens, so nothing can be filtered before it")
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """What any of them needs."""
         return frozenset().union(*(part.needs(tower) for part in (*self.filters, self.method)))
 
     @property
     def members(self) -> tuple[Method, ...]:
-        """Filters, then the method."""
         return *self.filters, self.method
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Filter, then select."""
         for part in self.filters:
             tokens = replace(tokens, keep=tokens.keep & part.passes(tokens))
         return self.method.select(tokens, n_keep)
@@ -66,7 +63,6 @@ class DecoderChain(Chain):
     stage: ClassVar[Stage] = Stage.DECODER
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """What any of them needs."""
         return frozenset().union(*(part.reads(layer) for part in (*self.filters, self.method)))
 
 
@@ -95,22 +91,18 @@ class Pair:
 
     @property
     def stages(self) -> tuple[Method, Method]:
-        """Both."""
         return self.before, self.between
 
     @property
     def members(self) -> tuple[Method, ...]:
-        """Filters and methods in the order of a list."""
         return *self.before.members, *self.between.members
 
     @property
     def n_budgets(self) -> int:
-        """Of both."""
         return self.before.n_budgets + self.between.n_budgets
 
     @property
     def takes_budget(self) -> bool:
-        """Whether either does."""
         return self.n_budgets > 0
 
     @property

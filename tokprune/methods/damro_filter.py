@@ -41,12 +41,10 @@ class DAMROFilter(Filter):
     if_missing: ClassVar[str] = "without_cls=received"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """Attention of one head in one layer."""
         layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({cls_signal(tower, layers, self.without_cls, heads="single")})
 
     def passes(self, tokens: VisualTokens) -> Tensor:
-        """All but the strongest of every crop."""
         sizes = tokens.layout.crop_sizes
         wanted = [round(n * 10 / 576) if self.n_outliers is None else min(self.n_outliers, n) for n in sizes]
         row = cls_values(tokens, "single")[:, 0]

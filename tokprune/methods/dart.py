@@ -64,11 +64,9 @@ class DART(DecoderMethod):
         return Count.CONTENT if self.faithful else Count.EXACT
 
     def left(self, n_present: int, n_keep: int) -> int:
-        """The budget, or LightCompress' count for it."""
         return self.overshoot(n_keep) if self.faithful else n_keep
 
     def overshoot(self, budget: int) -> int:
-        """LightCompress' count."""
         n_pivots = self.pivots + self.text_pivots
         return self.pivots + n_pivots * (budget // n_pivots)
 
@@ -78,7 +76,6 @@ class DART(DecoderMethod):
         return self.overshoot(int(kept)) if self.faithful else round(kept)
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """Keys of the layer before the cut, and states of the text at it."""
         text_keys = Signal(Kind.LM_TEXT_KEYS, (layer - 1,), text=self.text)
         return frozenset({Signal(Kind.LM_KEYS, (layer - 1,)), text_keys, Signal(Kind.LM_TEXT_STATES, text=self.text)})
 
@@ -87,7 +84,6 @@ class DART(DecoderMethod):
         return Ops((self.pivots + self.text_pivots) * layout.n_visual * widths.rows)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Visual pivots, and what every pivot keeps."""
         visual = self.visual_pivots(tokens, n_keep)
         text, exists = self.text_pivots_of(tokens)
         states = [ops.take(tokens.features, visual), ops.take(tokens.signal(Kind.LM_TEXT_STATES), text)]

@@ -46,12 +46,10 @@ class DecoderMethod(ScoreMethod):
 
     @property
     def default_schedule(self) -> Schedule:
-        """The paper's."""
         return Single()
 
     @property
     def plan(self) -> Schedule:
-        """The schedule in force."""
         return cast(Schedule, self.schedule or self.default_schedule)
 
     @property
@@ -129,7 +127,6 @@ class ExitMethod(Method):
 
     @property
     def takes_budget(self) -> bool:
-        """It decides by itself."""
         return False
 
     @property
@@ -158,7 +155,6 @@ class ExitMethod(Method):
         raise NotImplementedError
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """All or nothing."""
         return replace(tokens, keep=tokens.keep & ~self.exits(tokens)[:, None])
 
 

@@ -46,7 +46,6 @@ class DivPrune(Method):
         return Ops(sum(n * n * widths.rows for n, k in zip(sizes, shares, strict=True) if k))
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """The chosen tokens, in raster order."""
         if self.split == "even" and len(tokens.layout.crops) > 1:
             shares = ops.shares(tokens.layout.crop_sizes, n_keep, even=True)
             return crop_by_crop(tokens, shares, lambda crop, n: crop.keeping(self.order(crop, n)))

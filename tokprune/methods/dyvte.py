@@ -62,23 +62,18 @@ class DyVTE(ExitMethod):
             )
 
     def write_file(self, path: Path) -> None:
-        """The gates as they were read."""
         write_gates(path, self.gates)
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
-        """Behind every layer that has a gate."""
         return tuple(layer + 1 for layer in self.gates.layers)
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """States of the text that enter the layer."""
         return frozenset({Signal(Kind.LM_TEXT_STATES, (layer,), text="last")})
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
-        """One gate."""
         return Ops((2 * widths.rows + 2) * self.gates.hidden)
 
     def exits(self, tokens: VisualTokens) -> Tensor:
-        """(G,) what the gate says."""
         (signal,) = (s for s in tokens.signals if s.kind is Kind.LM_TEXT_STATES)
         keep, leave = self.gates.logits(signal.layers[0] - 1, gate_features(tokens.signals[signal])).unbind(1)
         return leave > keep

@@ -48,15 +48,12 @@ class FastV(DecoderMethod):
 
     @property
     def default_schedule(self) -> Schedule:
-        """One cut."""
         return Single(self.layer)
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """Attention of the layer before the cut."""
         return frozenset({Signal(Kind.LM_ROW, (layer - 1,))})
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """The attention itself, (G, n)."""
         return tokens.signal(Kind.LM_ROW)[:, 0]
 
     @staticmethod

@@ -63,17 +63,14 @@ class FoPru(RankMethod):
         return self.strategy == "rank"
 
     def min_keep(self, layout: Layout) -> int:
-        """One token, or one row of them."""
         return min(region.width for region in layout.regions) if self.strategy == "row" else 1
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """What the gate looks at, in one layer."""
         layers = ((tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)),)
         kinds = {"variance": (Kind.RECEIVED, Kind.GIVEN), "received": (Kind.RECEIVED,), "given": (Kind.GIVEN,)}
         return frozenset(Signal(kind, layers, self.form) for kind in kinds[self.gate])
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """The focal score of every token, (G, N)."""
         if self.gate != "variance":
             return tokens.signal(Kind.RECEIVED if self.gate == "received" else Kind.GIVEN)[:, 0]
         received, given = tokens.signal(Kind.RECEIVED)[:, 0], tokens.signal(Kind.GIVEN)[:, 0]
@@ -83,7 +80,6 @@ class FoPru(RankMethod):
         return torch.where(more, received, given)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Single tokens by rank, or whole rows by their sum."""
         if self.strategy == "rank":
             return super().select(tokens, n_keep)
         scores, kept = self.score(tokens), []

@@ -74,12 +74,10 @@ class GlobalCom2(ScoreMethod):
         return "keep" if self.faithful else "keep_rows_with_tokens"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """One [CLS] row, where there is one."""
         layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({Signal(Kind.CLS_ROW, layers, self.form)} if tower.has_cls else ())
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """The thumbnail's own scores; in crops, both."""
         own, layout = self._own(tokens), tokens.layout
         if len(layout.crops) == 1 or layout.crops[0] != 0:
             return own
@@ -104,7 +102,6 @@ class GlobalCom2(ScoreMethod):
         return kept
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
-        """The highest scores of thumbnail and crops, each by its share."""
         layout = tokens.layout
         if len(layout.crops) == 1 and not self.faithful:
             return super().chosen(ranked, tokens, n_keep)
@@ -119,7 +116,6 @@ class GlobalCom2(ScoreMethod):
         return mosaic.top_by_crop(ranked, layout, counts)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """As `chosen`; faithfully also in the code's order."""
         out = super().select(tokens, n_keep)
         return mosaic.rearranged(out, self.paper_order(out)) if self.faithful else out
 

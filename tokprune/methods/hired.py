@@ -61,7 +61,6 @@ class HiRED(ScoreMethod):
         return "drop" if self.faithful else "keep_rows_with_tokens"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """Both layers."""
         early = tower.default_layer(0) if self.budget_layer is None else tower.layer(self.budget_layer)
         late = tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)
         if early > late:
@@ -69,11 +68,9 @@ class HiRED(ScoreMethod):
         return frozenset({cls_signal(tower, tuple(sorted({early, late})), self.without_cls)})
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """[CLS] attention in the late layer, (G, N)."""
         return cls_values(tokens)[:, -1]
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
-        """The highest scores of thumbnail and crops, each by its share."""
         layout = tokens.layout
         if len(layout.crops) == 1 or layout.crops[0] != 0:
             return top_by_crop(ranked, layout, ops.shares(layout.crop_sizes, n_keep, even=True))

@@ -34,7 +34,6 @@ class Pool(Method):
         return Count.AT_MOST
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Pool the features and keep one token a cell."""
         regions, features, kept = tokens.layout.regions, tokens.features, []
         shares = ops.shares(tuple(len(region.index) for region in regions), n_keep)
         for region, share in zip(regions, shares, strict=True):

@@ -52,16 +52,13 @@ class PruMerge(Method):
 
     @property
     def takes_budget(self) -> bool:
-        """Unless outliers decide."""
         return not self.adaptive
 
     @property
     def count(self) -> Count:
-        """Outliers are the picture's."""
         return Count.CONTENT if self.adaptive else Count.EXACT
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """Attention of one head, and keys, of one layer."""
         layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({cls_signal(tower, layers, self.without_cls, heads="single"), Signal(Kind.KEYS, layers)})
 

@@ -47,7 +47,6 @@ class PruMergePlus(PruMerge):
             raise OptionError("PruMergePlus: n_top and step are counts of their own; leave adaptive=false out")
 
     def chosen(self, attention: Tensor, n_top: int, ratio: float) -> Tensor:
-        """The most attended tokens, then those of the grid."""
         n = attention.shape[1]
         order = attention.argsort(dim=1, descending=True, stable=True)
         if not self.adaptive:

@@ -35,15 +35,12 @@ class PyramidDrop(DecoderMethod):
 
     @property
     def default_schedule(self) -> Schedule:
-        """Three cuts."""
         return Pyramid()
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """Attention of the layer behind the cut, from its own projections."""
         return frozenset({Signal(Kind.LM_ROW, (layer,))})
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """The attention itself, (G, n)."""
         return tokens.signal(Kind.LM_ROW)[:, 0]
 
     @staticmethod

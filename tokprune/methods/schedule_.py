@@ -61,7 +61,6 @@ class FromFile(DecoderMethod):
 
     @functools.cached_property
     def by(self) -> DecoderMethod:
-        """What ranks the tokens, with the schedule."""
         from . import METHODS
 
         score = self.found.score
@@ -75,22 +74,18 @@ class FromFile(DecoderMethod):
 
     @property
     def plan(self) -> Schedule:
-        """The file's."""
         return self.by.plan
 
     @property
     def takes_budget(self) -> bool:
-        """The file says how many."""
         return False
 
     @property
     def count(self) -> Count:
-        """The score's."""
         return self.by.count if self.file else Count.EXACT
 
     @property
     def keeps_features(self) -> bool:  # type: ignore[override]
-        """The score's."""
         return self.by.keeps_features if self.file else True
 
     def check(self, decoder: Decoder) -> None:
@@ -104,25 +99,19 @@ class FromFile(DecoderMethod):
         self.by.check(decoder)
 
     def write_file(self, path: Path) -> None:
-        """The schedule as it was read."""
         write_schedule(path, self.found)
 
     def left(self, n_present: int, n_keep: int) -> int:
-        """The score's; nothing is left of nothing."""
         return self.by.left(n_present, n_keep) if n_keep else 0
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """The score's."""
         return self.by.reads(layer)
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
-        """The score's."""
         return self.by.cost(layout, n_keep, widths) if n_keep else Ops()
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """The score's."""
         return self.by.score(tokens)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """As the score's method; nothing has to be ranked where all leave."""
         return self.by.select(tokens, n_keep) if n_keep else replace(tokens, keep=torch.zeros_like(tokens.keep))

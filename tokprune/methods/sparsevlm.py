@@ -76,7 +76,6 @@ class SparseVLM(DecoderMethod):
 
     @property
     def default_schedule(self) -> Schedule:
-        """The code's tables."""
         return Tables()
 
     @property
@@ -104,7 +103,6 @@ class SparseVLM(DecoderMethod):
         return min(n_table, n_present - 1)
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """Attention of the text in the layer before the cut, and embeddings."""
         rows = Signal(Kind.LM_TEXT_ROWS, (layer - 1,))
         return frozenset({rows, Signal(Kind.LM_EMBEDS), Signal(Kind.LM_TEXT_EMBEDS)})
 
@@ -129,13 +127,11 @@ class SparseVLM(DecoderMethod):
         return torch.where(rates.any(1, keepdim=True), rates, exists)
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        """Mean attention of the raters, (G, n)."""
         rates = self.raters(tokens.signal(Kind.LM_EMBEDS), tokens.signal(Kind.LM_TEXT_EMBEDS)).float()
         rows = tokens.signal(Kind.LM_TEXT_ROWS) * rates[..., None]
         return rows.sum(1) / rates.sum(1, keepdim=True).clamp(min=1)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """The best, and some of the others merged, at the places of cluster centres."""
         n_best = self.n_best(tokens.n_visual, n_keep)
         best, recycled = self.parts(tokens, n_best)
         if n_keep == n_best:

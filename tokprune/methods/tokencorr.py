@@ -59,16 +59,13 @@ class TokenCorr(Method):
 
     @property
     def takes_budget(self) -> bool:
-        """The picture decides."""
         return False
 
     @property
     def count(self) -> Count:
-        """The picture decides."""
         return Count.CONTENT
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """Keys of the early layer, attention of both."""
         early = tower.scaled(2, 24) if self.early is None else tower.layer(self.early)
         late = tower.scaled(22, 24) if self.late is None else tower.layer(self.late)
         if early > late:
@@ -81,7 +78,6 @@ class TokenCorr(Method):
         return Ops(sum(n * n * widths.keys for n in layout.crop_sizes))
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Every crop by itself; the budget plays no part."""
         whole = self.thumbnail and len(tokens.layout.crops) > 1 and tokens.layout.crops[0] == 0
         out = crop_by_crop(tokens, tokens.layout.crop_sizes, self._compress)
         if not whole:

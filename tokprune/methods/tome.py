@@ -45,7 +45,6 @@ class ToMe(Method):
         return Ops(spent)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Merge down to `n_keep` tokens."""
         x = tokens.features.float()
         sizes = torch.ones_like(x[..., :1])
         places = torch.arange(tokens.n_visual, device=x.device).expand(x.shape[:2])

@@ -29,7 +29,6 @@ class Uniform(Method):
     split: Split = "joint"
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """The same cells in every image of a layout."""
         layout = tokens.layout
         regions, sizes = layout.regions, [len(region.index) for region in layout.regions]
         n_crops = [len({layout.crop[i] for i in region.index}) for region in regions]

@@ -67,7 +67,6 @@ class VisionZip(Method):
         return Ops(spent)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Every crop by itself."""
         return crop_by_crop(tokens, ops.shares(tokens.layout.crop_sizes, n_keep, even=True), self._compress)
 
     def _n_contextual(self, n_keep: int) -> int:

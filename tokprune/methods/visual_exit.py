@@ -67,13 +67,11 @@ class VisualExit(ExitMethod):
         return tuple(range(max(first, self.patience), decoder.n_layers))
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        """The mass in the layers before; nothing where the layer is fixed."""
         if self.layer is not None:
             return frozenset()
         return frozenset({Signal(Kind.LM_MASS, tuple(range(layer - self.patience, layer)))})
 
     def exits(self, tokens: VisualTokens) -> Tensor:
-        """(G,) whether the mass is low, or everybody."""
         if self.layer is not None:
             return torch.ones(len(tokens.features), dtype=torch.bool, device=tokens.features.device)
         return (tokens.signal(Kind.LM_MASS) < self.threshold).all(1)
