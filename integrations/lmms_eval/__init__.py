@@ -1,4 +1,4 @@
-"""lmms-eval: the model `tokprune`, found through lmms-eval's entry-point group `lmms_eval.models`; nothing is forked.
+"""The model `tokprune` for lmms-eval, found through its entry-point group `lmms_eval.models`.
 
     lmms-eval --model tokprune --model_args pretrained=PATH,method=vtc_cls,keep_ratio=0.25 --tasks pope --batch_size 8
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What the entry point names: the plug-in's class by its path, imported when the model is asked for.
+    """The manifest of the plug-in; its class is imported when the model is used.
 
-    It is a "simple" class, which is handed a text and pictures, and not a "chat" class, which is handed messages:
-    lmms-eval asks log-likelihoods (multiple choice) of simple classes alone.
+    It is a "simple" class, which gets a text and pictures, not a "chat" class, which gets messages: lmms-eval asks only
+    simple classes for log-likelihoods (multiple choice).
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

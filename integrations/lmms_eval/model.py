@@ -34,7 +34,7 @@ class Request:
         key: task, split and number of the document.
         text: the task's text.
         images: its pictures.
-        is_padding: whether it only fills up a rank, so that its answer is not used.
+        is_padding: whether it only pads a rank, so that its answer is not used.
     """
 
     key: tuple[str, str, int]
@@ -44,12 +44,12 @@ class Request:
 
     @property
     def salts(self) -> list[int]:
-        """One a picture for seeded methods, the same in every batch and on every rank."""
+        """One per picture for seeded methods, the same in every batch and on every rank."""
         return [zlib.crc32("/".join(map(str, self.key)).encode()) + i for i in range(len(self.images))]
 
 
 class Loss(GenerationResult, tuple):
-    """A loss and whether greedy decoding gives it: a pair, in a form that lmms-eval 0.7 does not turn into a text."""
+    """The pair (loss, whether greedy decoding gives it), in a type that lmms-eval 0.7 does not turn into text."""
 
     def __init__(self, pair: tuple[float, bool]):
         super().__init__(text=tuple(pair))  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class TokPrune(lmms):
         **given: the fields of `Options`, as values or as texts.
 
     Raises:
-        TokPruneError: an argument that cannot be, a model that cannot be loaded, or a method it cannot run.
+        TokPruneError: an invalid argument, a model that cannot be loaded, or a method that it cannot run.
     """
 
     is_simple = True
@@ -75,7 +75,7 @@ class TokPrune(lmms):
         self.recorder = Recorder(options.record, self._rank, self._world_size) if options.record else None
         self.processor, self._model = self._loaded()
         self.system = _text_or_file(options.system_prompt)
-        with self._attached():  # what this model cannot run is refused before any data set is loaded
+        with self._attached():  # fails before any data set is loaded if the model cannot run the method
             pass
 
     @classmethod
@@ -83,7 +83,7 @@ class TokPrune(lmms):
         """From `--model_args` and lmms-eval's own flags.
 
         Raises:
-            SystemExit: with the one line that says what is wrong. lmms-eval ends with 0 after any other error.
+            SystemExit: with a one-line message. lmms-eval exits with 0 after any other error.
         """
         try:
             return cls(**merged(split_arguments(arg_string), additional_config or {}))
@@ -103,7 +103,7 @@ class TokPrune(lmms):
             model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **loading).eval()
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
             raise RunError(
-                f"cannot load pretrained={name}: {why_unloadable(error)} Type pretrained=FOLDER, or a hub id of: "
+                f"cannot load pretrained={name}: {why_unloadable(error)} Use pretrained=FOLDER, or a hub id of: "
                 f"{', '.join(tokprune.list_models())}"
             ) from error
         processor.tokenizer.padding_side = "left"
@@ -130,7 +130,7 @@ class TokPrune(lmms):
         return self.options.batch_size
 
     def prompt(self, text: str, n_images: int) -> str:
-        """What the model is sent for a task's text and a number of pictures."""
+        """The prompt for a task's text and a number of pictures."""
         return prompt(self.processor, text + self.options.suffix, n_images, self.system)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -154,9 +154,9 @@ class TokPrune(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """The mean negative log-likelihood of a continuation by token, and whether greedy decoding gives it.
 
-        It is the loss and not its negative, as in lmms-eval's own models: its multiple choice takes the least. The
-        prompt alone is read first, and tokens are selected then; the continuation follows on the cache. So a method
-        that looks at the end of the prompt never sees the answer that is asked about.
+        It is the loss, not its negative, as in lmms-eval's own models: its multiple choice takes the lowest. The prompt
+        runs first, and tokens are selected then; the continuation uses its KV cache. So a method that looks at the end
+        of the prompt never sees the answer.
 
         Raises:
             RunError: a request without a document (acc_mutual_info).
@@ -165,25 +165,25 @@ class TokPrune(lmms):
         with self._attached() as attachment, self._progress(len(requests)) as bar:
             for instance in requests:
                 if len(instance.args) != 6:
-                    raise RunError("acc_mutual_info asks about answers without a picture; take the metric acc instead")
+                    raise RunError("acc_mutual_info needs answers without a picture; use the metric acc instead")
                 own = self._request(instance, instance.args[2])
                 found.append(Loss(self._judged(own, instance.args[1], attachment)))
                 bar.update(1)
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not offered.
+        """Not supported.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "tokprune's plug-in answers in one round; leave out tasks with output_type generate_until_multi_round"
+            "several rounds are not supported; leave out tasks with output_type generate_until_multi_round"
         )
 
     @contextlib.contextmanager
     def _attached(self) -> Iterator[Any]:
-        """The attachment, or None for the bare model; recorded, that one runs with everything kept, for the counts."""
+        """The attachment, or None for the bare model. With `record` a bare model keeps all tokens, to count them."""
         options = self.options
         if not options.is_bare:
             with tokprune.attach(self.model, options.method, **options.attach) as attachment:
@@ -255,7 +255,7 @@ class TokPrune(lmms):
         """Token ids of an answer as they follow the prompt, (1, T).
 
         Raises:
-            RunError: it has none.
+            RunError: the answer is empty.
         """
         asked = self.prompt(request.text, len(request.images))
         head = self.tokenizer(asked)["input_ids"]
@@ -291,21 +291,21 @@ class TokPrune(lmms):
 
 
 def _device(asked: str | None, local_rank: int) -> str:
-    """The GPU of this process where none is named, or only its kind.
+    """The device of this process: `asked`, or its own GPU, or the CPU.
 
     Raises:
-        RunError: a GPU is named where there is none.
+        RunError: a GPU was requested and there is none.
     """
     there = torch.cuda.is_available()
     if asked is None:
         return f"cuda:{local_rank}" if there else "cpu"
     if asked.startswith("cuda") and not there:
-        raise RunError(f"device={asked}, but torch finds no GPU here; type --device cpu, or leave it out")
+        raise RunError(f"device={asked}, but torch finds no GPU; use --device cpu, or leave it out")
     return f"cuda:{local_rank}" if asked == "cuda" else asked
 
 
 def _text_or_file(text: str) -> str:
-    """A system prompt, or what the file of that name holds."""
+    """A system prompt, or the content of the file of that name."""
     try:
         is_file = bool(text) and Path(text).is_file()
     except OSError:  # too long for a name

@@ -1,4 +1,4 @@
-"""What `--model_args` takes, read by the types declared here, and what a task's generation settings become."""
+"""The arguments of `--model_args`, and the generation settings of a task."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Options:
         keep_ratio, keep_tokens, flops_ratio, flops_scope, flops_text: the budget, as `tokprune.attach` takes it; for
             two joined methods keep_ratio=0.5/0.25.
         positions, newlines: as `tokprune.attach` takes them.
-        revision: of a hub id.
-        dtype: such as bfloat16; the checkpoint's own on a GPU and float32 elsewhere where it is left out.
-        device: such as cuda:1; where it is left out, the GPU of this process, or the CPU.
+        revision: of the hub id.
+        dtype: such as bfloat16. Default: the checkpoint's own on a GPU, float32 on a CPU.
+        device: such as cuda:1. Default: the GPU of this process, or the CPU.
         device_map: such as auto, to spread a model over several GPUs.
         attn_implementation: sdpa, eager or flash_attention_2.
-        batch_size: requests at a time.
-        max_new_tokens: where an answer is cut, for tasks that do not say.
-        suffix: added to every question, such as " Answer with a single word or phrase."
-        system_prompt: said before the question; a text or a file that holds it.
-        record: a file that gets one JSON line a request.
+        batch_size: requests per batch.
+        max_new_tokens: maximum length of an answer, for tasks that set none.
+        suffix: text added to every question, such as " Answer with a single word or phrase."
+        system_prompt: a text, or a file that holds it.
+        record: a file for one JSON line per request.
     """
 
     shown_as: ClassVar[str] = "--model_args"
@@ -117,7 +117,7 @@ class Options:
 
 
 def split_arguments(text: str) -> dict[str, str]:
-    """`a=1,b=x:y=z,c=0.5,0.25` as a dict of texts: a comma ends a value only where a name and "=" follow it.
+    """`a=1,b=x:y=z,c=0.5,0.25` as a dict of texts: a comma ends a value only if a name and "=" follow it.
 
     Raises:
         OptionError: a part without a name, or a name twice.
@@ -134,10 +134,10 @@ def split_arguments(text: str) -> dict[str, str]:
 
 
 def merged(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Model arguments with lmms-eval's own flags; a batch size of 1, which nobody has to type, gives way.
+    """Model arguments with lmms-eval's own flags; --batch_size 1 is its default and does not count.
 
     Raises:
-        OptionError: both say something, and not the same.
+        OptionError: a flag and an argument differ.
     """
     out = dict(given)
     for name, value in flags.items():
@@ -183,13 +183,13 @@ def _typed(value: Any) -> str:
 def generation(given: Mapping[str, Any], max_new_tokens: int, eos: str) -> tuple[dict[str, Any], list[str]]:
     """Arguments of `generate` from a task's generation_kwargs, and the texts that end an answer.
 
-    Sampling starts with a temperature above 0, unless do_sample is false. What `generate` does not know here is left
-    out, as lmms-eval's own models leave it out.
+    A temperature above 0 turns sampling on, unless do_sample is false. Other settings are ignored, as in lmms-eval's
+    own models.
 
     Args:
         given: `generation_kwargs` of a task, with those of `--gen_kwargs`.
-        max_new_tokens: for tasks that do not say.
-        eos: the tokenizer's end, which needs no text to be looked for.
+        max_new_tokens: for tasks that set none.
+        eos: the tokenizer's end token, which stops generation anyway.
 
     Raises:
         RunError: a setting is of a wrong type or out of range.
@@ -229,14 +229,14 @@ def _yes_or_no(value: Any) -> bool:
 
 
 def _texts(value: Any) -> list[str]:
-    """Texts that end an answer; an empty value is none."""
+    """Texts that end an answer."""
     texts = [value] if isinstance(value, str) else value or []
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise ValueError
     return list(texts)
 
 
-# How a setting is read, whether it is in range, what it is, and an example.
+# How a setting is read, its range, its description, and an example.
 SETTINGS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str, str]] = {
     "max_new_tokens": (_whole, lambda n: n >= 0, "a whole number of at least 1", "16"),
     "num_beams": (_whole, lambda n: n >= 0, "a whole number of at least 1", "1"),
@@ -276,10 +276,10 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 class Until(StoppingCriteria):
-    """Ends a row when its answer holds one of some texts.
+    """Ends a row when its answer contains one of some texts.
 
-    It reads the end of the decoded answer, so it takes every tokenizer; that of transformers needs a vocabulary with
-    certain letters in it.
+    It decodes the end of the answer, so it works with every tokenizer; that of transformers needs certain letters in
+    the vocabulary.
 
     Args:
         stops: the texts.
@@ -289,10 +289,10 @@ class Until(StoppingCriteria):
 
     def __init__(self, stops: list[str], tokenizer: Any, n_prompt: int):
         self.stops, self.tokenizer, self.n_prompt = stops, tokenizer, n_prompt
-        self.n_last = 16 + 4 * max(map(len, stops))  # tokens that surely hold a text that has just come to its end
+        self.n_last = 16 + 4 * max(map(len, stops))  # enough tokens to hold the longest text
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
-        """Whether each row ends, (B,) bool."""
+        """Whether each row has ended, (B,) bool."""
         last = input_ids[:, self.n_prompt :][:, -self.n_last :]
         texts = self.tokenizer.batch_decode(last, skip_special_tokens=True)
         return torch.tensor([cut(text, self.stops) != text for text in texts], device=input_ids.device)

@@ -1,4 +1,4 @@
-"""From a task's text and pictures to the model's prompt."""
+"""The model's prompt from a task's text and pictures."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ MARK = "<image>"  # what tasks write where a picture belongs
 
 
 def prompt(processor: Any, text: str, n_images: int, system: str = "") -> str:
-    """The text in the processor's chat template, or in LLaVA 1.5's where there is none.
+    """The text in the processor's chat template, or in LLaVA 1.5's if it has none.
 
-    Pictures stand where the text marks them with `<image>`, and before the text where it does not: when it holds
-    another number of marks than there are pictures, they are words of the question and become plain text, like every
-    other placeholder of the processor.
+    Pictures go where the text has `<image>`, or before the text. If there are not as many `<image>` marks as pictures,
+    the marks become plain text, like every other placeholder of the processor.
 
     Args:
         processor: of the model.
         text: as the task asks, without any template.
         n_images: pictures of the request.
-        system: said first; empty for nothing.
+        system: system prompt; empty for none.
     """
     parts = _parts(processor, text, n_images)
     if getattr(processor, "chat_template", None):
@@ -56,14 +55,14 @@ def _plain(processor: Any, text: str) -> str:
 
 
 def pictures(visuals: Any, task: str) -> list[Image.Image]:
-    """The pictures of a document, as `tokprune.pictures.as_rgb` makes them.
+    """The pictures of a document, as RGB.
 
     Args:
         visuals: what the task's doc_to_visual returned: pictures, None or nothing, in lists or not.
-        task: its name, for the message.
+        task: its name, for messages.
 
     Raises:
-        RunError: a video, a sound, a path, or a picture that cannot be read among them.
+        RunError: one is a video, a sound, a path, or a picture that cannot be read.
     """
     if visuals is None:
         return []
@@ -71,10 +70,10 @@ def pictures(visuals: Any, task: str) -> list[Image.Image]:
         return [picture for visual in visuals for picture in pictures(visual, task)]
     if not isinstance(visuals, Image.Image):
         raise RunError(
-            f"the task {task} hands over {type(visuals).__name__} where pictures are expected; tokprune's plug-in "
-            "answers about pictures alone, leave the task out"
+            f"the task {task} gives {type(visuals).__name__} instead of pictures, which is not supported; "
+            "leave the task out"
         )
     try:
         return [as_rgb(visuals)]
     except Exception as error:  # whatever a broken picture makes Pillow raise
-        raise RunError(f"the task {task} hands over a picture that cannot be read: {error}") from error
+        raise RunError(f"the task {task} has a picture that cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""One JSON line a request: the answer, what the language model saw, and what it cost."""
+"""One JSON line per request: the answer, the tokens that the language model saw, and the cost."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Seen:
     """A request as the model saw it.
 
     `n_visual_after` and `llm_columns_after` are of the last decoder layer, `n_visual_mean` over all of them;
-    rows of pictures that show no patch (newlines) count. FLOPs and bytes are of one prompt without padding, and None
-    where the model's cost is not known.
+    special tokens (newline, [CLS]) count. FLOPs and bytes are of one prompt without padding, or None if the model's
+    cost is not known.
     """
 
     n_images: int
@@ -46,13 +46,13 @@ COSTS = tuple(f"{part}_{when}" for part in ("llm_flops", "prefill_flops", "kv_by
 
 
 def seen(inputs: Any, n_images: Sequence[int], model: torch.nn.Module, report: Report | None) -> list[Seen]:
-    """What every row of a batch came to.
+    """Tokens and cost of every row of a batch.
 
     Args:
         inputs: of the batch, with `input_ids` and `attention_mask`, (B, S).
         n_images: pictures of every row.
         model: the bare model.
-        report: of the pass; None where nothing was attached.
+        report: of the pass; None if nothing was attached.
     """
     before = inputs["attention_mask"].sum(1).tolist()
     n_visual = _placeholders(inputs, model)
@@ -77,14 +77,14 @@ def seen(inputs: Any, n_images: Sequence[int], model: torch.nn.Module, report: R
 
 
 def _columns(report: Report, before: Sequence[int]) -> list[list[int]]:
-    """Columns of every row in every decoder layer; of rows that are beams of one request, the first."""
+    """Columns of every row in every decoder layer; of the beams of one request, the first."""
     given = report.prefills[0].rows or list(before)
     step = max(1, len(given) // len(before))
     return report.row_layers(0, given)[::step]
 
 
 def _by_row(report: Report, n_images: Sequence[int]) -> list[list[ImageReport]]:
-    """The pictures of every row; of copies that beams made, the first."""
+    """The pictures of every row; of the copies for beams, the first."""
     total = sum(n_images)
     images = report.encoded[:: max(1, len(report.encoded) // total)] if total else []
     ends = [sum(n_images[: i + 1]) for i in range(len(n_images))]
@@ -123,7 +123,7 @@ def _costs(
 
 
 class Recorder:
-    """Appends lines to a file; every rank to its own.
+    """Appends lines to a file; every rank has its own.
 
     Args:
         path: the file; `.rank1` goes before its suffix on rank 1 of several.
@@ -146,20 +146,20 @@ class Recorder:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             raise RunError(
-                f"cannot write {self.path}: {error.strerror or error}; name another file with record=FILE"
+                f"cannot write {self.path}: {error.strerror or error}; use another file with record=FILE"
             ) from error
 
     def add(
         self, requests: Sequence[dict[str, Any]], rows: Sequence[Seen], watch: Stopwatch, shared: dict[str, Any]
     ) -> None:
-        """A batch: of every request what identifies it, what was answered and what was seen."""
+        """Add a batch: the key and answer of every request, and what the model saw."""
         batch = {"batch": self.n_batches, "batch_size": len(rows), **watch.times(), **shared}
         self.write([{**request, **asdict(row), **batch} for request, row in zip(requests, rows, strict=True)])
         self.n_batches += 1
 
 
 def conditions(model: torch.nn.Module, positions: str) -> dict[str, Any]:
-    """Where and with what something runs."""
+    """Device, dtype, attention and versions of this run."""
     device = model.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -177,7 +177,7 @@ def conditions(model: torch.nn.Module, positions: str) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds until the first forward pass of a model ended, and after it, within a `with` block."""
+    """Seconds up to the end of the first forward pass in a `with` block, and after it."""
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.prefill_s, self.decode_s, self.n_new = model, math.nan, math.nan, 0
@@ -196,7 +196,7 @@ class Stopwatch:
         self.decode_s = time.perf_counter() - self.started - self.prefill_s
 
     def times(self) -> dict[str, float | None]:
-        """As they are recorded; what was not measured is None."""
+        """Times and peak memory to record; None if not measured."""
         on_gpu = self.model.device.type == "cuda"
         return {
             "prefill_s": None if math.isnan(self.prefill_s) else self.prefill_s,
@@ -215,7 +215,7 @@ class Stopwatch:
 
 
 def world() -> tuple[int, int, int]:
-    """Rank, local rank and number of processes, as launchers say it."""
+    """Rank, local rank and number of processes, from the launcher's environment."""
     rank, local, size = (int(os.environ.get(name, default)) for name, default in RANKS.items())
     return rank, local, size
 

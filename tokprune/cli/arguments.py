@@ -1,6 +1,6 @@
-"""What every command asks of its arguments before it does anything, and how a command line ends.
+"""Checks of what was typed, shared by all commands, and the exit codes of a command line.
 
-An option is typed once unless it says that it can be repeated, a name is not blank, and a whole number fits 32 bits.
+An option is given once unless its help says that it can be repeated, a name is not blank, a whole number fits 32 bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..core import interrupts
 from ..core.errors import RunError, TokPruneError
 
 MOST = 2**31 - 1  # no picture, prompt or run has more of anything
-FREE = ("suffix", "question", "model_args", "gen_kwargs")  # texts that name nothing and may be empty
+FREE = ("suffix", "question", "model_args", "gen_kwargs")  # free text, which may be empty
 
 
 class Command(TyperCommand):
@@ -27,7 +27,7 @@ class Command(TyperCommand):
         """Parse as typer does, with the checks of this module.
 
         Raises:
-            RunError: something is typed twice or blank, or a number is too large.
+            RunError: an option is given twice or blank, or a number is too large.
         """
         if args or not self.no_args_is_help:
             given, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -49,7 +49,7 @@ class App(typer.Typer):
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line to the end of the process; bad input is one clear line on stderr and exit code 2."""
+    """Run a command line and end the process; bad input gives one line on stderr and exit code 2."""
     try:
         interrupts.end()
         sys.exit(app(standalone_mode=False))
@@ -61,35 +61,35 @@ def run(app: typer.Typer) -> None:
         # Usage errors of the command-line library, which may be vendored: told apart by what they carry.
         if not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()} Type tokprune --help, or tokprune COMMAND --help")
+        _fail(f"{error.format_message()} See tokprune --help or tokprune COMMAND --help")
 
 
 def check_most(option: str, number: int, most: int = MOST) -> None:
-    """Raise RunError where a whole number is too large to be meant."""
+    """Raise RunError if the absolute value of a whole number is above `most`."""
     if abs(number) > most:
-        raise RunError(f"{option} takes whole numbers of at most {most}, not one of {len(str(abs(number)))} digits")
+        raise RunError(f"invalid {option} of {len(str(abs(number)))} digits: use a whole number of at most {most}")
 
 
 def _check_once(order: list[Any]) -> None:
-    """Raise where an option is typed again, which would silently take the place of the one before."""
+    """Raise if an option is repeated, since the last one would silently win."""
     for parameter, n in Counter(order).items():
         if n > 1 and not getattr(parameter, "multiple", False):
-            joined = ", with commas between values" if "commas" in (parameter.help or "") else ""
-            raise RunError(f"{_flag(parameter)} is typed {n} times and can have one value; type it once{joined}")
+            joined = ", with commas between the values" if "commas" in (parameter.help or "") else ""
+            raise RunError(f"{_flag(parameter)} is given {n} times: use it once{joined}")
 
 
 def _check_named(parameter: Any, value: Any) -> None:
-    """Raise where a text, or one of several, is blank."""
+    """Raise if a text, or one of several, is blank."""
     values = value if isinstance(value, (list, tuple)) else [value]
     if parameter.name in FREE or not any(isinstance(v, str) and not v.strip(" \t\r\n\v\f,") for v in values):
         return
     said = (parameter.help or "a value").rstrip(".")
     listed = _existing(parameter, said)
-    raise RunError(f"{_flag(parameter)} is blank; it takes: {said}{listed and f'. There are: {listed}'}")
+    raise RunError(f"{_flag(parameter)} is blank; it takes: {said}{listed and f'. Available: {listed}'}")
 
 
 def _existing(parameter: Any, said: str) -> str:
-    """Names that an option takes and its help does not list."""
+    """The names that an option takes, where its help does not list them."""
     if parameter.name in ("method", "methods", "score"):
         import tokprune
 
@@ -107,7 +107,7 @@ def _check_size(parameter: Any, value: Any) -> None:
 
 
 def _flag(parameter: Any) -> str:
-    """As it is typed, --keep, or IMAGE for an argument without a name."""
+    """--keep for an option, IMAGE for a positional argument."""
     return max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.name).upper()
 
 

@@ -32,7 +32,7 @@ def _root() -> None:
 
 @app.command()
 def methods() -> None:
-    """List the methods, with what they promise and where they come from."""
+    """List the methods, how many tokens each keeps, and its source."""
     tables.console().print(tables.methods_table())
 
 
@@ -45,18 +45,18 @@ def models() -> None:
 @app.command()
 def flops(
     model: Annotated[str, typer.Option(help="A known shape such as llava-1.5-7b, a local folder, or a hub id.")],
-    visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture; one crop by default.")] = None,
+    visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture. Default: one crop's.")] = None,
     text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
-    keep: Annotated[float, typer.Option(help="Ratio of the visual tokens kept.")] = 0.25,
-    crops: Annotated[int | None, typer.Option(help="Crops encoded; by default as many as the tokens fill.")] = None,
-    method: Annotated[str, typer.Option(help="Count the signals of this method as selector.")] = "",
+    keep: Annotated[float, typer.Option(help="Fraction of the visual tokens to keep.")] = 0.25,
+    crops: Annotated[int | None, typer.Option(help="Crops encoded. Default: as many as --visual fills.")] = None,
+    method: Annotated[str, typer.Option(help="Include the cost of this method's selection.")] = "",
     layers: Annotated[bool, typer.Option("--layers", help="Show every decoder layer.")] = False,
 ) -> None:
-    """Show what a prefill costs, part by part, before and after pruning; nothing is run or downloaded for a shape."""
+    """Show the cost of a prefill by part, before and after pruning. A known shape needs no download."""
     shape = estimate.shape_of(model)
     visual = shape.n_visual if visual is None else visual
     if min(visual, text, 1 if crops is None else crops) < 1:
-        raise RunError("--visual, --text and --crops take whole numbers of at least 1")
+        raise RunError("invalid --visual, --text or --crops: use a whole number of at least 1")
     for option, n in (("--visual", visual), ("--text", text), ("--crops", crops or 1)):
         check_most(option, n, estimate.MOST)
     found = estimate.kept(shape, method, keep, visual, text)
@@ -67,8 +67,8 @@ def flops(
     tables.console().print(tables.ledger_table(shape, (before, after), (visual + text, columns), layers))
     n_crops = crops or -(-visual // shape.n_visual)
     typer.echo(
-        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; --visual takes another number)"
-        + (f", keep {keep:g}." if found.budgeted else ", as many kept as the method says.")
+        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; change it with --visual)"
+        + (f", keep {keep:g}." if found.budgeted else ", how many are kept is up to the method.")
     )
     share = before.before_llm.flops / before.prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
@@ -78,17 +78,17 @@ def flops(
 def explain(
     image: Annotated[Path, typer.Argument(help="A picture.")],
     method: Annotated[
-        list[str] | None, typer.Option(help="Name or specification; repeatable, or several with commas.")
+        list[str] | None, typer.Option(help="Name or specification; repeatable, or separated by commas.")
     ] = None,
-    keep: Annotated[float | None, typer.Option(help="Ratio of the visual tokens kept; 0.25 by default.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Fraction of the visual tokens to keep. Default: 0.25.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The PNG to write; kept.png where neither this nor --json is given.")
+        Path | None, typer.Option(help="The PNG to write. Default: kept.png, unless --json is given.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="A JSON file to write: indices and places of kept tokens.")] = None,
+    json: Annotated[Path | None, typer.Option(help="The JSON file to write, with indices of kept tokens.")] = None,
     model: Annotated[
         str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
-    question: Annotated[str, typer.Option(help="Asked beside the picture.")] = "what is in the image?",
+    question: Annotated[str, typer.Option(help="The question to ask about the picture.")] = "what is in the image?",
 ) -> None:
     """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
     explained = eval_module("report.explained", needs=())
@@ -100,7 +100,7 @@ def explain(
     decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
     if keep is not None and decides:
         raise RunError(
-            f"{decides[0]!r} takes no budget; leave --keep out, or draw it apart{estimate.with_budget(decides[0])}"
+            f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
         )
     budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
     picture = open_picture(image)
@@ -127,26 +127,26 @@ def explain(
 
 
 def _check_apart(image: Path, out: Path | None, json: Path | None) -> None:
-    """Raise where one of the files would be written over another."""
+    """Raise if two of the files are the same."""
     named = {"the picture": image, "--out": out, "--json": json}
     given = [(name, os.path.realpath(path)) for name, path in named.items() if path is not None]
     for (one, first), (other, second) in itertools.combinations(given, 2):
         if first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)):
-            raise RunError(f"{one} and {other} are both {first}; name another file with {other}")
+            raise RunError(f"{one} and {other} are both {first}: use another file for {other}")
 
 
 @contextlib.contextmanager
 def _writing(path: Path, option: str) -> Iterator[None]:
-    """One line where a file cannot be written."""
+    """Turn an OSError into a RunError that names the option."""
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; name another file with {option}") from error
+        raise RunError(f"cannot write {path}: {error.strerror or error}; use another file for {option}") from error
 
 
 @app.command()
 def doctor() -> None:
-    """Show versions, check on the embedded model that pruning prunes, and exit with 1 where it does not."""
+    """Show versions and check pruning on the embedded model; exit with 1 if a check fails."""
     from . import doctor as checks
 
     console = tables.console()

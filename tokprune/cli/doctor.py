@@ -1,4 +1,4 @@
-"""What works on this machine, and proof on the embedded model that pruning prunes."""
+"""Versions of what is installed, and checks of pruning on the embedded model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ..core.tokens import Count, Stage
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lmms-eval", "flash-attn")
 QUESTIONS = ("is there a red ring?", "what color is the shape that is not in the top left of the image?")
 KEEP = 0.25
-REINSTALL = "type pip uninstall torchvision, or install the build that matches your torch"
+REINSTALL = "use pip uninstall torchvision, or install the build that matches your torch"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, whether it holds, and what was seen."""
+    """One check: its name, whether it passed, and what was measured."""
 
     what: str
     ok: bool
@@ -37,7 +37,7 @@ class Finding:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter here; "not installed" where one is not."""
+    """Versions of Python and of the packages that matter here, or "not installed"."""
     found = {"python": platform.python_version(), "tokprune": tokprune.__version__}
     for name in PACKAGES:
         try:
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     found["tested on"] = f"transformers {OLDEST} to {NEWEST}"
     if is_newer_than_tested(found["transformers"]):
-        found["tested on"] += f"; {found['transformers']} is newer: trust the checks below"
+        found["tested on"] += f"; {found['transformers']} is newer, so rely on the checks below"
     fault = torchvision_fault()
     if fault is not None:
         found["torchvision"] = f"cannot be imported, and so transformers cannot load models ({fault}); {REINSTALL}"
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 
 
 def findings(runner: Any) -> Iterator[Finding]:
-    """Checks of a loaded model, one after the other; `runner` is a `tokprune.eval.run.Runner`.
+    """Checks of a loaded model, one by one; `runner` is a `tokprune.eval.run.Runner`.
 
     Lengths are counted by hooks of this module on the decoder layers, not taken from the report, and pruned logits
     are compared with those of a short sequence put together by hand.
@@ -68,7 +68,7 @@ def findings(runner: Any) -> Iterator[Finding]:
     bare, before = _watched(model, lambda: model(**inputs).logits)
     with tokprune.attach(model, "uniform", keep_ratio=1):
         same, _ = _watched(model, lambda: model(**inputs).logits)
-    yield Finding("keeping all tokens changes no bit", torch.equal(same, bare), f"{before[0]} columns")
+    yield Finding("keeping all tokens leaves logits bit-identical", torch.equal(same, bare), f"{before[0]} columns")
     for method in tokprune.list_methods():
         if tokprune.get_method(method).needs_file:
             continue
@@ -77,14 +77,14 @@ def findings(runner: Any) -> Iterator[Finding]:
         except Exception as error:  # any failure is a finding here
             yield Finding(f"{method} prunes", False, f"{type(error).__name__}: {error}")
     after, _ = _watched(model, lambda: model(**inputs).logits)
-    yield Finding("the model is as it was after detaching", torch.equal(after, bare), "logits equal")
+    yield Finding("detaching restores the model", torch.equal(after, bare), "logits equal")
 
 
 def _prunes(model, inputs: dict, method: str) -> Finding:
     n_visual, built = int(_visual(model, inputs["input_ids"][:1]).sum()), tokprune.get_method(method)
     if built.is_filter:
-        behind = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
-        method, built = f"{method}+{behind}", tokprune.get_method(behind)
+        after = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
+        method, built = f"{method}+{after}", tokprune.get_method(after)
     budget: dict[str, Any] = {"keep_ratio": KEEP} if built.takes_budget else {}
     n_keep = round(n_visual * KEEP) if budget else n_visual
     with tokprune.attach(model, method, **budget) as attachment:
@@ -100,8 +100,8 @@ def _prunes(model, inputs: dict, method: str) -> Finding:
         f"asked to keep {n_keep}": max(counts) > n_keep or (bool(budget) and min(counts) < _least(built, n_keep)),
         "nothing kept": method != "blind" and not exits and not all(counts),
         "something kept": method == "blind" and any(counts),
-        "the layers saw another length": columns != widths,
-        "generate ran on another length": in_generate[:n_layers] != columns,
+        "the layers saw a wrong length": columns != widths,
+        "generate ran on a wrong length": in_generate[:n_layers] != columns,
         "logits are not those of the kept tokens": _differs(model, inputs, kept, logits, built),
     }
     found = [problem for problem, is_there in problems.items() if is_there]
@@ -112,7 +112,7 @@ def _prunes(model, inputs: dict, method: str) -> Finding:
 
 
 def _visual(model, ids: torch.Tensor) -> torch.Tensor:
-    """Which ids stand for visual tokens, bool."""
+    """Which ids are placeholders of visual tokens, bool."""
     return torch.isin(ids, torch.tensor(list(family_of(model).placeholder_ids.values()), device=ids.device))
 
 

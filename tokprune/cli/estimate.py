@@ -1,4 +1,4 @@
-"""What a method would cost on a model that is not loaded, for `tokprune flops`."""
+"""The cost of a method on a model that is not loaded, for `tokprune flops`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..cost.selection import SelectionCost, cut_ops
 from ..cost.shapes import KNOWN, known_shape
 from ..prune.report import by_layer
 
-MOST = 10_000_000  # tokens of a kind that are counted one by one
+MOST = 10_000_000  # above this, counting tokens one by one takes too long
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Visual tokens of one picture in every decoder layer, signals of the vision tower, and what selecting computes."""
+    """Visual tokens of one picture in every decoder layer, the signals needed, and the cost of selecting."""
 
     by_layer: list[int]
     signals: frozenset[Signal] = frozenset()
@@ -33,10 +33,10 @@ class Kept:
 
 
 def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept:
-    """What a method keeps of so many visual tokens beside so much text; fewer where it keeps whole rows or a grid.
+    """What a method keeps of `visual` tokens in a prompt with `text` text tokens.
 
     Raises:
-        RunError: only the picture tells, or the method does not run on this shape.
+        RunError: the count depends on the picture, or the method does not run on this shape.
     """
     budget, n_layers = Budget(keep_ratio=keep), shape.text.n_layers
     if not method:
@@ -44,12 +44,12 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
     built: Any = tokprune.get_method(method)
     if built.count is Count.CONTENT or built.is_filter:
         raise RunError(
-            f"how many tokens {method!r} keeps depends on the picture; leave --method out for the budget alone"
+            f"how many tokens {method!r} keeps depends on the picture: leave --method out to count the budget alone"
             f"{with_budget(method)}"
         )
     if built.needs_file:
         raise RunError(
-            f"{method!r} fits one model; attach it there, or type its counts, as fastv:schedule=layers/2x288"
+            f"{method!r} is fitted to one model: attach it there, or use its counts, as fastv:schedule=layers/2x288"
         )
     before, between = built.stages
     ratio = keep ** (1 / max(built.n_budgets, 1))
@@ -69,7 +69,7 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
 
 
 def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> tuple[int, frozenset[Signal], Ops]:
-    """Of a method before the language model."""
+    """Tokens kept before the language model, signals needed, and the cost of selecting."""
     has_cls = shape.vision.n_special > 0
     projects_rows = shape.projector[0] == shape.vision.stack.width
     signals = method.needs(Tower(shape.vision.stack.n_layers, has_cls, projects_rows))
@@ -78,7 +78,7 @@ def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> 
     n_keep = n_keep if method.takes_budget else 0
     least = method.min_keep(grid_layout(1, visual))
     if method.takes_budget and n_keep < min(least, visual) and method.count is Count.EXACT:
-        raise RunError(f"{label!r} cannot keep {n_keep} tokens; its least is {least}")
+        raise RunError(f"{label!r} cannot keep {n_keep} tokens, its minimum is {least}: use a larger --keep")
     if n_keep == visual:
         return n_keep, frozenset(), Ops()
     tiles = [i // shape.n_visual for i in range(visual)]
@@ -88,13 +88,13 @@ def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> 
 
 
 def with_budget(spec: str) -> str:
-    """What to type where a method that decides by itself is asked for a budget."""
+    """The option that makes a method take a budget, as the end of a message."""
     option = tokprune.get_method(spec).if_budget
-    return f", or type {spec}:{option}" if option else ""
+    return f", or use {spec}:{option}" if option else ""
 
 
 def shape_of(model: str) -> Shape:
-    """A known shape, or that of a folder or a hub id; code that it brings along is never run.
+    """A known shape, or that of a folder or a hub id; remote code is never run.
 
     Raises:
         RunError: its configuration cannot be read.

@@ -1,4 +1,4 @@
-"""What commands need of tokprune.eval, imported only when a command asks for it."""
+"""Imports from tokprune.eval, made only by the commands that need them."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def eval_module(module: str, needs: tuple[str, ...] = EVAL_NEEDS) -> Any:
     """
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
-        raise RunError(f"{', '.join(missing)} not installed; type pip install 'tokprune[eval]'")
+        raise RunError(f"{', '.join(missing)} not installed: use pip install 'tokprune[eval]'")
     return importlib.import_module(f"tokprune.eval.{module}")

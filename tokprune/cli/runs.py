@@ -1,4 +1,4 @@
-"""Commands that run a model over questions: what they write goes to a folder and can be gone on with."""
+"""Commands that run a model over questions; they write to a folder, and interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ def compare(
         list[str] | None,
         typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl; repeatable."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Names or specifications, with commas.")] = "",
+    methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas.")] = "",
     keep: Annotated[
-        str, typer.Option(help="Ratios kept, with commas; 0.5,0.25,0.11 unless the model has its own.")
+        str, typer.Option(help="Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
     ] = "",
-    out: Annotated[Path, typer.Option(help="Folder for rows, samples and the plot.")] = Path("runs/compare"),
-    limit: Annotated[int | None, typer.Option(help="So many questions a task, for a quick look.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="All questions instead of the fixed 800 a task.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
-    suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
+    out: Annotated[Path, typer.Option(help="Output folder for rows, samples and the plot.")] = Path("runs/compare"),
+    limit: Annotated[int | None, typer.Option(help="Limit the questions per task, for a quick look.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Use all questions instead of the fixed 800 per task.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
+    suffix: Annotated[str, typer.Option(help="Text added to every question, such as ' Answer with one word.'")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
     match: Annotated[
-        str, typer.Option(help="What --keep is a ratio of: tokens, or flops (of the language model's prefill).")
+        str, typer.Option(help="What --keep is a fraction of: tokens, or flops (of the language model's prefill).")
     ] = "tokens",
     device_map: Annotated[
-        str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk, as transformers does.")
+        str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk (as in transformers).")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
 
-    A run that was cut off goes on where it stopped when the same command is typed again. Several processes share one:
+    Interrupted runs resume: run the same command again. To share a run between processes:
     torchrun --nproc_per_node 2 -m tokprune.eval compare ...
     """
     compared, embedded = eval_module("compare"), eval_module("models")
     if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
-        raise RunError("--batch-size, --max-new-tokens and --limit take whole numbers of at least 1")
+        raise RunError("invalid --batch-size, --max-new-tokens or --limit: use a whole number of at least 1")
     usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
     names = methods.split(",") if methods else usual.methods
     if match not in ("tokens", "flops"):
-        raise RunError(f"--match {match!r} is neither tokens nor flops")
+        raise RunError(f"invalid --match {match!r}: use tokens or flops")
     configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
     chosen = compared.chosen_tasks(task or usual.tasks, limit, full)
     processes = eval_module("run.processes").Processes.started()
@@ -70,30 +70,30 @@ def compare(
     processes.end()
     if model in embedded.EMBEDDED:
         console.print(
-            "A model this small shows that things work and what they save, not which method is better on large models."
+            "A model this small shows that pruning works and what it saves, not which method is best on large models."
         )
     console.print(f"report.html, table.md, table.csv, accuracy.png, rows.jsonl and samples.jsonl are in {out}")
 
 
 @app.command()
 def fit_exit(
-    task: Annotated[str, typer.Option(help="Whose training questions: findit, findit_hd or easyvqa.")],
+    task: Annotated[str, typer.Option(help="The task to take training questions from: findit, findit_hd or easyvqa.")],
     out: Annotated[Path, typer.Option(help="The gate file to write, for dyvte:gate=FILE.")],
     model: Annotated[
         str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
-    steps: Annotated[int, typer.Option(help="Steps, each at one layer.")] = 2000,
-    hidden: Annotated[int, typer.Option(help="Width of a gate; the paper's is 2048 for 7B.")] = 256,
-    samples: Annotated[int, typer.Option(help="Questions to fit to; a quarter as many more to validate on.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of questions, first weights and steps.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Questions a step.")] = 16,
-    lr: Annotated[float, typer.Option(help="Learning rate; the paper's is 6e-5 for 7B.")] = 1e-3,
-    kl: Annotated[float, typer.Option(help="Nats by which a fixed exit may change the answers.")] = 0.01,
-    suffix: Annotated[str, typer.Option(help="Added to every question, as in compare.")] = "",
+    steps: Annotated[int, typer.Option(help="Training steps, each at one layer.")] = 2000,
+    hidden: Annotated[int, typer.Option(help="Hidden width of a gate. The paper uses 2048 for 7B.")] = 256,
+    samples: Annotated[int, typer.Option(help="Questions to fit to, plus a quarter as many for validation.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed for questions, initial weights and steps.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions per step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate. The paper uses 6e-5 for 7B.")] = 1e-3,
+    kl: Annotated[float, typer.Option(help="Largest KL divergence of the answers after a fixed exit.")] = 0.01,
+    suffix: Annotated[str, typer.Option(help="Text added to every question, as in compare.")] = "",
 ) -> None:
-    """Fit the gates of dyvte to a model, and find the layer that it can do without visual tokens from.
+    """Fit the gates of dyvte to a model, and find the layer from which it no longer needs visual tokens.
 
-    An interrupted fit resumes when the same command is typed again.
+    Interrupted runs resume: run the same command again.
     """
     fitting, tasks = eval_module("search.fit_exit"), eval_module("tasks")
     settings = fitting.Settings(steps, hidden, samples, seed, batch_size, lr, kl)
@@ -109,39 +109,42 @@ def search(
     ] = "tiny-llava",
     task: Annotated[str, typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl.")] = "findit",
     tolerance: Annotated[
-        float | None, typer.Option(help="G-Search: the fewest tokens that lose at most so much accuracy, 0.01 for 1 %.")
+        float | None,
+        typer.Option(help="G-Search: find the fewest tokens that lose at most this accuracy (0.01: 1 %)."),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="P-Sigmoid: the best sigmoid of this ratio, the mean over all decoder layers.")
+        float | None,
+        typer.Option(help="P-Sigmoid: find the best sigmoid that keeps this fraction, averaged over layers."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The schedule file; what was evaluated goes beside it.")] = Path(
+    out: Annotated[Path, typer.Option(help="The schedule file; evaluations are written next to it.")] = Path(
         "schedule.json"
     ),
-    score: Annotated[str, typer.Option(help="A method between decoder layers that ranks the tokens.")] = "fastv",
-    samples: Annotated[int, typer.Option(help="Questions, none of them of the test split.")] = 200,
+    score: Annotated[str, typer.Option(help="The method between decoder layers that ranks the tokens.")] = "fastv",
+    samples: Annotated[int, typer.Option(help="Number of questions, none from the test split.")] = 200,
     calibration: Annotated[
         str | None, typer.Option(help="A folder with metadata.jsonl to take the questions from instead.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of questions, and of P-Sigmoid.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the questions and for P-Sigmoid.")] = 0,
     single: Annotated[
         bool,
-        typer.Option("--single", help="The best single cut within --tolerance instead: what G-Search has to beat."),
+        typer.Option("--single", help="Find the best single cut within --tolerance instead, G-Search's baseline."),
     ] = False,
     trials: Annotated[
-        int | None, typer.Option(help="Evaluations of a layer (G-Search; 6), or in all (P-Sigmoid; 30).")
+        int | None,
+        typer.Option(help="Evaluations per layer (G-Search, 6) or in total (P-Sigmoid, 30)."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 32,
-    suffix: Annotated[str, typer.Option(help="Added to every question, for models that talk too much.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over where a search was begun.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
+    suffix: Annotated[str, typer.Option(help="Text added to every question, such as ' Answer with one word.'")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over instead of resuming a search.")] = False,
 ) -> None:
     """Find how many visual tokens every decoder layer of a model needs, for the method schedule:file=OUT.
 
-    An interrupted search resumes when the same command is typed again.
+    Interrupted runs resume: run the same command again.
     """
     searched = eval_module("search.search", needs=(*EVAL_NEEDS, "optuna"))
     if max_new_tokens < 1:
-        raise RunError("--max-new-tokens takes a whole number of at least 1")
+        raise RunError("invalid --max-new-tokens: use a whole number of at least 1")
     wanted = searched.Wanted(tolerance, budget, score, samples, seed, trials, batch_size, single)
     questions = searched.calibration_task(task, calibration)
     runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
@@ -151,35 +154,35 @@ def search(
 @app.command("eval")
 def eval_(
     tasks: Annotated[
-        str, typer.Option(help="With commas: tasks of lmms-eval such as pope,gqa; easyvqa, findit, findit_hd; folders.")
+        str, typer.Option(help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas.")
     ],
-    suite: Annotated[str, typer.Option(help="lmms-eval; no other is offered.")] = "lmms-eval",
+    suite: Annotated[str, typer.Option(help="Only lmms-eval for now.")] = "lmms-eval",
     model: Annotated[
         str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
     methods: Annotated[
-        str, typer.Option(help="Names or specifications, with commas; the unpruned run (none) is always there.")
+        str, typer.Option(help="Names or specifications, separated by commas; the unpruned run (none) is included.")
     ] = "vtc_cls",
-    keep: Annotated[str, typer.Option(help="Ratios kept, with commas.")] = "0.25",
-    out: Annotated[Path, typer.Option(help="Folder for what lmms-eval writes, rows and samples.")] = Path("runs/eval"),
-    limit: Annotated[int | None, typer.Option(help="So many documents a task, for a quick look.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Documents at a time.")] = 8,
+    keep: Annotated[str, typer.Option(help="Fractions to keep, separated by commas.")] = "0.25",
+    out: Annotated[Path, typer.Option(help="Output folder, for lmms-eval's files too.")] = Path("runs/eval"),
+    limit: Annotated[int | None, typer.Option(help="Limit the documents per task, for a quick look.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents per batch.")] = 8,
     include_path: Annotated[Path | None, typer.Option(help="A folder with more tasks in lmms-eval's format.")] = None,
     model_args: Annotated[
         str, typer.Option(help="More arguments of the plug-in, such as dtype=bfloat16,attn_implementation=eager.")
     ] = "",
-    gen_kwargs: Annotated[str, typer.Option(help="As lmms-eval takes it, such as max_new_tokens=16.")] = "",
-    processes: Annotated[int, typer.Option(help="Processes of this machine that share the documents.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in a folder that holds a run.")] = False,
+    gen_kwargs: Annotated[str, typer.Option(help="lmms-eval's generation settings, such as max_new_tokens=16.")] = "",
+    processes: Annotated[int, typer.Option(help="Processes on this machine that share the documents.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
 ) -> None:
     """Run benchmarks of a suite for several methods and ratios, each against the unpruned run on the same documents.
 
-    A configuration whose results are in the folder is not run again; more methods and ratios can be added to it.
+    Configurations that the folder already holds are not run again; add methods and ratios by running it again.
     """
     if suite != "lmms-eval":
-        raise RunError(f"--suite takes lmms-eval; {suite!r} is not offered")
+        raise RunError(f"invalid --suite {suite!r}: use lmms-eval")
     if min(batch_size, processes, 1 if limit is None else limit) < 1:
-        raise RunError("--batch-size, --processes and --limit take whole numbers of at least 1")
+        raise RunError("invalid --batch-size, --processes or --limit: use a whole number of at least 1")
     check_most("--processes", processes, 256)
     lmms = eval_module("suites.lmms", needs=("easy_vqa", "filelock"))
     lmms.check_installed()
@@ -197,16 +200,16 @@ def _names(text: str) -> list[str]:
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="What tokprune compare --out wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The only file to write, a page of HTML.")] = None,
+    folder: Annotated[Path, typer.Argument(help="The output folder of tokprune compare.")],
+    out: Annotated[Path | None, typer.Option(help="Write one HTML file here instead.")] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Load the model of the run and draw pictures that are not stored.")
     ] = False,
 ) -> None:
-    """Write the report of a comparison and its tables again, from what its folder holds.
+    """Write the report and the tables of a comparison again from its folder.
 
-    The page needs no network. Without --out it goes to the folder as report.html, and the tables beside it as table.md
-    and table.csv; with --out nothing in the folder changes.
+    The page needs no network. Without --out, report.html, table.md and table.csv are written to the folder; with --out,
+    nothing in the folder changes.
     """
     reports = eval_module("report.html")
 
@@ -218,12 +221,12 @@ def report(
         run = reports.write(folder, artist if pictures else None, out)
     except OSError as error:
         raise RunError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}; name another file with --out, or "
-            "make room"
+            f"cannot write {error.filename or folder}: {error.strerror or error}; use another file with --out, or "
+            "free some space"
         ) from error
     for said in run.remarks:
         typer.echo(f"tokprune: {said}", err=True)
-    typer.echo(f"{out} is written" if out else f"report.html, table.md and table.csv are written in {folder}")
+    typer.echo(f"wrote {out}" if out else f"wrote report.html, table.md and table.csv to {folder}")
 
 
 @app.command()
@@ -232,29 +235,29 @@ def bench(
     model: Annotated[
         str, typer.Option(help="Or a model with weights: tiny-llava, tiny-llava-next, a local folder, or a hub id.")
     ] = "",
-    layers: Annotated[int | None, typer.Option(help="Of a shape: so many decoder layers, of the same width.")] = None,
-    vision_layers: Annotated[int | None, typer.Option(help="Of a shape: so many layers of the vision tower.")] = None,
-    methods: Annotated[str, typer.Option(help="Names or specifications, with commas; none is always there.")] = "",
-    keep: Annotated[str, typer.Option(help="Ratios kept, with commas.")] = "0.25",
-    batch_size: Annotated[str, typer.Option(help="Prompts at a time, with commas.")] = "1",
-    new_tokens: Annotated[str, typer.Option(help="Output lengths, with commas.")] = "16",
+    layers: Annotated[int | None, typer.Option(help="With --shape: number of decoder layers.")] = None,
+    vision_layers: Annotated[int | None, typer.Option(help="With --shape: number of vision tower layers.")] = None,
+    methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas; none is included.")] = "",
+    keep: Annotated[str, typer.Option(help="Fractions to keep, separated by commas.")] = "0.25",
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    new_tokens: Annotated[str, typer.Option(help="Output lengths in tokens, separated by commas.")] = "16",
     resolution: Annotated[
         str,
         typer.Option(
-            help="Pixels a side of a square picture, with commas. A model of any resolution cuts it into its crops; "
-            "llava-1.5 is built with a tower that takes it, so its patches grow in number."
+            help="Sides of a square picture in pixels, separated by commas. Any-resolution models cut it into crops; "
+            "llava-1.5 gets a vision tower of that size, with more patches."
         ),
     ] = "",
-    text: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds counted; six are the fewest for 95 % intervals.")] = 6,
-    warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU.")] = "",
-    attn: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2, of all configurations.")] = "sdpa",
-    device: Annotated[str, typer.Option(help="cpu or cuda; the GPU where there is one.")] = "",
-    out: Annotated[Path, typer.Option(help="The JSONL file that rows are written to.")] = Path("runs/bench.jsonl"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start a file over that holds rows.")] = False,
+    text: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Measured rounds; 95 % intervals need at least six.")] = 6,
+    warmup: Annotated[int, typer.Option(help="Warm-up rounds before the measured ones.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on a GPU.")] = "",
+    attn: Annotated[str, typer.Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa",
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")] = "",
+    out: Annotated[Path, typer.Option(help="The JSONL file to write rows to.")] = Path("runs/bench.jsonl"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the file already holds rows.")] = False,
 ) -> None:
-    """Measure what pruning saves in time and memory, beside what the ledger predicts, and when it pays."""
+    """Measure time and memory saved by pruning, compare with the predicted cost, and find the break-even point."""
     sweep = eval_module("bench.sweep", needs=("psutil", "filelock"))
     lists = {
         "batch_sizes": _numbers("--batch-size", batch_size),
@@ -285,7 +288,7 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
-        raise RunError(f"{option} {_short(text)} is no list of whole numbers; type {option} 1,8") from error
+        raise RunError(f"{option} {_short(text)} is not a list of whole numbers: use {option} 1,8") from error
     for number in numbers:
         check_most(option, number)
     return numbers
@@ -295,7 +298,7 @@ def _ratios(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise RunError(f"--keep {_short(text)} is no list of ratios; type --keep 0.5,0.25") from error
+        raise RunError(f"--keep {_short(text)} is not a list of fractions: use --keep 0.5,0.25") from error
 
 
 def _short(text: str) -> str:

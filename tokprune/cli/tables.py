@@ -16,12 +16,12 @@ _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_he
 
 
 def console(quiet: bool = False) -> Console:
-    """The terminal; what users type is shown as it is, since brackets are no markup."""
+    """A console for the terminal that prints brackets literally, not as markup."""
     return Console(markup=False, quiet=quiet, width=None if sys.stdout.isatty() else 150)
 
 
 def methods_table() -> Table:
-    """What each method keeps and promises."""
+    """What each method keeps, where it acts, and its source."""
     table = Table("method", "keeps", "where", "count", "source", title="Methods", title_justify="left")
     for name in tokprune.list_methods():
         method = tokprune.get_method(name)
@@ -38,7 +38,7 @@ def support_table() -> Table:
     pairs = tokprune.list_support()
     columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
     cell = {(p.model, p.tower, p.method): p.answer for p in pairs}
-    table = Table("method", title="Models; an option stands where a method does not run as it is", title_justify="left")
+    table = Table("method", title="Models; an option in a cell is needed there", title_justify="left")
     for model, tower in columns:
         table.add_column(f"{model}\n{tower}", overflow="fold")
     for name in tokprune.list_methods():
@@ -47,7 +47,7 @@ def support_table() -> Table:
 
 
 def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, list[int]], layers: bool) -> Table:
-    """Parts of two ledgers beside each other; `layers` shows every decoder layer.
+    """Parts of two ledgers side by side.
 
     Args:
         shape: the model.
@@ -57,7 +57,7 @@ def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, 
     """
     left = columns[1]
     mean = sum(left) / len(left)
-    by_layer = "" if left[0] == left[-1] else f" ({mean:.1f} in the mean over layers)"
+    by_layer = "" if left[0] == left[-1] else f" ({mean:.1f} on average over layers)"
     title = f"{shape.name}: {columns[0]} -> {left[-1]} tokens{by_layer}; 1 MAC = 2 FLOPs, attention counted dense"
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(("part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all")):

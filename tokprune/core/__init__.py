@@ -1,10 +1,11 @@
-"""The shared language. Read `layout`, `signals` and `tokens` first: where rows lie, what methods read, what travels.
+"""Shared types and helpers, independent of methods and model families.
 
-`budget` and `schedules` say how many tokens stay, `ops` and `attention` are the tensor work, `registry` turns names
-into objects, `files` reads and writes files of ours, `clock` times parts of a pass, `errors` is what we raise.
+Read `layout`, `signals` and `tokens` first: where tokens are in a picture, what methods read, what they return.
+`budget` and `schedules` say how many tokens are kept, `ops` and `attention` are tensor functions, `registry` turns
+names into objects, `files` writes files atomically, `clock` times parts of a pass, `errors` holds the exceptions.
 """
 
-from . import interrupts  # first: Ctrl-C while a command is still importing
+from . import interrupts  # first: it handles Ctrl-C during imports
 
 # isort: split
 from .budget import Budget

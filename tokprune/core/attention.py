@@ -1,6 +1,6 @@
 """Rows and column means of a vision layer's attention, from its queries and keys; no map is ever kept.
 
-Shapes: q and k are (B, H, T, d), of which the first `n_special` tokens (a [CLS], registers) show no patch;
+Shapes: q and k are (B, H, T, d), of which the first `n_special` tokens are special ([CLS], registers);
 results are over the N = T - n_special patches, mean over heads, float32, whatever the dtype of q and k.
 """
 
@@ -18,7 +18,7 @@ LARGEST = 2**25
 def cls_row(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 1) -> Tensor:
     """Attention of the first token to every patch, (B, N); O(H T d), no T x T product.
 
-    The softmax runs over all T keys; the columns of special tokens are cut off afterwards.
+    The softmax runs over all T keys; the columns of special tokens are dropped afterwards.
     """
     logits = (q[:, :, :1].float() @ k.float().transpose(-1, -2) * scale)[:, :, 0]  # (B, H, T)
     row = logits.softmax(-1) if form == "softmax" else logits
@@ -26,7 +26,7 @@ def cls_row(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_specia
 
 
 def rows(q: Tensor, k: Tensor, scale: float, allowed: Tensor) -> Tensor:
-    """Attention of some queries over all keys, (G, H, R, K) float32; a decoder's, with fewer key heads than queries.
+    """Attention of some queries over all keys of a decoder layer, (G, H, R, K) float32; grouped-query heads too.
 
     Args:
         q: (G, H, R, d), rotated.

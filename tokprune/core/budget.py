@@ -1,4 +1,4 @@
-"""Budgets: what a user may ask for, and the one rule that turns it into a number of tokens."""
+"""Token budgets, and the rounding rule that turns them into a number of tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any, Literal, get_args
 
 from .errors import BudgetError
 
-REFERENCE_TEXT = 64  # text tokens beside an image for which a FLOPs budget is solved unless told otherwise
+REFERENCE_TEXT = 64  # text tokens of the prompt that a FLOPs budget assumes by default
 
 Scope = Literal["llm", "prefill"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many visual tokens of an image to keep: exactly one of the first three is given.
+    """How many visual tokens of an image to keep; exactly one of the first three is given.
 
     Args:
         keep_ratio: fraction kept, in (0, 1].
-        keep_tokens: number kept, at least 1; above an image's number of tokens all are kept.
-        flops_ratio: fraction of the unpruned FLOPs, in (0, 1], beside `flops_text` text tokens.
+        keep_tokens: number kept, at least 1; an image with fewer tokens keeps all of them.
+        flops_ratio: fraction of the unpruned FLOPs, in (0, 1], for a prompt of `flops_text` text tokens.
         flops_scope: FLOPs of the language model ("llm"), or of everything up to the first token ("prefill").
-        flops_text: text tokens of the prompt that `flops_ratio` is solved for.
+        flops_text: text tokens of the prompt that `flops_ratio` assumes.
     """
 
     keep_ratio: float | None = None
@@ -51,11 +51,11 @@ class Budget:
         if self.flops_scope not in get_args(Scope):
             raise BudgetError(f"flops_scope={self.flops_scope!r} is not one of 'llm', 'prefill'")
         if isinstance(self.flops_text, bool) or not isinstance(self.flops_text, Integral) or self.flops_text < 0:
-            raise BudgetError(f"flops_text={self.flops_text!r} is no number of text tokens; type flops_text=64")
+            raise BudgetError(f"flops_text={self.flops_text!r} is not a number of text tokens; use flops_text=64")
 
     @property
     def is_everything(self) -> bool:
-        """Whether it keeps all tokens of any image."""
+        """Whether all tokens of every image are kept."""
         return 1 in (self.keep_ratio, self.flops_ratio)
 
     def n_keep(self, n_visual: int, flops: Callable[[int], int] | None = None, least: int = 1) -> int:
@@ -63,7 +63,7 @@ class Budget:
 
         Args:
             n_visual: tokens of the image.
-            flops: for `flops_ratio`, what keeping so many tokens costs; grows with the number.
+            flops: for `flops_ratio`, the cost of keeping a number of tokens; it grows with the number.
             least: for `flops_ratio`, the smallest number to consider.
 
         Raises:
@@ -89,7 +89,7 @@ class Budget:
             reach = math.ceil(1000 * flops(least) / whole) / 1000
             raise BudgetError(
                 f"flops_ratio={ratio:g} of the {self.flops_scope} FLOPs is out of reach: {least} of {n_visual} visual "
-                f"tokens beside {self.flops_text} text tokens still cost {reach:g}; type flops_ratio={reach:g} or more"
+                f"tokens with {self.flops_text} text tokens still cost {reach:g}; use flops_ratio={reach:g} or more"
             )
         return n_keep
 
@@ -107,12 +107,12 @@ def _check_ratio(name: str, ratio: Any) -> None:
         hint = ""
         if number and 2 <= float(ratio) <= 100:
             hint = f" Did you mean {name}={ratio / 100:g}?"
-        raise BudgetError(f"{name}={ratio!r} is not a fraction in (0, 1].{hint} A count goes in keep_tokens=.")
+        raise BudgetError(f"{name}={ratio!r} is not a fraction in (0, 1].{hint} For a count, use keep_tokens=64.")
 
 
 def _check_tokens(tokens: Any) -> None:
     if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1:
         raise BudgetError(
-            f"keep_tokens={tokens!r} is not a whole number of at least 1. "
-            "A fraction goes in keep_ratio=; the method 'blind' keeps none."
+            f"keep_tokens={tokens!r} is not a whole number of at least 1; use keep_tokens=64, or keep_ratio=0.25 for a "
+            "fraction, or the method 'blind' to keep none"
         )

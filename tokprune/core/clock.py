@@ -1,10 +1,10 @@
-"""Where the library's own time goes: named parts of a pass that a listener can time.
+"""Timing of the library's own work: named parts of a pass that a listener can time.
 
     with listen() as parts:
         model.generate(**inputs, max_new_tokens=1)
     print(parts.seconds)  # {"signals": 0.004, "select": 0.002, "shorten": 0.001}
 
-A part that nobody listens to costs less than a microsecond, a fifteenth of `torch.profiler.record_function`.
+Without a listener a part costs less than a microsecond, a fifteenth of `torch.profiler.record_function`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator
 # What selecting tokens consists of, in the order in which it happens.
 PARTS = {
     "signals": "scores read off the vision tower's queries and keys",
-    "select": "signals packed like the picture, tokens scored, chosen and merged, dropped ones marked",
-    "shorten": "marked columns gathered away before the language model, and put back behind it",
-    "cut": "tokens scored, chosen and gathered between decoder layers",
+    "select": "signals packed like the picture, tokens scored, selected and merged, dropped ones marked",
+    "shorten": "dropped columns removed before the language model, and put back after it",
+    "cut": "tokens scored, selected and gathered between decoder layers",
 }
 
 
 class Parts:
-    """Seconds by part; a part inside another one is taken off that, so that all of them add up.
+    """Seconds by part; time in a nested part counts for that part alone, so all parts add up.
 
     Args:
         now: the clock in seconds; on a GPU it waits for the device first.
@@ -50,7 +50,7 @@ class Parts:
         self._open.pop()
 
     def _charge(self) -> None:
-        """The time since the last edge goes to the innermost part that is open."""
+        """Add the time since the last change to the innermost open part."""
         at = self.now()
         if self._open:
             self.seconds[self._open[-1]] += at - self._since  # type: ignore[assignment]
@@ -66,7 +66,7 @@ _LOCAL = _Listening()
 
 @contextlib.contextmanager
 def listen(now: Callable[[], float] = time.perf_counter) -> Iterator[Parts]:
-    """Time the parts of what runs in this thread inside a `with` block; the innermost listener hears them."""
+    """Time the parts that run in this thread inside a `with` block; only the innermost listener counts them."""
     before, _LOCAL.parts = _LOCAL.parts, Parts(now)
     try:
         yield _LOCAL.parts

@@ -1,4 +1,4 @@
-"""What tokprune raises. Every message says what was asked, what was found and what to type instead."""
+"""Exceptions of tokprune. A message says what was asked, what was found and what to use instead."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BudgetError(TokPruneError):
 
 
 class AlreadyAttachedError(TokPruneError, RuntimeError):
-    """The model carries an attachment already."""
+    """The model already has an attachment."""
 
 
 class NothingPrunedError(TokPruneError, RuntimeError):
@@ -62,7 +62,7 @@ class TaskError(TokPruneError):
 
 
 class RunError(TokPruneError):
-    """A run cannot start or go on: the model, the output folder or the settings."""
+    """A run cannot start or continue: the model, the output folder or the settings."""
 
 
 def shown(value: Any) -> str:
@@ -75,15 +75,15 @@ def shown(value: Any) -> str:
 
 
 def why_unloadable(error: Exception) -> str:
-    """In one line why transformers cannot load a model; its own words, but for code that a model brings along."""
+    """Why transformers cannot load a model, in one line."""
     said = str(error).strip()
     if "trust_remote_code" in said:
-        return "it needs code of its own, which tokprune never runs; name a model that transformers has the code of."
+        return "it needs remote code, which tokprune never runs; use a model that transformers supports itself."
     return (said.splitlines() or [type(error).__name__])[0]
 
 
 class NotCopyable:
-    """What hangs on a model by hooks: a copy would still work on the original, so copying it raises."""
+    """Base of objects in hooks: a copy would still act on the original model, so copying raises."""
 
     def __deepcopy__(self, memo):
         raise NotCopyableError("an attached model cannot be copied: call attachment.detach() first")

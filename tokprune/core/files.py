@@ -1,7 +1,7 @@
-"""Reading and writing files of ours.
+"""Reading and writing the files of this package.
 
-Writing is atomic: a file is there complete or not at all, with the permissions of any other file. What is read is
-checked for its size and its format first; JSON and safetensors are inert, so nothing runs by reading them.
+Writing is atomic: a file is complete or absent, with the usual permissions. Size and format are checked before
+reading; JSON and safetensors hold no code.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """An empty file to write to, that takes the place of `path` when the block ends; it goes when the block fails.
+    """A temporary file to write to, which replaces `path` when the block ends; it is removed if the block fails.
 
-    The file gets the permissions of the one that it replaces, or those that the umask leaves. A link stays a link. What
-    is written for a device or a pipe, such as /dev/null, is copied into it.
+    The file gets the permissions of the one that it replaces, or those of the umask. A link stays a link. For a device
+    or a pipe, such as /dev/null, the content is copied into it.
 
     Raises:
         OSError: it cannot be written.
@@ -52,14 +52,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename != str(new):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # nobody knows the other name
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the temporary name means nothing to users
     finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
 
 
 def is_special(path: str | Path) -> bool:
-    """Whether there is a device or a pipe, which cannot be replaced and has no lock."""
+    """Whether the path is a device or a pipe, which cannot be replaced or locked."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -68,7 +68,7 @@ def is_special(path: str | Path) -> bool:
 
 
 def write_text(path: str | Path, text: str, errors: str = "strict") -> None:
-    """Write UTF-8 at once; `errors` as `str.encode` takes it.
+    """Write UTF-8 atomically; `errors` as in `str.encode`.
 
     Raises:
         OSError: it cannot be written.
@@ -78,11 +78,11 @@ def write_text(path: str | Path, text: str, errors: str = "strict") -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file at once; the same content gives the same bytes.
+    """Write a safetensors file atomically; the same content gives the same bytes.
 
     Args:
         path: of the file.
-        tensors: by name; they may lie on any device.
+        tensors: by name, on any device.
         metadata: texts by name.
 
     Raises:
@@ -97,7 +97,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def _sort_header(path: Path) -> None:
-    """Put the metadata of a safetensors file in order, which are those of a hash table before."""
+    """Sort the header of a safetensors file, whose order is that of a hash table."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.dumps(json.loads(file.read(size)), sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -1,7 +1,7 @@
-"""Ctrl-C while a command is still importing: the process ends with exit code 130 and says nothing.
+"""Ctrl-C during the imports of a command: the process ends with exit code 130, without a traceback.
 
-Importing this module does it where Python was started as a command of this package, and nothing anywhere else: whoever
-imports tokprune in a notebook or a script gets a KeyboardInterrupt as ever. A signal that is ignored stays ignored.
+Importing this module sets that up if Python was started as a command of this package. In a notebook or a script it
+changes nothing: Ctrl-C raises KeyboardInterrupt. A signal that is ignored stays ignored.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sys
 import threading
 from typing import Any
 
-CODE = 130  # 128 and the number of the signal, as shells have it
+CODE = 130  # 128 + the number of the signal, as in shells
 _MODULES = ("tokprune.cli", "tokprune.eval")
 
 
 def is_command() -> bool:
-    """Whether the console script or `python -m` with a module of commands runs, and is still being imported."""
+    """Whether this process runs the console script or `python -m` with one of our commands."""
     first = sys.argv[0] if getattr(sys, "argv", None) else ""
     if first == "-m":  # until Python has found the module
         typed = sys.orig_argv
@@ -26,18 +26,18 @@ def is_command() -> bool:
 
 
 def end_at_once(*ignored: Any) -> None:
-    """Handle the signal: nothing was begun that could be left undone, and libraries may swallow an exception."""
+    """Handle the signal. Nothing needs cleaning up yet, and libraries may swallow an exception."""
     os._exit(CODE)
 
 
 def begin() -> None:
-    """End at once from here on, unless somebody else said what the signal does."""
+    """From now on Ctrl-C ends the process, unless the signal already has another handler."""
     if threading.current_thread() is threading.main_thread() and _handler() is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
 
 
 def end() -> None:
-    """Raise KeyboardInterrupt again from here on."""
+    """From now on Ctrl-C raises KeyboardInterrupt again."""
     if _handler() is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Where the rows of an image lie: crops, newlines, and the grids that they make up."""
+"""Where the tokens of an image are: crops, newlines, and their grids."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ NEWLINE, NO_PATCH = -1, -2
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of one image lie, host side: crop, row and column of every token, each of length N.
+    """Crop, row and column of every token of one image, each of length N, on the host.
 
     Crop 0 is the thumbnail or the only crop, 1.. the others, in raster order. Rows and columns of a thumbnail are
     its own, those of the crops are of their mosaic. Crop -1 is a newline at the end of mosaic row `row`, or of the
-    whole picture where that is -1; crop -2 shows no patch either (a [CLS] feature). Both are never scored and
-    count apart.
+    whole picture where that is -1; crop -2 is another special token (a [CLS] feature). Both are never scored and
+    are counted separately.
 
     Args:
         crop, row, column: of every token.
-        crop_grid: rows and columns of crops, (0, 0) where there is a thumbnail or an only crop and no other.
+        crop_grid: rows and columns of crops, (0, 0) with only a thumbnail or a single crop.
     """
 
     crop: tuple[int, ...]
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def n_visual(self) -> int:
-        """Tokens that show a patch."""
+        """Number of patch tokens, without special tokens (newline, [CLS])."""
         return len(self.visual)
 
     @property
@@ -49,7 +49,7 @@ class Layout:
 
     @functools.cached_property
     def visual(self) -> tuple[int, ...]:
-        """Indices of the tokens that show a patch."""
+        """Indices of the patch tokens."""
         return tuple(i for i, crop in enumerate(self.crop) if crop >= 0)
 
     @functools.cached_property
@@ -70,23 +70,23 @@ class Layout:
 
     @property
     def n_crops(self) -> int:
-        """Crops that the tower encodes: the thumbnail or only crop, and those of the mosaic, padding among them."""
+        """Crops that the tower encodes: the thumbnail or single crop, and those of the mosaic, padding included."""
         rows, columns = self.crop_grid
         return int(0 in self.crops) + rows * columns
 
     @property
     def height(self) -> int:
-        """Rows of the mosaic, or of the only crop."""
+        """Rows of the mosaic, or of the single crop."""
         return self.regions[-1].height if self.regions else 0
 
     @property
     def width(self) -> int:
-        """Columns of the mosaic, or of the only crop."""
+        """Columns of the mosaic, or of the single crop."""
         return self.regions[-1].width if self.regions else 0
 
     @functools.cached_property
     def regions(self) -> tuple[Region, ...]:
-        """The thumbnail or only crop, and the mosaic of the others, as far as they exist."""
+        """The thumbnail or single crop, and the mosaic of the others; only those with tokens."""
         parts = ([i for i in self.visual if self.crop[i] == 0], [i for i in self.visual if self.crop[i] > 0])
         return tuple(self._region(part) for part in parts if part)
 
@@ -97,7 +97,7 @@ class Layout:
 
     @functools.cached_property
     def without_specials(self) -> Layout:
-        """The same without the rows that show no patch."""
+        """The layout without special tokens (newline, [CLS])."""
         return self if len(self.visual) == len(self.crop) else self.part(self.visual)
 
     def part(self, index: Sequence[int]) -> Layout:
@@ -116,7 +116,7 @@ def frames_layout(n_frames: int, height: int, width: int, n_newlines: int = 0) -
 
 @functools.lru_cache(maxsize=64)
 def grid_layout(height: int, width: int, n_leading: int = 0) -> Layout:
-    """One crop in raster order, after `n_leading` rows that show no patch."""
+    """One crop in raster order, after `n_leading` special tokens."""
     rows = [r for r in range(height) for _ in range(width)]
     columns = [c for _ in range(height) for c in range(width)]
     special, nowhere = (NO_PATCH,) * n_leading, (-1,) * n_leading

@@ -1,4 +1,4 @@
-"""Pure tensor verbs that methods share. No read from the device, no shape that depends on values."""
+"""Pure tensor functions that methods share: no device-to-host sync, no shape that depends on values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def keep_top_of_parts(scores: Tensor, part: Tensor, counts: Tensor) -> Tensor:
     Args:
         scores: (G, N).
         part: (N,) int64, the part of every token, 0..P-1.
-        counts: (G, P), on the device; a part keeps at most what it has.
+        counts: (G, P), on the device; a part keeps at most its size.
     """
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     parts = part[order]  # (G, N), by rank
@@ -55,12 +55,12 @@ def keep_top_of_parts(scores: Tensor, part: Tensor, counts: Tensor) -> Tensor:
 
 
 def allocate(weights: Tensor, caps: Sequence[int], total: int) -> Tensor:
-    """Split `total` over parts by weight, exactly, under caps: largest remainder, on the device, no read from it.
+    """Split `total` over parts by weight, exactly, under caps: largest remainder, without a device-to-host sync.
 
-    What a full part cannot take goes to the others by their weights; equal remainders go to the lower part.
+    The surplus of a full part goes to the others by their weights; equal remainders go to the lower part.
 
     Args:
-        weights: (G, P), not negative; where all that is left weigh nothing, what they have room for counts.
+        weights: (G, P), not negative; if all remaining weights are 0, the remaining capacities are used.
         caps: of every part; their sum is at least `total`.
         total: to split, for every row.
 
@@ -125,7 +125,7 @@ def spread(height: int, width: int, n_keep: int) -> tuple[int, ...]:
     """`n_keep` distinct cells spread evenly over a height x width grid, as ascending raster indices.
 
     The cells lie in evenly spaced rows whose shares differ by at most one cell; within a row they are evenly
-    spaced. So no stride of the raster ever falls on the same columns again and again.
+    spaced, so kept tokens never line up in the same columns.
     """
     n_rows = round(math.sqrt(n_keep * height / width))
     n_rows = min(max(n_rows, -(-n_keep // width), 1), height, n_keep)
@@ -158,7 +158,7 @@ def gather_columns(x: Tensor, index: Tensor, dim: int) -> Tensor:
         x = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
     view, shape = [1] * x.ndim, list(x.shape)
     view[dim - 1], view[dim], shape[dim] = batch, n_out, n_out
-    # Under accelerate every keyword may sit on a device of its own.
+    # With accelerate, keywords may be on different devices.
     return x.gather(dim, index.to(x.device).view(view).expand(shape))
 
 

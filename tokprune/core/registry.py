@@ -21,11 +21,11 @@ class Registry:
     """A table of names that imports a class only when its name is asked for.
 
     Args:
-        what: what the names stand for, used in messages.
+        what: the kind of thing that is named, used in messages.
         table: name to "module:Class".
         aliases: name to another spelling of a whole specification ("vtc_cls:start_layer=-2").
         group: entry-point group through which other packages add names.
-        listing: what a user types to see all names.
+        listing: the call that lists all names, used in messages.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Registry:
         raise UnknownNameError(self._unknown(name))
 
     def name_of(self, cls: type) -> str | None:
-        """The name under which `load` gives this class; None where there is none.
+        """The name under which `load` returns this class, or None.
 
-        Plug-ins are imported where that has to be known; one that cannot be imported has no class.
+        Plug-ins are imported to find out; one that cannot be imported is skipped.
         """
         written = f"{cls.__module__}:{cls.__qualname__}"
         found = [name for name, place in self.table.items() if place == written]
@@ -107,10 +107,10 @@ def _split(part: str, spec: str) -> tuple[str, str]:
 def _check_once(keys: list[str], spec: str) -> None:
     for key in keys:
         if keys.count(key) > 1:
-            raise OptionError(f"{key} is given twice, in {spec!r}; write it once")
+            raise OptionError(f"{key} is given twice, in {spec!r}; use it once")
 
 
-@functools.cache  # asked for with every option that is checked
+@functools.cache  # needed for every option that is checked
 def _option_types(cls: type) -> Mapping[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
@@ -128,7 +128,7 @@ def _option_type(cls: type, key: str) -> Any:
 
 
 def unknown_option(cls: type, key: str) -> str:
-    """What to say where a class has no option of this name."""
+    """The message for an option that a class does not have."""
     known = _option_types(cls)
     near = difflib.get_close_matches(key, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -177,7 +177,7 @@ def _parse_as(kind: Any, text: str) -> Any:
     if typing.get_origin(kind) is tuple:
         values = [_parse_as(typing.get_args(kind)[0], part) for part in re.split("[/,]", text.strip("[]()"))]
         return MISSING if MISSING in values else tuple(values)
-    if hasattr(kind, "parse"):  # it says itself what is wrong
+    if hasattr(kind, "parse"):  # it raises its own error
         return kind.parse(text)
     try:
         return kind(text)

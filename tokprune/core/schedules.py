@@ -1,4 +1,4 @@
-"""Schedules: how many visual tokens are left from which decoder layer on, given how many are left at the end."""
+"""Schedules: how many visual tokens are left at every decoder layer, given how many are left at the end."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .signals import Decoder
 PAPER_DEPTH = 32  # decoder layers of the models that papers give layers for
 FORMAT, VERSION = "tokprune-schedule", 1
 MOST_LAYERS = 10_000
-HOW = "type tokprune search --model NAME --task findit --tolerance 0.01 --out schedule.json to make one"
+HOW = "make one with: tokprune search --model NAME --task findit --tolerance 0.01 --out schedule.json"
 
 
 class Schedule:
-    """Subclass it with `ratios`; as text it is a name with parameters behind slashes, "pyramid/8/16/24"."""
+    """Base class; write `ratios`. As text it is a name and its parameters, separated by slashes: "pyramid/8/16/24"."""
 
     described: ClassVar[str] = (
         "a schedule (single/2, pyramid/8/16/24, cosine, sigmoid/0.5/8, or layers/2x288/8x144 for counts)"
@@ -29,12 +29,12 @@ class Schedule:
 
     @property
     def takes_budget(self) -> bool:
-        """Whether it is told how many tokens are left at the end."""
+        """True if the number of tokens left at the end is a budget, False if the schedule sets it."""
         return True
 
     @property
     def text(self) -> str:
-        """What `parse` reads as just this schedule; empty where there is no such text."""
+        """The text from which `parse` makes this schedule; empty if there is none."""
         return ""
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ class Schedule:
         """From its text.
 
         Raises:
-            OptionError: no such schedule, or parameters that are no numbers.
+            OptionError: no such schedule, or parameters that are not numbers.
         """
         name, *values = text.split("/")
         try:
@@ -95,7 +95,7 @@ class Single(Schedule):
     """One cut.
 
     Args:
-        layer: the first that sees fewer tokens; None is FastV's 2 of 32, as far into this model.
+        layer: the first that sees fewer tokens; None is FastV's 2 of 32, scaled to this model's depth.
     """
 
     layer: int | None = None
@@ -114,7 +114,7 @@ class Pyramid(Schedule):
     """The same factor at every cut, so that `keep` is left after the last.
 
     Args:
-        at: the layers; empty is PyramidDrop's 8, 16 and 24 of 32, as far into this model.
+        at: the layers; empty is PyramidDrop's 8, 16 and 24 of 32, scaled to this model's depth.
     """
 
     at: tuple[int, ...] = ()
@@ -127,7 +127,7 @@ class Pyramid(Schedule):
         """keep^(1/n), keep^(2/n) ... keep."""
         layers = [decoder.layer(i) for i in self.at] or [decoder.scaled(i, PAPER_DEPTH) for i in (8, 16, 24)]
         if self.at and len(set(layers)) < len(layers):
-            raise OptionError(f"pyramid/{'/'.join(map(str, self.at))} names a layer twice; name each once")
+            raise OptionError(f"pyramid/{'/'.join(map(str, self.at))} names a layer twice; use each once")
         return {layer: keep ** ((i + 1) / len(layers)) for i, layer in enumerate(sorted(layers))}
 
 
@@ -135,7 +135,7 @@ class Pyramid(Schedule):
 class Cosine(Schedule):
     """p-MoD's progressive ratio decay (arXiv 2412.04449): half a cosine over the depth, full above a ceiling.
 
-    Its tokens skip layers and come back; here they leave. The paper's floor of 0.15 is the budget here.
+    In the paper tokens skip layers and come back; here they are dropped. The paper's floor of 0.15 is the budget here.
 
     Args:
         shift: added to the cosine, which runs from 0.5 to -0.5.
@@ -148,7 +148,7 @@ class Cosine(Schedule):
     def __post_init__(self):
         if not (0 <= self.shift <= 1 and 0 < self.ceiling <= 1):
             raise OptionError(
-                f"a cosine of shift {self.shift:g} and ceiling {self.ceiling:g} is none; type cosine/0.5/0.85"
+                f"invalid cosine/{self.shift:g}/{self.ceiling:g}; use a shift and a ceiling up to 1, as cosine/0.5/0.85"
             )
 
     @property
@@ -166,10 +166,10 @@ class Cosine(Schedule):
 class Sigmoid(Schedule):
     """P-Sigmoid (arXiv 2412.00556): lo + (1 - lo) / (1 + exp(steepness (l - middle))), falling to `keep`.
 
-    The paper's parametrisation is not known; this one becomes a single cut where it is steep.
+    The paper's parametrisation is not known; this one becomes a single cut when it is steep.
 
     Args:
-        steepness: a layer.
+        steepness: per layer, above 0.
         middle: the layer of the steepest fall; None is a quarter of the depth.
     """
 
@@ -179,7 +179,7 @@ class Sigmoid(Schedule):
     def __post_init__(self):
         if not 0 < self.steepness < math.inf or (self.middle is not None and not math.isfinite(self.middle)):
             raise OptionError(
-                f"a sigmoid of steepness {self.steepness:g} does not fall; type sigmoid/0.5/8, for instance"
+                f"a sigmoid of steepness {self.steepness:g} does not fall; use a positive steepness, as sigmoid/0.5/8"
             )
 
     @property
@@ -192,7 +192,7 @@ class Sigmoid(Schedule):
         return 1 / (1 + math.exp(min(self.steepness * (layer - middle), 700)))
 
     def ratios(self, decoder: Decoder, keep: float) -> dict[int, float]:
-        """Lo is solved so that the last layer has `keep`."""
+        """`lo` is solved so that the last layer has `keep`."""
         n = decoder.n_layers
         end = self.fall(n - 1, n)
         lo = (keep - end) / (1 - end) if end < 1 else keep
@@ -201,7 +201,7 @@ class Sigmoid(Schedule):
 
 @dataclass(frozen=True)
 class Explicit(Schedule):
-    """What is left from given layers on: counts (whole numbers; 0 lets all leave), or fractions up to 1.0.
+    """What is left from given layers on: counts (whole numbers; 0 drops all), or fractions up to 1.0.
 
     It takes no budget.
 
@@ -241,14 +241,14 @@ class Explicit(Schedule):
         found = sorted((decoder.layer(layer), value) for layer, value in self.steps)
         values = [value for _, value in found]
         if len(dict(found)) < len(found) or values != sorted(values, reverse=True):
-            raise OptionError(f"schedule {dict(self.steps)} does not fall from layer to layer; name each layer once")
+            raise OptionError(f"schedule {dict(self.steps)} does not fall from layer to layer; use each layer once")
         return found
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
         return tuple(layer for layer, _ in self._resolved(decoder))
 
     def counts(self, decoder: Decoder, n_visual: int, n_keep: int) -> dict[int, int]:
-        """As given, fractions rounded half up to at least 1; all of a small picture where it has no more."""
+        """As given; fractions are rounded half up to at least 1. A picture with fewer tokens keeps all."""
         found, left = {}, n_visual
         for layer, value in self._resolved(decoder):
             n = value if isinstance(value, int) or not value else max(1, half_up(value, n_visual))
@@ -259,17 +259,17 @@ class Explicit(Schedule):
 
 @dataclass(frozen=True)
 class ScheduleFile:
-    """A schedule that was found for one language model; on disk it is JSON.
+    """A schedule that was found for one language model; stored as JSON.
 
     Args:
-        score: a specification of what ranks the tokens, a method between decoder layers without a schedule ("fastv").
-        layers: the fraction of the visual tokens that is left from a layer on, 0 to 1 and falling; 0 lets all leave.
+        score: the method between decoder layers that ranks the tokens, without a schedule ("fastv").
+        layers: the fraction of the visual tokens that is left from a layer on, 0 to 1 and falling; 0 drops all.
         n_layers: decoder layers of the model that it was found for.
         fingerprint: of the same, `types.Decoder.fingerprint`.
         found: how it was found: model, task, samples, settings and what was measured, as JSON values.
 
     Raises:
-        OptionError: anything of it is not that.
+        OptionError: a field is invalid.
     """
 
     score: str
@@ -281,22 +281,22 @@ class ScheduleFile:
     def __post_init__(self):
         for name in ("score", "fingerprint"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise OptionError(f"{name!r} is no text")
+                raise OptionError(f"{name!r} is not text")
         n = self.n_layers
         if not isinstance(n, int) or isinstance(n, bool) or not 2 <= n <= MOST_LAYERS:
-            raise OptionError(f"'n_layers' is no whole number from 2 to {MOST_LAYERS}")
+            raise OptionError(f"'n_layers' is not a whole number from 2 to {MOST_LAYERS}")
         if not isinstance(self.found, Mapping):
-            raise OptionError("'found' is no object")
+            raise OptionError("'found' is not an object")
         if not isinstance(self.layers, Mapping) or not self.layers:
             raise OptionError('\'layers\' is no object of layers and fractions ({"2": 0.5, "5": 0.25})')
         for layer, ratio in self.layers.items():
             if not isinstance(layer, int) or not 1 <= layer < n:
-                raise OptionError(f"'layers' names {str(layer)[:20]!r}, which is no layer from 1 to {n - 1}")
+                raise OptionError(f"'layers' names {str(layer)[:20]!r}, which is not a layer from 1 to {n - 1}")
             if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 <= ratio <= 1:
-                raise OptionError(f"what is left from layer {layer} on is no number from 0 to 1")
+                raise OptionError(f"what is left from layer {layer} on is not a number from 0 to 1")
         ratios = [float(ratio) for _, ratio in sorted(self.layers.items())]
         if ratios != sorted(ratios, reverse=True):
-            raise OptionError("the fractions in 'layers' rise with the layer; tokens that have left do not come back")
+            raise OptionError("the fractions in 'layers' rise with the layer; dropped tokens do not come back")
 
     @property
     def schedule(self) -> Explicit:
@@ -304,7 +304,7 @@ class ScheduleFile:
 
 
 def write_schedule(path: str | Path, schedule: ScheduleFile) -> None:
-    """Write a schedule file; it is there complete, or not at all.
+    """Write a schedule file atomically.
 
     Raises:
         OSError: it cannot be written.
@@ -317,7 +317,7 @@ def read_schedule(path: str | Path) -> ScheduleFile:
     """Read and check a schedule file; nothing in it is executed.
 
     Raises:
-        OptionError: there is none, or it is broken or something else.
+        OptionError: the file is missing, broken or something else.
     """
     try:
         return _schedule_of(read_json(path, FORMAT, VERSION))

@@ -1,4 +1,4 @@
-"""What methods may ask for: signals of a vision tower or a language model, and what they may know of both."""
+"""Signals that methods can request from a vision tower or a language model, and facts about both."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Kind(Enum):
     """Kinds of signals, with their shapes; G images of one layout, l layers asked for, N visual tokens.
 
     CLS_ROW: attention of the [CLS] query to every visual token, mean over heads, (G, l, N); a softmax row is
-    not renormalised after the [CLS] column is cut off. RECEIVED: attention that a visual token receives from
+    not renormalised after the [CLS] column is dropped. RECEIVED: attention that a visual token receives from
     all visual tokens of its crop, mean over heads and queries, (G, l, N). GIVEN: attention that it gives to all
     visual tokens of its crop, mean over heads and keys, (G, l, N). KEYS: keys of every head, (G, l, N, H, d).
     CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for the C crops that it encodes; only
     where the projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt,
-    (G, T, D), rows of zeros elsewhere; known when the language model runs, not before. All are float32.
+    (G, T, D), rows of zeros elsewhere; available only when the language model runs. All are float32.
 
     Of the language model, for a cut before one of its layers; n visual tokens are still there, T tokens of text:
     LM_ROW: attention of the last prompt token to them, mean over heads, (G, l, n); the softmax runs over the whole
@@ -53,7 +53,7 @@ class Kind(Enum):
 
     @property
     def is_decoder(self) -> bool:
-        """Whether it is of the language model's layers."""
+        """Whether it is measured in the language model."""
         return self.value.startswith("lm_")
 
 
@@ -71,12 +71,12 @@ class Signal:
     """A kind with its layers (absolute, 0-based) and, for attention, how it is computed.
 
     Args:
-        kind: what it is.
-        layers: of the vision tower, or of the language model for kinds of its own; empty for kinds that belong to none.
+        kind: what is measured.
+        layers: of the vision tower, or of the language model for its kinds; empty for kinds without a layer.
         form: after or before the softmax.
         heads: mean over the tower's heads, or one head over the full width.
-        text: for kinds about text: what comes after the image, after the last image of the prompt, or all of it.
-            Where nothing comes after, it is the prompt's last token.
+        text: for kinds about text: the text after the image, after the last image of the prompt, or all of it.
+            If no text follows, the prompt's last token.
     """
 
     kind: Kind
@@ -88,13 +88,13 @@ class Signal:
 
 @dataclass(frozen=True)
 class Tower:
-    """What methods may know of a vision tower.
+    """Facts about a vision tower that methods may use.
 
     Args:
         n_layers: its depth.
         has_cls: whether it has a [CLS] token.
-        projects_rows: whether the projector takes one patch a row, so that merged states can be projected anew.
-        full_layers: layers in which every patch of a picture attends to all of them; empty for all layers.
+        projects_rows: whether the projector takes one patch per row, so that merged states can be projected.
+        full_layers: layers in which every patch attends to the whole picture; empty for all layers.
     """
 
     n_layers: int
@@ -111,7 +111,7 @@ class Tower:
         if not -self.n_layers <= index < self.n_layers:
             raise OptionError(
                 f"layer {index} does not exist: this vision tower has {self.n_layers} layers; "
-                f"type an index from {-self.n_layers} to {self.n_layers - 1}"
+                f"use an index from {-self.n_layers} to {self.n_layers - 1}"
             )
         found = index % self.n_layers
         if self.full_layers and found not in self.full_layers:
@@ -122,31 +122,31 @@ class Tower:
         return found
 
     def default_layer(self, index: int) -> int:
-        """As `layer`, for a method's own default: the last comparable layer up to it, or the first one after it."""
+        """As `layer`, for a method's default: the last full layer up to it, or the first one after it."""
         found = index % self.n_layers
         if not self.full_layers:
             return found
         return max((i for i in self.full_layers if i <= found), default=self.full_layers[0])
 
     def layers_from(self, start: int, last: int) -> tuple[int, ...]:
-        """Comparable layers from one to another, both included; at least one."""
+        """Full layers from `start` to `last`, both included; at least one."""
         found = tuple(i for i in range(start, last + 1) if not self.full_layers or i in self.full_layers)
         return found or (self.default_layer(last),)
 
     def scaled(self, index: int, depth: int) -> int:
-        """The layer as far into this tower as `index` is into a paper's tower of `depth` layers."""
+        """Layer `index` of a paper's tower of `depth` layers, scaled to this tower's depth."""
         return self.default_layer(min(round(index * self.n_layers / depth), self.n_layers - 1))
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What methods may know of a language model.
+    """Facts about a language model that methods may use.
 
     Args:
         n_layers: its depth.
         width: of its hidden states.
-        fingerprint: a hash of its configuration; what was fitted to one fits no other.
-        first_cut: the first layer that can be cut before.
+        fingerprint: a hash of its configuration; fitted files match one model only.
+        first_cut: the first layer before which tokens can be cut.
     """
 
     n_layers: int
@@ -158,11 +158,11 @@ class Decoder:
         """The absolute index of a layer to cut before; negative ones count from the end.
 
         Raises:
-            OptionError: there is no such layer, or it is the first.
+            OptionError: the layer does not exist, or is the first.
         """
         found = index + self.n_layers if index < 0 else index
         if not self.first_cut <= found < self.n_layers:
-            first = "nothing is cut before layer 0 (a method before the language model does that)"
+            first = "layer 0 sees all tokens (use a method before the language model to drop them earlier)"
             early = f"this language model adds visual features up to layer {self.first_cut - 1}"
             raise OptionError(
                 f"cannot cut before layer {index}: "
@@ -178,5 +178,5 @@ class Decoder:
         return found
 
     def scaled(self, index: int, depth: int) -> int:
-        """The layer as far into this language model as `index` is into a paper's of `depth` layers; at least 1."""
+        """Layer `index` of a paper's language model of `depth` layers, scaled to this model's depth."""
         return max(self.first_cut, min(math.floor(index * self.n_layers / depth + 0.5), self.n_layers - 1))

@@ -1,4 +1,4 @@
-"""The record that travels: the visual tokens of a group of images, and what a method promises about them."""
+"""The visual tokens of a group of images, as methods receive and return them."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class VisualTokens:
     Args:
         features: (G, N, D), as the language model would see them.
         layout: of every image of the group.
-        keep: (G, N) bool; before a method ran, what filters left.
-        signals: what the method asked for.
-        scores: (G, N) float32, higher is kept; None where a method does not score.
-        salts: one integer an image, for seeded randomness.
+        keep: (G, N) bool; before the method runs, what filters left.
+        signals: those that the method needs.
+        scores: (G, N) float32, higher is kept; None if the method does not score.
+        salts: one integer per image, for seeded randomness.
         index: (G, N), between decoder layers: which of the layout's tokens the present ones are; else None.
     """
 
@@ -57,7 +57,7 @@ class VisualTokens:
 
     @classmethod
     def of(cls, features: Tensor, layout: Layout, signals=None, salts=None) -> VisualTokens:
-        """Tokens of which nothing is dropped yet."""
+        """Tokens with nothing dropped yet."""
         keep = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         return cls(features, layout, keep, dict(signals or {}), None, tuple(salts or (0,) * len(features)))
 
@@ -72,7 +72,7 @@ class VisualTokens:
         """The one signal of a kind (and form) over these heads.
 
         Raises:
-            MissingSignalError: there is none, or more than one.
+            MissingSignalError: there is no such signal, or more than one.
         """
         found = [s for s in self.signals if s.kind is kind and form in (None, s.form) and s.heads == heads]
         if len(found) != 1:
@@ -81,12 +81,12 @@ class VisualTokens:
         return self.signals[found[0]]
 
     def keeping(self, index: Tensor, scores: Tensor | None = None) -> VisualTokens:
-        """The same tokens of which those at `index`, (G, K), are kept."""
+        """The same tokens, keeping those at `index`, (G, K)."""
         keep = torch.zeros_like(self.keep).scatter(1, index, True)
         return replace(self, keep=keep, scores=scores if scores is not None else self.scores)
 
     def part(self, index: Sequence[int], crop: int) -> VisualTokens:
-        """The tokens of one crop, given their indices and the crop's place among `layout.crops`."""
+        """The tokens of one crop: their indices, and the crop's position in `layout.crops`."""
         at = torch.tensor(index).to(self.features.device, non_blocking=True)
         signals = {}
         for signal, values in self.signals.items():

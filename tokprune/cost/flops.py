@@ -1,7 +1,7 @@
 """The ledger: what one prefill and one decoded token cost, part by part, and the bytes of the KV cache.
 
 Conventions, the same everywhere: a multiply-accumulate (MAC) is two FLOPs; attention is counted dense, without
-the half that a causal mask would save; softmax, norms, activations, biases and embeddings count nothing, as in
+the half that a causal mask would save; softmax, norms, activations, biases and embeddings are not counted, as in
 `torch.utils.flop_counter`; the LM head runs on the last position of a prompt, as in `generate`.
 """
 
@@ -43,7 +43,7 @@ class Stack:
         n_heads, n_kv_heads: query heads, and key and value heads (fewer under grouped-query attention).
         head_dim: width of a head.
         gated: three MLP matrices (SwiGLU and its kin) or two.
-        n_windowed: layers whose queries see `window` keys alone.
+        n_windowed: layers whose queries see only `window` keys.
         window: tokens.
     """
 
@@ -79,11 +79,11 @@ class Vision:
     """A vision tower, by crop.
 
     Args:
-        stack: its layers, all that run, also those behind the one whose features are read.
+        stack: all layers that run, including those after the one whose features are used.
         n_patches: patches of a crop.
-        n_special: tokens that show no patch, such as [CLS].
+        n_special: special tokens, such as [CLS].
         patch_values: pixel values of a patch, 3 x 14 x 14 for instance.
-        pooling_head: SigLIP's attention-pooling head, which runs though nothing reads it.
+        pooling_head: SigLIP's attention-pooling head, which runs although its output is not used.
     """
 
     stack: Stack
@@ -93,7 +93,7 @@ class Vision:
     pooling_head: bool = False
 
     def crop(self, n_patches: int | None = None) -> Ops:
-        """One crop; of another size where `n_patches` says so."""
+        """One crop, of `n_patches` patches if given."""
         n_patches = self.n_patches if n_patches is None else n_patches
         n_tokens, s = n_patches + self.n_special, self.stack
         head = s.width * (2 * s.width + 2 * n_tokens * s.width + 2 * n_tokens + 2 * s.mlp_width)
@@ -124,7 +124,7 @@ def decoder_signals(stack: Stack, signals: Iterable[Signal], layer: int, n_colum
     Args:
         stack: the decoder.
         signals: what is asked for.
-        layer: the first that sees fewer columns; scores of its own need its keys ahead of it.
+        layer: the first that sees fewer columns; scores from this layer need its keys computed in advance.
         n_columns: of the row at the cut.
         n_text: tokens of text, for signals about all of them.
     """
@@ -142,7 +142,7 @@ def decoder_signals(stack: Stack, signals: Iterable[Signal], layer: int, n_colum
 
 @dataclass(frozen=True)
 class Shape:
-    """A multimodal model, as far as its cost depends on it.
+    """The sizes of a multimodal model that its cost depends on.
 
     Args:
         name: for tables.
@@ -152,9 +152,9 @@ class Shape:
         n_visual: visual tokens of a crop.
         text: the decoder layers of the language model.
         vocabulary: rows of the LM head.
-        any_size: the tower takes a picture of any size as one crop; numbers by crop are those of one size.
+        any_size: the tower takes a picture of any size as one crop; numbers per crop are those of one size.
         gated_projector: half of the projector's inner width gates the other half (SwiGLU).
-        n_projectors: that run on every row; more than one where features of several tower layers are read.
+        n_projectors: projectors that run on every row; several if features of several tower layers are used.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Shape:
     gated_projector: bool = False
 
     def project(self, n_rows: int) -> Ops:
-        """The projector on so many rows."""
+        """The projector on `n_rows` rows."""
         one = sum(a * b for a, b in zip(self.projector, self.projector[1:], strict=False))
         if self.gated_projector:
             one -= self.projector[1] // 2 * self.projector[2]
@@ -201,9 +201,9 @@ class Shape:
         """Decoder layers and LM head on a prompt.
 
         Args:
-            columns: tokens, text and visual, in every decoder layer, or one count a layer.
+            columns: tokens, text and visual, in every decoder layer, or one count per layer.
             rows: rows of the batch; `columns` is then the padded width.
-            past: tokens that the KV cache held before, in every layer or one count a layer.
+            past: tokens already in the KV cache, in every layer or one count per layer.
             bytes_per_value: 2 in half precision, 4 in float32.
         """
         pairs = list(zip(self._per_layer(columns), self._per_layer(past), strict=True))
@@ -214,7 +214,7 @@ class Shape:
         )
 
     def picture(self, n_visual: int, crops: int | None = None, signals: Iterable[Signal] = ()) -> Ledger:
-        """Encoding as many crops as so many visual tokens fill, or one picture of the size that has them."""
+        """Encoding a picture of `n_visual` tokens: that many crops, or one picture of that size."""
         if self.any_size:
             crops, n_patches = 1, round(self.vision.n_patches * n_visual / self.n_visual)
         else:
@@ -236,7 +236,7 @@ class Shape:
         return self.encode(crops, selector=selector) + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
 
     def decode(self, past: int | Sequence[int], rows: int = 1) -> Ops:
-        """One decoded token behind `past` tokens in the KV cache, LM head included."""
+        """One decoded token after `past` tokens in the KV cache, LM head included."""
         steps = (self.text.layer(1, n + 1) * rows for n in self._per_layer(past))
         return sum(steps, self.lm_head * rows)
 
@@ -246,7 +246,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What one prefill costs by part, and the cache it leaves; ledgers of several passes add up.
+    """The cost of one prefill by part, and the size of its KV cache; ledgers of several passes add up.
 
     Args:
         layers: decoder layers of the language model, one entry each.
@@ -273,7 +273,7 @@ class Ledger:
 
     @property
     def before_llm(self) -> Ops:
-        """Vision tower and projector: what dropping their tokens later cannot save."""
+        """Vision tower and projector, which pruning after them cannot save."""
         return self.vision + self.projector
 
     @property

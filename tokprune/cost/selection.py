@@ -1,4 +1,4 @@
-"""What a selection costs: before the language model, and at a cut between its layers."""
+"""The cost of selecting tokens: before the language model, and at a cut between its layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .flops import Ledger, Ops, Shape, decoder_signals
 
 
 class Widths(NamedTuple):
-    """What the cost of a selection depends on, beside counts.
+    """Widths that the cost of a selection depends on.
 
     Args:
         rows: width of the rows that are compared and merged.
         keys: width of the tower's keys, all heads.
-        head: width of one head's.
-        has_cls_state: whether the tower's [CLS] state can take a place.
+        head: width of one head's keys.
+        has_cls_state: whether the tower's [CLS] state can be one of the kept tokens.
     """
 
     rows: int
@@ -32,14 +32,14 @@ Products = Callable[[Layout, int, Widths], Ops]
 
 @dataclass(frozen=True)
 class SelectionCost:
-    """What a method computes to select the tokens of an image, and what is left to compute after it.
+    """The cost of selecting the tokens of an image with a method, and of what runs after it.
 
     Args:
         shape: the model.
         signals: collected from the vision tower.
         products: `Method.cost`: (layout, n_keep, widths) to the matrix products of the selection itself.
-        in_tower: whether it merges states of the tower, which the projector then sees anew.
-        projects_all: whether all of them, or those that are kept.
+        in_tower: whether it merges states of the tower, which then pass the projector.
+        projects_all: whether all states pass it, or only those that are kept.
     """
 
     shape: Shape
@@ -49,7 +49,7 @@ class SelectionCost:
     projects_all: bool = False
 
     def selector(self, layout: Layout, n_keep: int, n_patches: int | None = None, collected: bool = True) -> Ops:
-        """Signals, where they are collected, and selection, where not all tokens are kept."""
+        """Cost of signals, if collected, and of the selection, unless all tokens are kept."""
         spent = Ops()
         if n_keep < layout.n_visual:
             tower = self.shape.vision.stack
@@ -66,7 +66,7 @@ class SelectionCost:
         return spent
 
     def prefill(self, layout: Layout, n_keep: int, n_text: int, n_patches: int | None = None) -> Ledger:
-        """One image beside some text, newlines among it; keeping all of it skips the selection."""
+        """One image and `n_text` text tokens, newlines included; keeping all tokens skips the selection."""
         spent = self.selector(layout, n_keep, n_patches) if n_keep < layout.n_visual else Ops()
         encoded = self.shape.encode(layout.n_crops, n_patches, spent)
         return encoded + self.shape.read(n_text + n_keep)

@@ -26,7 +26,7 @@ TEXT_FAMILIES = {
     "qwen3_vl_moe_text": True,
     "qwen3_vl_text": True,
 }
-# model_type of a vision tower -> its tokens that show no patch
+# model_type of a vision tower -> its special tokens ([CLS])
 VISION_FAMILIES = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
 
 
@@ -34,7 +34,7 @@ def text_of(config: Any) -> Stack:
     """Decoder layers of a language model.
 
     Raises:
-        UnsupportedModelError: of a kind whose cost is not known; better none than a wrong one.
+        UnsupportedModelError: the cost of this model type is not known.
     """
     if config.model_type not in TEXT_FAMILIES:
         raise UnsupportedModelError(
@@ -64,7 +64,7 @@ def vision_of(config: Any) -> Vision:
     """A vision tower.
 
     Raises:
-        UnsupportedModelError: of a kind whose cost is not known.
+        UnsupportedModelError: the cost of this model type is not known.
     """
     if config.model_type not in VISION_FAMILIES:
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""The maths: one paper, one file. This table is all that importing tokprune knows of them."""
+"""The methods, one paper per file. Importing tokprune reads this table only; a method is imported when used."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ METHODS = Registry(
 
 @dataclass(frozen=True)
 class Labelled:
-    """A method object with the label that it goes by, instead of the one that its options give.
+    """A method object with a label of its own, instead of the one made from its options.
 
     Args:
         method: the object, a chain or a pair too.
-        label: as it was asked for when it was saved.
+        label: as it was requested when it was saved.
     """
 
     method: Method | Pair
@@ -63,7 +63,7 @@ Spec = str | Method | Pair | Labelled | Sequence[str | Method]
 
 
 def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tuple[Method | Pair, str]:
-    """The method object and its label; of a list, or names joined by "+", filters and the methods behind them.
+    """The method object and its label; a list, or names joined by "+", gives filters and the methods after them.
 
     Raises:
         UnknownNameError, OptionError: as `Registry.build`.
@@ -79,29 +79,27 @@ def build_method(method: Spec, options: Mapping[str, Any] | None = None) -> tupl
     if isinstance(method, Sequence) and not isinstance(method, str):
         if options:
             last, (name, value) = method[-1] if len(method) else "vtc_cls", next(iter(options.items()))
-            raise OptionError(
-                f"keyword options with a list are ambiguous; write them in the list, as '{last}:{name}={value}'"
-            )
+            raise OptionError(f"keyword options with a list are ambiguous; use '{last}:{name}={value}'")
         return _build_list(method)
     return _build_one(method, options)
 
 
 def _build_list(parts: Sequence[str | Method]) -> tuple[Method | Pair, str]:
     if not parts:
-        raise TokPruneError("an empty list; name at least one method, as ['vtc_cls']")
+        raise TokPruneError("the list of methods is empty; use at least one, as ['vtc_cls']")
     pairs = [_build_one(part, {}) for part in parts]
     by_stage = [[p for p in pairs if p[0].stage is stage] for stage in (Stage.PRE_LLM, Stage.DECODER)]
     built = [_build_stage(own) for own in by_stage if own]
     if [p for own in by_stage for p in own] != pairs:
         names = [name for own in by_stage for _, name in sorted(own, key=lambda pair: not pair[0].is_filter)]
-        raise TokPruneError(f"what acts before the language model comes first; type {names} (or {'+'.join(names)!r})")
+        raise TokPruneError(f"methods before the language model come first; use {names} (or {'+'.join(names)!r})")
     if len(built) == 1:
         return built[0]
     return Pair(built[0][0], built[1][0]), "+".join(label for _, label in built)
 
 
 def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
-    """Filters and the method behind them, of one stage."""
+    """Filters and the method after them, of one stage."""
     selecting = [label for built, label in pairs if not built.is_filter]
     filters: list[Any] = pairs[:-1]
     last, label = pairs[-1]
@@ -117,7 +115,7 @@ def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
         )
     if last.is_filter:
         names = [name for built, name in pairs if built.is_filter] + selecting
-        raise TokPruneError(f"filters come before the method; type {names} (or {'+'.join(names)!r})")
+        raise TokPruneError(f"filters come before the method; use {names} (or {'+'.join(names)!r})")
     if not filters:
         return last, label
     kind = DecoderChain if decoder else Chain

@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass of options that says what it needs and selects visual tokens."""
+"""Base classes of methods: frozen dataclasses of options that declare what they need and select visual tokens."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ WithoutCLS = Literal["error", "received"]
 class Method:
     """Selects visual tokens; subclass it with options as fields and write `select`.
 
-    A method knows no model and never loops over images: it gets the G images of one layout at once. It does
-    not read from the device. The budget is an argument, not an option.
+    A method is independent of models and never loops over images: it gets the G images of one layout together. It
+    causes no device-to-host sync. The budget is an argument, not an option.
     """
 
     stage: ClassVar[Stage] = Stage.PRE_LLM
-    keeps_features: ClassVar[bool] = True  # kept tokens stay as they are; False where a method merges or averages
-    space: ClassVar[Literal["packed", "tower"]] = "packed"  # "tower": merges what the projector takes, if it can
-    is_filter: ClassVar[bool] = False  # only goes before a method, in a list
-    needs_file: ClassVar[str] = ""  # the option that names a file without which it does nothing
+    keeps_features: ClassVar[bool] = True  # False if kept tokens are merged or averaged
+    space: ClassVar[Literal["packed", "tower"]] = "packed"  # "tower": merges the projector's input where possible
+    is_filter: ClassVar[bool] = False  # needs a method after it
+    needs_file: ClassVar[str] = ""  # the option with the file that it cannot run without
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of numeric options
     source: ClassVar[str] = ""
-    if_missing: ClassVar[str] = ""  # the option to type where a tower lacks what this needs
-    if_budget: ClassVar[str] = ""  # the option to type where a budget is asked of a method that decides by itself
+    if_missing: ClassVar[str] = ""  # the option to use if the tower lacks a signal
+    if_budget: ClassVar[str] = ""  # the option that makes it take a budget
 
     def __post_init__(self):
         for option in fields(self):
@@ -49,21 +49,21 @@ class Method:
         for name, (least, most) in self.limits.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise OptionError(f"{type(self).__name__}: {name}={value} is out of range; type {least:g} to {most:g}")
+                raise OptionError(f"{type(self).__name__}: {name}={value} is out of range; use {least:g} to {most:g}")
 
     @property
     def takes_budget(self) -> bool:
-        """Whether it keeps what it is told to; False where it decides by itself."""
+        """True if the method takes a token budget, False if it decides by itself."""
         return True
 
     @property
     def n_budgets(self) -> int:
-        """How many budgets it takes; a list of two methods takes two."""
+        """How many budgets it takes: 0 or 1, or 2 for a list of two methods."""
         return int(self.takes_budget)
 
     @property
     def stages(self) -> tuple[Method | None, Method | None]:
-        """What acts before the language model, and between its layers."""
+        """The methods before the language model and between its layers."""
         return (self, None) if self.stage is Stage.PRE_LLM else (None, self)
 
     @property
@@ -73,12 +73,12 @@ class Method:
 
     @property
     def newlines(self) -> Literal["keep_rows_with_tokens", "keep", "drop"]:
-        """Which newlines stay where attach() is not told."""
+        """Which newlines stay when attach() gets newlines="auto"."""
         return "keep_rows_with_tokens"
 
     @property
     def count(self) -> Count:
-        """What the number of kept tokens promises."""
+        """How the number of kept tokens relates to the budget."""
         return Count.EXACT
 
     def min_keep(self, layout: Layout) -> int:
@@ -102,7 +102,7 @@ class Method:
         raise NotImplementedError
 
     def write_file(self, path: Path) -> None:
-        """Write what was read from the file that `needs_file` names; a copy of it unless a method kept what it read.
+        """Write a copy of the file that `needs_file` names.
 
         Raises:
             OSError: it cannot be written.
@@ -118,7 +118,7 @@ class Method:
 
 @dataclass(frozen=True)
 class ScoreMethod(Method):
-    """A method that keeps high scores: write `score`, and `chosen` where it is not the highest of all."""
+    """A method that keeps high scores: write `score`, and `chosen` if it is not simply the highest."""
 
     @property
     def is_filterable(self) -> bool:
@@ -130,11 +130,11 @@ class ScoreMethod(Method):
         raise NotImplementedError
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
-        """(G, N) bool: what is kept, from scores of which those that a filter dropped are -inf."""
+        """(G, N) bool: what is kept; scores of filtered tokens are -inf."""
         return torch.zeros_like(tokens.keep).scatter(1, ops.keep_top(ranked, n_keep), True)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
-        """Keep high scores; equal ones go to the lower index, what a filter dropped comes last."""
+        """Keep high scores; ties go to the lower index, filtered tokens come last."""
         scores = self.score(tokens)
         ranked = scores.masked_fill(~tokens.keep, -torch.inf)
         return replace(tokens, keep=self.chosen(ranked, tokens, n_keep), scores=scores)
@@ -142,11 +142,11 @@ class ScoreMethod(Method):
 
 @dataclass(frozen=True)
 class RankMethod(ScoreMethod):
-    """A score method that ranks all tokens of an image together, or those of every crop by themselves.
+    """A score method that ranks all tokens of an image together, or each crop separately.
 
     Args:
-        split: "joint" ranks all tokens of an image together; "even" gives every crop the same share, as methods
-            do that compress each crop by itself. Where there is one crop it is the same.
+        split: "joint" ranks all tokens of an image together; "even" gives every crop the same share, as
+            methods that compress each crop separately. With one crop they are the same.
     """
 
     split: Split = "joint"
@@ -159,7 +159,7 @@ class RankMethod(ScoreMethod):
 
 @dataclass(frozen=True)
 class Filter(Method):
-    """Drops tokens before a score method selects among the others: write `passes`. It takes no budget."""
+    """Drops tokens before a score method selects from the rest: write `passes`. It takes no budget."""
 
     is_filter: ClassVar[bool] = True
 
@@ -175,11 +175,11 @@ class Filter(Method):
 def cls_signal(
     tower: Tower, layers: tuple[int, ...], without_cls: WithoutCLS, form: Form = "softmax", heads: Heads = "mean"
 ) -> Signal:
-    """What [CLS] attends to, or, where that is asked for and there is none, what tokens receive."""
+    """The signal for [CLS] attention; for received attention if `without_cls` says so and the tower has no [CLS]."""
     received = without_cls == "received" and not tower.has_cls
     return Signal(Kind.RECEIVED if received else Kind.CLS_ROW, layers, form, heads)
 
 
 def cls_values(tokens: VisualTokens, heads: Heads = "mean") -> Tensor:
-    """(G, l, N): the values of the only `cls_signal` over these heads."""
+    """(G, l, N): the values of the `cls_signal` over these heads."""
     return tokens.signal(Kind.CLS_ROW if tokens.has(Kind.CLS_ROW) else Kind.RECEIVED, heads=heads)

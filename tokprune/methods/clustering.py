@@ -1,4 +1,4 @@
-"""Density-peak clustering of a few tokens, on the device, without a read from it."""
+"""Density-peak clustering of a few tokens, without a device-to-host sync."""
 
 from __future__ import annotations
 

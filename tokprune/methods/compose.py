@@ -15,14 +15,14 @@ from .decoder import DecoderMethod
 
 @dataclass(frozen=True)
 class Chain(Method):
-    """What filters drop comes last in the ranking of the method behind them.
+    """Filters, then a method: filtered tokens come last in the method's ranking.
 
-    Tokens that were dropped come back where the budget asks for more than the others. Filters see all tokens, not
-    what the filter before them left.
+    They are kept after all if the budget is larger than the number of other tokens. Every filter sees all tokens, not
+    what the filter before it left.
 
     Args:
         filters: in any order.
-        method: what selects.
+        method: selects from what is left.
     """
 
     filters: tuple[Filter, ...]
@@ -31,9 +31,9 @@ class Chain(Method):
     def __post_init__(self):
         for part in self.filters:
             if not isinstance(part, Filter):
-                raise OptionError(f"{part} is no filter; a list is filters, then the method that selects")
+                raise OptionError(f"{part} is not a filter; use a list of filters, then one method")
         if len({type(part) for part in self.filters}) < len(self.filters):
-            raise OptionError("a filter stands twice in the list; name each once")
+            raise OptionError("the list has a filter twice; use each once")
         if not isinstance(self.method, ScoreMethod) or not self.method.is_filterable:
             raise OptionError(f"{self.method} does not rank single tokens, so nothing can be filtered before it")
 
@@ -55,7 +55,7 @@ class Chain(Method):
 
 @dataclass(frozen=True)
 class DecoderChain(Chain):
-    """The same between decoder layers; filters are asked at every cut."""
+    """The same between decoder layers; filters run at every cut."""
 
     filters: tuple[Any, ...]
     method: DecoderMethod
@@ -66,7 +66,7 @@ class DecoderChain(Chain):
         return frozenset().union(*(part.reads(layer) for part in (*self.filters, self.method)))
 
 
-# What a chain promises is what its method promises.
+# Of a chain, these are the method's.
 for _name in ("takes_budget", "keeps_features", "newlines", "count", "min_keep", "cost"):
     setattr(Chain, _name, property(operator.attrgetter(f"method.{_name}")))
 for _name in ("check", "layers", "cuts"):
@@ -75,7 +75,7 @@ for _name in ("check", "layers", "cuts"):
 
 @dataclass(frozen=True)
 class Pair:
-    """A method before the language model and one between its layers, which gets what the first one leaves.
+    """A method before the language model and one between its layers, which receives what the first one kept.
 
     Args:
         before, between: the two, with their filters.
@@ -107,7 +107,7 @@ class Pair:
 
     @property
     def count(self) -> Count:
-        """The less certain of both."""
+        """The weaker guarantee of the two."""
         return Count.CONTENT if Count.CONTENT in (self.before.count, self.between.count) else self.between.count
 
     def __str__(self):

@@ -1,4 +1,4 @@
-"""What methods share that look at thumbnails and crops, or compress every crop by itself."""
+"""Helpers for methods that use thumbnails and crops, or compress every crop separately."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..core.tokens import VisualTokens
 
 
 def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]) -> Tensor:
-    """(G, N) bool: of every crop as many of the highest scores as `counts` says, (G, C) or one tuple for all."""
+    """(G, N) bool: the highest scores of every crop; `counts` is (G, C), or one tuple for all images."""
     if isinstance(counts, tuple):
         counts = ops.on_device(counts, scores.device).expand(len(scores), -1)
     return ops.keep_top_of_parts(scores, ops.on_device(layout.crop_places, scores.device), counts)
@@ -24,7 +24,7 @@ def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]
 def crop_by_crop(
     tokens: VisualTokens, n_keeps: tuple[int, ...], select: Callable[[VisualTokens, int], VisualTokens]
 ) -> VisualTokens:
-    """Select in every crop by itself, and put the crops together; a crop with a share of 0 keeps nothing."""
+    """Select in every crop separately; a crop with a share of 0 keeps nothing."""
     layout, keep, features = tokens.layout, torch.zeros_like(tokens.keep), tokens.features
     for place, n_keep in enumerate(n_keeps):
         index = [i for i, p in enumerate(layout.crop_places) if p == place]
@@ -69,9 +69,9 @@ def rearranged(tokens: VisualTokens, order: Tensor) -> VisualTokens:
 
 
 def thumbnail_cells(layout: Layout) -> list[int]:
-    """Which crop of the mosaic, 0.. in raster order, every token of the thumbnail shows; what is left over, the last.
+    """Which crop of the mosaic, 0.. in raster order, every token of the thumbnail shows; leftovers go to the last.
 
-    Padding of the mosaic plays no part: the crops share the thumbnail evenly.
+    Padding of the mosaic is ignored: the crops share the thumbnail evenly.
     """
     thumbnail, (rows, columns) = layout.regions[0], layout.crop_grid
     down = [min(y // max(thumbnail.height // rows, 1), rows - 1) for y in range(thumbnail.height)]
@@ -87,7 +87,7 @@ def counts_by_cell(values: Tensor, cells: list[int], layout: Layout) -> Tensor:
 
 
 def thumbnail_on_mosaic(scores: Tensor, layout: Layout) -> Tensor:
-    """The thumbnail's scores, bilinear, where the tokens of crops lie, (G, N); its own tokens hold nothing of use."""
+    """The thumbnail's scores, bilinear, at the tokens of crops, (G, N); at the thumbnail's own tokens undefined."""
     thumbnail, mosaic = layout.regions
     grid = scores[:, ops.on_device(thumbnail.index, scores.device)].view(-1, 1, thumbnail.height, thumbnail.width)
     large = F.interpolate(grid, (mosaic.height, mosaic.width), mode="bilinear", align_corners=False).flatten(1)
@@ -101,7 +101,7 @@ def is_thumbnail(layout: Layout, device: torch.device) -> Tensor:
 
 
 def compacted_places(layout: Layout) -> list[int]:
-    """Where tokens would lie in the padded mosaic if the unpadded ones of a crop were its first patches."""
+    """Positions in the padded mosaic if the unpadded tokens of a crop were its first patches."""
     side, columns = layout.regions[0].width, layout.crop_grid[1]
     seen, places = dict.fromkeys(layout.crops, 0), []
     for i in layout.visual:

@@ -21,7 +21,7 @@ from .decoder import DecoderMethod
 
 @dataclass(frozen=True)
 class DART(DecoderMethod):
-    """One cut; duplicates go, whatever attention says.
+    """One cut; duplicates are dropped, regardless of attention.
 
     Pivots are the visual and the text tokens with the largest L1 norm of keys (all heads) in the layer before the cut.
     They are visited one after the other, visual ones first, then text, each by descending norm; every pivot keeps the
@@ -56,11 +56,11 @@ class DART(DecoderMethod):
     def __post_init__(self):
         super().__post_init__()
         if self.uniform:
-            raise OptionError(f"DART ranks nothing, so uniform={self.uniform} has no place; leave it out")
+            raise OptionError(f"DART ranks nothing, so uniform={self.uniform} has no effect; leave it out")
 
     @property
     def count(self) -> Count:
-        """Nothing is promised where LightCompress' count is taken; `cuts` says what it is."""
+        """With LightCompress' count there is no guarantee; `cuts` has the number."""
         return Count.CONTENT if self.faithful else Count.EXACT
 
     def left(self, n_present: int, n_keep: int) -> int:
@@ -96,7 +96,7 @@ class DART(DecoderMethod):
         return _largest(norms, min(self.pivots, n_keep))[0]
 
     def text_pivots_of(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
-        """Indices of text pivots, by descending norm, (G, P), and which of them are no padding."""
+        """Indices of text pivots, by descending norm, (G, P), and which of them are not padding."""
         index, norms = _largest(tokens.signal(Kind.LM_TEXT_KEYS).abs().sum((2, 3)), self.text_pivots)
         return index, norms > 0
 

@@ -1,4 +1,4 @@
-"""What a method between decoder layers is: a score, a schedule that says when and how many, and exits."""
+"""Base classes of methods between decoder layers: a score with a schedule, and exits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class DecoderMethod(ScoreMethod):
     """Ranks the visual tokens before a decoder layer; write `score` and `reads`.
 
     The budget is what is left of an image after the last cut. `select` is called at every cut with the tokens that are
-    still there; `features` are hidden states at the layer's input, `index` says which of the layout's tokens they are.
+    left; `features` are hidden states at the layer's input, `index` says which of the layout's tokens they are.
 
     Args:
-        schedule: when to cut, and how far; None is the paper's.
+        schedule: before which layers to cut, and how far; None is the paper's, scaled to this model's depth.
         uniform: the part of every cut's tokens that is spread evenly over the picture instead of ranked (the spatial
             sampling of ATP-LLaVA, arXiv 2412.00447; the rest of that method is trained).
     """
@@ -54,7 +54,7 @@ class DecoderMethod(ScoreMethod):
 
     @property
     def takes_budget(self) -> bool:
-        """Unless the schedule holds counts of its own."""
+        """False if the schedule sets counts itself."""
         return self.plan.takes_budget
 
     def check(self, decoder: Decoder) -> None:
@@ -75,7 +75,7 @@ class DecoderMethod(ScoreMethod):
         return found
 
     def left(self, n_present: int, n_keep: int) -> int:
-        """What `select` is told to leave of the tokens that are there, where the schedule has `n_keep`: just that."""
+        """The `n_keep` that `select` gets for `n_present` tokens, where the schedule says `n_keep`."""
         return n_keep
 
     def reads(self, layer: int) -> frozenset[Signal]:
@@ -83,7 +83,7 @@ class DecoderMethod(ScoreMethod):
         raise NotImplementedError
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
-        """The highest scores; before them, where asked for, an even spread over the picture."""
+        """The `uniform` part spread evenly over the picture, then the highest scores."""
         n_even = half_up(self.uniform, n_keep)
         if n_even:
             place = torch.arange(tokens.n_visual, device=ranked.device).expand_as(ranked)
@@ -95,9 +95,9 @@ class DecoderMethod(ScoreMethod):
 
 
 def spread_order(layout: Layout) -> tuple[int, ...]:
-    """For every row of a layout its turn in an even spread over the picture: the first k turns always lie apart.
+    """The position of every token in an even spread over the picture: the first k are always far apart.
 
-    Rows that show no patch come last. The turns of a region are those of a two-dimensional low-discrepancy sequence
+    Special tokens (newline, [CLS]) come last. Within a region the order is a two-dimensional low-discrepancy sequence
     (bits of row and column interleaved and reversed).
     """
     bits = max(layout.row + layout.column + (1,)).bit_length()
@@ -121,7 +121,7 @@ def spread_order(layout: Layout) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ExitMethod(Method):
-    """Lets all visual tokens of a prompt leave at once, at the first layer where `exits` says so; takes no budget."""
+    """Drops all visual tokens of a prompt at the first layer where `exits` says so; takes no budget."""
 
     stage: ClassVar[Stage] = Stage.DECODER
 
@@ -131,7 +131,7 @@ class ExitMethod(Method):
 
     @property
     def count(self) -> Count:
-        """All or nothing, by prompt."""
+        """All or nothing, depending on the prompt."""
         return Count.CONTENT
 
     def check(self, decoder: Decoder) -> None:
@@ -139,11 +139,11 @@ class ExitMethod(Method):
         self.layers(decoder)
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
-        """Layers before which it is asked, ascending."""
+        """Layers before which it decides, ascending."""
         raise NotImplementedError
 
     def cuts(self, decoder: Decoder, n_visual: int, n_keep: int) -> dict[int, int]:
-        """Nothing is left from an exit on; whether it comes there is not known before."""
+        """Nothing is left after an exit; whether one happens is not known in advance."""
         return dict.fromkeys(self.layers(decoder), 0)
 
     def reads(self, layer: int) -> frozenset[Signal]:
@@ -151,7 +151,7 @@ class ExitMethod(Method):
         raise NotImplementedError
 
     def exits(self, tokens: VisualTokens) -> Tensor:
-        """(G,) bool: whether these leave; the same for all images of a prompt."""
+        """(G,) bool: whether these exit; the same for all images of a prompt."""
         raise NotImplementedError
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
@@ -162,6 +162,6 @@ DecoderStage: Any = (DecoderMethod, ExitMethod)
 
 
 def checked_layer(layer: int | None, name: str) -> None:
-    """Raise where a layer cannot be cut before on any language model."""
+    """Raise OptionError for layer 0, which always sees all tokens."""
     if layer == 0:
-        raise OptionError(f"{name}=0: nothing is cut before the first layer; type {name}=2, for instance")
+        raise OptionError(f"invalid {name}=0: the first layer always sees all tokens; use {name}=2, for instance")

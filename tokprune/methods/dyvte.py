@@ -21,11 +21,11 @@ from .gates import HOW, Gates, gate_features, read_gates, write_gates
 
 @dataclass(frozen=True)
 class DyVTE(ExitMethod):
-    """All visual tokens leave behind the first layer l whose gate says so: logit_exit > logit_keep.
+    """Drop all visual tokens after the first layer l whose gate says so: logit_exit > logit_keep.
 
-    A gate is Linear(2D to H), GELU, Linear(H to 2) without biases, on [mean of the text's states behind the last image,
+    A gate is Linear(2D to H), GELU, Linear(H to 2) without biases, on [mean of the text's states after the last image,
     the last token left out; state of the last prompt token] at the output of layer l. Text keeps its positions; layers
-    up to l keep what they cached. `tokprune fit-exit` fits gates to a model; a prompt with no text behind its last
+    up to l keep what they cached. `tokprune fit-exit` fits gates to a model; a prompt with no text after its last
     image keeps everything.
 
     Source:   "Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit", DyVTE, NeurIPS 2025,
@@ -46,13 +46,13 @@ class DyVTE(ExitMethod):
 
     @functools.cached_property
     def gates(self) -> Gates:
-        """Read once, when first asked for; OptionError where there is nothing to read."""
+        """Read once, when first used; OptionError if the file is missing or broken."""
         if not self.gate:
             raise OptionError(f"dyvte needs a gate file, as dyvte:gate=gate.safetensors; {HOW}")
         return read_gates(self.gate)
 
     def check(self, decoder: Decoder) -> None:
-        """Raise OptionError where the gates were fitted to another language model."""
+        """Raise OptionError if the gates were fitted to another language model."""
         fitted = self.gates.decoder
         if fitted != decoder:
             raise OptionError(

@@ -30,7 +30,7 @@ class FastV(DecoderMethod):
 
     Args:
         layer: K, the first layer that sees fewer tokens, absolute or negative from the end. None is the paper's 2 of
-            32, as far into this model.
+            32, scaled to this model's depth.
     """
 
     layer: int | None = None

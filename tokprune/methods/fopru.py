@@ -50,7 +50,7 @@ class FoPru(RankMethod):
     def __post_init__(self):
         super().__post_init__()
         if self.strategy == "row" and self.split == "even":
-            raise OptionError("FoPru: rows of the mosaic belong to several crops; type strategy=rank with split=even")
+            raise OptionError("FoPru: rows of the mosaic belong to several crops; use strategy=rank with split=even")
 
     @property
     def count(self) -> Count:

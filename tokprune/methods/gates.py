@@ -1,6 +1,6 @@
-"""Gate files: small networks, one a decoder layer, that say when a prompt's visual tokens may leave.
+"""Gate files: small networks, one per decoder layer, that say when to drop a prompt's visual tokens.
 
-A file is in the safetensors format, which holds numbers and text and runs nothing: of every layer `gate.LAYER.in`,
+A file is in the safetensors format, which holds no code: of every layer `gate.LAYER.in`,
 (H, 2 D), and `gate.LAYER.out`, (2, H), and as metadata which language model they were fitted to and what was seen while
 fitting.
 """
@@ -26,7 +26,7 @@ from ..core.files import first_line, write_tensors
 from ..core.signals import Decoder
 
 FORMAT = "tokprune gates 1"
-HOW = "type tokprune fit-exit --model NAME --task findit --out gate.safetensors to make one"
+HOW = "make one with: tokprune fit-exit --model NAME --task findit --out gate.safetensors"
 _NAME = re.compile(r"gate\.(0|[1-9]\d{0,5})\.(in|out)")
 
 Weights = tuple[Tensor, Tensor]
@@ -34,12 +34,12 @@ Weights = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """One gate a decoder layer: Linear(2 D to H), GELU, Linear(H to 2), no biases; outputs are (keep, exit).
+    """One gate per decoder layer: Linear(2 D to H), GELU, Linear(H to 2), no biases; outputs are (keep, exit).
 
     Args:
         decoder: the language model they were fitted to.
-        weights: by layer whose output they read, (H, 2 D) and (2, H), float32.
-        notes: what was seen while fitting; plain numbers, lists and dicts.
+        weights: by the layer whose output they read, (H, 2 D) and (2, H), float32.
+        notes: results of the fit; plain numbers, lists and dicts.
     """
 
     decoder: Decoder
@@ -76,8 +76,8 @@ def gate_features(states: Tensor) -> Tensor:
     """(G, 2 D) float32, what a gate reads: the mean of the text's states without the last one, and the last one.
 
     Args:
-        states: (G, T, D) of the text behind the last image, the last token of the prompt included. Where that is all,
-            it stands for the mean too.
+        states: (G, T, D) of the text after the last image, including the last token of the prompt. With one token, it
+            is the mean too.
     """
     states = states.float()
     mean = states[:, :-1].mean(1) if states.shape[1] > 1 else states[:, -1]
@@ -85,7 +85,7 @@ def gate_features(states: Tensor) -> Tensor:
 
 
 def write_gates(path: str | Path, gates: Gates) -> None:
-    """Write a gate file at once; the same gates give the same bytes.
+    """Write a gate file atomically; the same gates give the same bytes.
 
     Raises:
         OSError: it cannot be written.
@@ -109,11 +109,11 @@ def read_gates(path: str | Path) -> Gates:
     """Read and check a gate file; nothing in it is executed.
 
     Raises:
-        OptionError: there is none, or it is broken or something else.
+        OptionError: the file is missing, broken or something else.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OptionError(f"gate={str(path)!r} is no file; {HOW}")
+            raise OptionError(f"gate={str(path)!r} is not a file; {HOW}")
         with safe_open(path, framework="pt") as file:
             decoder, notes = _facts(file.metadata() or {})
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -127,7 +127,7 @@ def read_gates(path: str | Path) -> Gates:
         raise OptionError(f"gate={str(path)!r} cannot be read: {first_line(error)}; {HOW}") from error
     for i, pair in weights.items():
         if not all(w.is_floating_point() and bool(w.isfinite().all()) for w in pair):
-            raise OptionError(f"gate={str(path)!r}: the weights for layer {i} are no finite numbers; {HOW}")
+            raise OptionError(f"gate={str(path)!r}: the weights for layer {i} are not finite numbers; {HOW}")
     # Copies: what is mapped from the file would change, or end the process, where the file is written over in place.
     copies = {i: (a.to(torch.float32, copy=True), b.to(torch.float32, copy=True)) for i, (a, b) in weights.items()}
     return Gates(decoder, copies, notes)
@@ -142,7 +142,7 @@ def _facts(metadata: Mapping[str, str]) -> tuple[Decoder, dict[str, Any]]:
         raise ValueError("it does not say which language model it was fitted to")
     notes = json.loads(metadata.get("notes", "{}"))
     if not isinstance(notes, dict):
-        raise ValueError("its notes are no notes")
+        raise ValueError("its notes are not an object")
     return Decoder(int(numbers[0]), int(numbers[1]), metadata.get("fingerprint", "")), notes
 
 
@@ -152,7 +152,7 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], decoder: Decoder) -> list[int
     strange = [name for name, match in matches.items() if match is None]
     layers = sorted({int(match[1]) for match in matches.values() if match})
     if strange or not layers or layers[-1] > decoder.n_layers - 2:
-        raise ValueError(f"it holds no gates for layers 0 to {decoder.n_layers - 2}, or something else beside them")
+        raise ValueError(f"it holds no gates for layers 0 to {decoder.n_layers - 2}, or something else as well")
     hidden = shapes.get(f"gate.{layers[0]}.in", (0,))[0]
     for i in layers:
         pair = shapes.get(f"gate.{i}.in"), shapes.get(f"gate.{i}.out")

@@ -1,4 +1,4 @@
-"""GlobalCom²: let the thumbnail say how much each crop may keep, and help to say what."""
+"""GlobalCom²: the thumbnail decides how much each crop keeps, and helps to rank its tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .base import ScoreMethod
 
 @dataclass(frozen=True)
 class GlobalCom2(ScoreMethod):
-    """Split the budget over crops by what the thumbnail finds in them; within a crop, ask thumbnail and crop.
+    """Split the budget over crops by the thumbnail's scores; within a crop, use the scores of both.
 
     g and c_j are the [CLS] scores of thumbnail and crop j. Crop j weighs r_j = 1 + s_j - mean(s), s the softmax of
     the sums of g over the thumbnail's cells, divided by `temperature`. A token of crop j scores
@@ -61,16 +61,16 @@ class GlobalCom2(ScoreMethod):
     def __post_init__(self):
         super().__post_init__()
         if self.ratio is not None and not self.faithful:
-            raise OptionError("GlobalCom2: ratio is for faithful=True; elsewhere the budget says how much is kept")
+            raise OptionError("GlobalCom2: ratio needs faithful=True; otherwise use keep_ratio=0.25 as the budget")
 
     @property
     def count(self) -> Count:
-        """Truncation loses a few tokens, how many depends on the picture."""
+        """Truncation loses a few tokens; how many depends on the picture."""
         return Count.CONTENT if self.faithful else Count.EXACT
 
     @property
     def newlines(self) -> Literal["keep_rows_with_tokens", "keep", "drop"]:
-        """The code keeps them all."""
+        """The authors' code keeps them all."""
         return "keep" if self.faithful else "keep_rows_with_tokens"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:

@@ -52,19 +52,19 @@ class HiRED(ScoreMethod):
 
     @property
     def count(self) -> Count:
-        """Truncation loses a few tokens, how many depends on the picture."""
+        """Truncation loses a few tokens; how many depends on the picture."""
         return Count.CONTENT if self.faithful else Count.EXACT
 
     @property
     def newlines(self) -> Literal["keep_rows_with_tokens", "drop"]:
-        """The code has none."""
+        """The authors' code has none."""
         return "drop" if self.faithful else "keep_rows_with_tokens"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         early = tower.default_layer(0) if self.budget_layer is None else tower.layer(self.budget_layer)
         late = tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)
         if early > late:
-            raise OptionError(f"budget_layer is layer {early}, behind layer={late}; type a layer up to {late}")
+            raise OptionError(f"budget_layer is layer {early}, after layer={late}; use a layer up to {late}")
         return frozenset({cls_signal(tower, tuple(sorted({early, late})), self.without_cls)})
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: as many tokens as stand out in the [CLS] attention, each with its neighbours merged into it."""
+"""LLaVA-PruMerge: keep the outliers of the [CLS] attention, each with its neighbours merged into it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ N_NEIGHBOURS = 32
 
 @dataclass(frozen=True)
 class PruMerge(Method):
-    """Keep the tokens that stand out, add to each its neighbours, and gather the dropped ones in one token.
+    """Keep the outliers of the [CLS] attention, add to each its neighbours, and pool the dropped ones in one token.
 
     a is the [CLS] attention of one head over the full width. The share of IQR outliers of a in the image is the
     ratio r; every crop keeps its int(N r) most attended tokens, x_i + sum of a_j x_j over the 32 nearest by the
-    cosine of keys, in descending order of a, and behind them the sum of a_j x_j over all dropped tokens.
+    cosine of keys, in descending order of a, followed by the sum of a_j x_j over all dropped tokens.
 
     Source:   "LLaVA-PruMerge", arXiv:2403.15388; code: 42Shawn/LLaVA-PruMerge@097c041.
     Faithful: counts, order and merged tokens agree with the authors' code (golden cases prumerge).

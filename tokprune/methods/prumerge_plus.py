@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge+: a uniform grid of tokens beside those that stand out."""
+"""LLaVA-PruMerge+: a uniform grid of tokens in addition to the outliers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .prumerge import PruMerge
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge, and tokens of a uniform grid beside those that stand out.
+    """PruMerge, and tokens of a uniform grid in addition to the outliers.
 
     With a ratio r of outliers the grid is every int(int(1 / r) / 3)-th token of a crop, those not chosen already.
     With a budget a fifth of it is chosen by attention, the rest is spread evenly over the other tokens.
@@ -44,7 +44,7 @@ class PruMergePlus(PruMerge):
     def __post_init__(self):
         super().__post_init__()
         if not self.adaptive and (self.n_top, self.step) != (None, None):
-            raise OptionError("PruMergePlus: n_top and step are counts of their own; leave adaptive=false out")
+            raise OptionError("PruMergePlus: n_top and step replace the budget; leave adaptive=false out")
 
     def chosen(self, attention: Tensor, n_top: int, ratio: float) -> Tensor:
         n = attention.shape[1]

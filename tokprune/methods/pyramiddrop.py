@@ -16,7 +16,7 @@ from .decoder import DecoderMethod
 
 @dataclass(frozen=True)
 class PyramidDrop(DecoderMethod):
-    """Cuts before layers 8, 16 and 24 of 32; before layer l it asks what layer l would attend to.
+    """Cuts before layers 8, 16 and 24 of 32; before layer l it uses the attention of layer l.
 
     s_i = mean_h A_l[h, last prompt token, i], computed with the input norm and the projections of layer l on the
     hidden states at its input; the softmax runs over the whole row, text among it. The same factor at every cut, so
@@ -50,7 +50,7 @@ class PyramidDrop(DecoderMethod):
 
 
 def paper_positions(lengths: Tensor) -> Tensor:
-    """Positions as the code counts them behind a cut, (B, longest): 0, 1, 2 .. and 0 in the padding at the right.
+    """Positions as the authors' code counts them after a cut, (B, longest): 0, 1, 2 .. and 0 in the right padding.
 
     Args:
         lengths: (B,) int64, host side: columns of every row that are left, text among them.

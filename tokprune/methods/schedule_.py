@@ -22,11 +22,11 @@ from .decoder import DecoderMethod
 
 @dataclass(frozen=True)
 class FromFile(DecoderMethod):
-    """Cuts where a schedule file says, as far as it says, by the score that it names.
+    """Cut at the layers and by the fractions of a schedule file, ranked by the score that it names.
 
     The file holds the fraction of the visual tokens that is left from a layer on, and which language model that was
-    found for. It takes no budget. Where it says 0, all visual tokens leave. `tokprune search` writes such files:
-    G-Search, the fewest tokens that answer as well, or P-Sigmoid, the best sigmoid of a budget.
+    found for. It takes no budget. A fraction of 0 drops all visual tokens. `tokprune search` writes such files:
+    G-Search, the fewest tokens without loss of accuracy, or P-Sigmoid, the best sigmoid of a budget.
 
     Source:   "Accelerating Multimodal Large Language Models by Searching Optimal Vision Token Reduction", CVPR 2025,
               arXiv 2412.00556.
@@ -36,7 +36,7 @@ class FromFile(DecoderMethod):
     Needs:    what the score needs, before every cut.
 
     Args:
-        file: a schedule file. In a specification its path holds no colon.
+        file: a schedule file. In a specification its path must not have a colon.
     """
 
     file: str = ""
@@ -48,13 +48,13 @@ class FromFile(DecoderMethod):
         super().__post_init__()
         if self.schedule is not None or self.uniform:
             raise OptionError(
-                "schedule takes file alone: what is left stands in the file, and options of the score in the file's "
+                "schedule takes only file: the file holds the schedule, and options of the score go into the file's "
                 '"score" ("fastv:uniform=0.5")'
             )
 
     @functools.cached_property
     def found(self) -> ScheduleFile:
-        """Read once, when first asked for; OptionError where there is nothing to read."""
+        """Read once, when first used; OptionError if the file is missing or broken."""
         if not self.file:
             raise OptionError(f"schedule needs a file, as schedule:file=schedule.json; {HOW}")
         return read_schedule(self.file)
@@ -67,7 +67,7 @@ class FromFile(DecoderMethod):
         try:
             built = METHODS.build(score)
             if not isinstance(built, DecoderMethod) or isinstance(built, FromFile) or built.schedule is not None:
-                raise OptionError("that is no method between decoder layers without a schedule, such as fastv")
+                raise OptionError("use a method between decoder layers without a schedule, such as fastv")
             return METHODS.build(score, {"schedule": self.found.schedule})
         except TokPruneError as error:
             raise OptionError(f"file={self.file!r} ranks by {score[:80]!r}: {error}") from error
@@ -89,7 +89,7 @@ class FromFile(DecoderMethod):
         return self.by.keeps_features if self.file else True
 
     def check(self, decoder: Decoder) -> None:
-        """Raise OptionError where the schedule was found for another language model."""
+        """Raise OptionError if the schedule was found for another language model."""
         found = self.found
         if (found.n_layers, found.fingerprint) != (decoder.n_layers, decoder.fingerprint):
             raise OptionError(

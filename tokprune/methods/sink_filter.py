@@ -1,4 +1,4 @@
-"""VAR's sink test as a filter: attention sinks take attention, and a place in a ranking, for no content."""
+"""VAR's sink test as a filter: attention sinks rank high without showing anything useful."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SinkFilter(Filter):
 
     Args:
         threshold: in multiples of the root mean square of a hidden state, above 0; the paper's is 20.
-        dims: sink dimensions by hand, with slashes, "1415/2533"; empty measures them.
+        dims: sink dimensions, separated by slashes, "1415/2533"; empty measures them.
     """
 
     threshold: float = 20.0
@@ -44,7 +44,7 @@ class SinkFilter(Filter):
     def __post_init__(self):
         super().__post_init__()
         if self.dims and not all(d.isdecimal() and d.isascii() for d in self.dims.split("/")):
-            raise OptionError(f"SinkFilter: dims={self.dims!r} are no dimensions; type dims=1415/2533, for instance")
+            raise OptionError(f"SinkFilter: dims={self.dims!r} are not dimensions; use dims=1415/2533, for instance")
 
     def reads(self, layer: int) -> frozenset[Signal]:
         """The state of the prompt's first token, where dimensions are measured."""

@@ -1,4 +1,4 @@
-"""SparseVLM: text tokens that the picture speaks to rate the visual ones; some of the dropped come back, merged."""
+"""SparseVLM: relevant text tokens rate the visual ones; some of the dropped are merged and kept."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Tables(Schedule):
         low, high = next(pair for pair in itertools.pairwise(logs) if at <= pair[1][-1])
         share = (at - low[-1]) / (high[-1] - low[-1])
         curve = [min(math.exp(a + share * (b - a) + wanted - at), 1.0) for a, b in zip(low, high, strict=True)]
-        # The paper's layers 2, 6 and 15 still see all, and drop behind themselves.
+        # The paper drops after its layers 2, 6 and 15.
         return {decoder.scaled(i, PAPER_DEPTH): ratio for i, ratio in zip((3, 7, 16), curve, strict=True)}
 
 
@@ -80,21 +80,21 @@ class SparseVLM(DecoderMethod):
 
     @property
     def count(self) -> Count:
-        """Nothing is promised where merged tokens come on top; `cuts` says how many there are."""
+        """With merged tokens on top there is no guarantee; `cuts` has the number."""
         return Count.CONTENT if self.faithful and self.recycle else Count.EXACT
 
     def left(self, n_present: int, n_keep: int) -> int:
-        """The budget; with `faithful` merged tokens besides."""
+        """The budget; with `faithful`, plus merged tokens."""
         n_best = self.paper_count(n_present, n_keep)
         return n_best + self.n_clusters(n_present - n_best) if self.faithful else n_keep
 
     def n_best(self, n_present: int, n_keep: int) -> int:
-        """How many stay as they are, so that with the merged ones `n_keep` are left; at least one."""
+        """How many are kept unmerged, so that `n_keep` are left with the merged ones; at least one."""
         fitting = (k for k in range(n_keep, 0, -1) if k + self.n_clusters(n_present - k) == n_keep)
         return next(fitting, 1)
 
     def n_clusters(self, n_dropped: int) -> int:
-        """Merged tokens from so many dropped ones."""
+        """Number of merged tokens for a number of dropped ones."""
         return n_recycled(n_dropped) // 10 + 1 if n_dropped and self.recycle else 0
 
     @staticmethod
@@ -113,7 +113,7 @@ class SparseVLM(DecoderMethod):
         return Ops((REFERENCE_TEXT * n + n_merged**2) * widths.rows)
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
-        """Which text tokens rate, (G, T) bool; all of them where none stands out.
+        """Which text tokens are raters, (G, T) bool; all of them if none is above the mean.
 
         Args:
             visual: (G, N, D) embeddings.
@@ -142,7 +142,7 @@ class SparseVLM(DecoderMethod):
     def parts(self, tokens: VisualTokens, n_best: int) -> tuple[VisualTokens, Tensor]:
         """The tokens of which the best are kept, and the indices of the recycled ones, by descending score, (G, r)."""
         best = super().select(tokens, n_best)
-        # What a filter dropped comes behind all others, but for what is kept.
+        # Filtered tokens come last.
         ranked = cast(Tensor, best.scores).masked_fill(~tokens.keep, torch.finfo(torch.float32).min)
         order = ranked.masked_fill(best.keep, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         return best, order[:, : n_recycled(tokens.n_visual - n_best)]

@@ -26,7 +26,7 @@ class TokenCorr(Method):
     A token of a crop is redundant when more than `repeats` of the crop's tokens have keys in an early layer with a
     cosine above `similar` to its own. As many tokens as are not, at least one, are drawn without
     replacement by the early [CLS] attention; the IQR outliers of the late [CLS] attention join them. A thumbnail
-    beside crops is kept whole.
+    of a picture with crops is kept whole.
 
     Source:   "Token-level Correlation-guided Compression", arXiv:2407.14439. A re-implementation from
               description: no code is published, and thresholds and layers here are ours.
@@ -40,7 +40,7 @@ class TokenCorr(Method):
         sample: "seeded" draws, the same on every device; "top" takes the most attended.
         seed: of the draw.
         early, late: vision layers, absolute or negative from the end; None is 2 and 22 of 24, scaled.
-        thumbnail: whether a thumbnail beside crops is kept whole, or compressed as they are.
+        thumbnail: whether a thumbnail of a picture with crops is kept whole, or compressed like the crops.
         without_cls: what to do where the tower has no [CLS] token: "error", or "received" for what tokens receive.
     """
 
@@ -69,7 +69,7 @@ class TokenCorr(Method):
         early = tower.scaled(2, 24) if self.early is None else tower.layer(self.early)
         late = tower.scaled(22, 24) if self.late is None else tower.layer(self.late)
         if early > late:
-            raise OptionError(f"early is layer {early}, behind late, layer {late}; type an early layer up to {late}")
+            raise OptionError(f"early is layer {early}, after late, layer {late}; use an early layer up to {late}")
         layers = tuple(sorted({early, late}))
         return frozenset({Signal(Kind.KEYS, (early,)), cls_signal(tower, layers, self.without_cls)})
 
@@ -92,7 +92,7 @@ class TokenCorr(Method):
         return replace(tokens, keep=(rank < n_local) | ops.outliers(attention[:, -1]))
 
     def n_distinct(self, tokens: VisualTokens) -> Tensor:
-        """(G,) int64: tokens that are no repetition, d N."""
+        """(G,) int64: tokens that are not redundant, d N."""
         near = ops.cosine(tokens.signal(Kind.KEYS)[:, 0].flatten(2)) > self.similar
         others = near.sum(2) - 1  # a token is always like itself
         return (others <= self.repeats * tokens.n_visual).sum(1)

@@ -23,7 +23,7 @@ class ToMe(Method):
 
     A round splits the tokens alternately into A and B, gives every token of A its most similar one of B (cosine),
     and merges the r most similar pairs into their B, as a mean weighted by how many patches each stands for; r is at
-    most half of the tokens. Rounds go on until the budget is met.
+    most half of the tokens. Rounds repeat until the budget is met.
 
     Source:   "Token Merging: Your ViT But Faster", arXiv:2210.09461. Written from the formula.
     Faithful: to the matching and the weighted mean; there are no golden cases.

@@ -1,4 +1,4 @@
-"""All visual tokens leave at once: when nobody looks at them any more, or at a fixed layer."""
+"""Drop all visual tokens when they get little attention, or at a fixed layer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class VisualExit(ExitMethod):
     """Exit before layer l when m = mean_h sum_{j visual} A[h, last prompt token, j] is low in the layers before l.
 
     The attention mass m of `patience` layers, l - patience to l - 1, has to be below `threshold`. With `layer` nothing
-    is measured and all prompts exit there: what YOPO calls layer drop, and VTW's rule; rows really leave instead of
-    being masked. `tokprune fit-exit` also prints the earliest layer from which a model can do without. Text keeps its
-    positions, and a prompt with no text behind its last image keeps everything.
+    is measured and all prompts exit there: what YOPO calls layer drop, and VTW's rule; rows are removed, not
+    masked. `tokprune fit-exit` also prints the earliest layer from which a model needs no visual tokens. Text keeps its
+    positions, and a prompt with no text after its last image keeps everything.
 
     Source:   the training-free counterpart of DyVTE (arXiv 2411.19628), by attention mass; the fixed layer as in YOPO
               (arXiv 2410.06169) and VTW.
@@ -51,17 +51,17 @@ class VisualExit(ExitMethod):
         checked_layer(self.layer, "layer")
         if self.layer is not None and self.first is not None:
             raise OptionError(
-                f"VisualExit: layer={self.layer} is fixed, so first={self.first} has no use; leave one out"
+                f"VisualExit: layer={self.layer} is fixed, so first={self.first} has no effect; leave one out"
             )
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
-        """From the first that may be on; each has `patience` layers before it."""
+        """All layers from `first` on that have `patience` layers before them."""
         if self.layer is not None:
             return (decoder.layer(self.layer),)
         if self.patience >= decoder.n_layers:
             raise OptionError(
-                f"patience={self.patience} layers never come before a layer: this language model has "
-                f"{decoder.n_layers}; type a patience from 1 to {decoder.n_layers - 1}"
+                f"patience={self.patience} is too large for a language model of {decoder.n_layers} layers; "
+                f"use patience=1 to {decoder.n_layers - 1}"
             )
         first = -(-decoder.n_layers // 4) if self.first is None else decoder.layer(self.first)
         return tuple(range(max(first, self.patience), decoder.n_layers))

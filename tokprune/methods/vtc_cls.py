@@ -17,7 +17,7 @@ from .base import RankMethod, WithoutCLS, cls_signal, cls_values
 class VTCCLS(RankMethod):
     """Keep what [CLS] attends to, summed over several vision layers.
 
-    s_i = sum over layers l = start_layer .. L-2 of mean_h A_l[h, CLS, i]. The last layer takes no part:
+    s_i = sum over layers l = start_layer .. L-2 of mean_h A_l[h, CLS, i]. The last layer is left out:
     LLaVA reads the output of the one before it. The single layer L-2, every crop by itself, is FasterVLM (alias
     `fastervlm`).
 
@@ -46,8 +46,8 @@ class VTCCLS(RankMethod):
         start = min(tower.scaled(16, 24), last) if self.start_layer is None else tower.layer(self.start_layer)
         if start > last:
             raise OptionError(
-                f"start_layer={self.start_layer} is layer {start}, behind layer {last}, the last one summed; "
-                f"type start_layer={last} for that layer alone"
+                f"start_layer={self.start_layer} is layer {start}, after layer {last}, the last one summed; "
+                f"use start_layer={last} for that layer alone"
             )
         return frozenset({cls_signal(tower, tower.layers_from(start, last), self.without_cls)})
 
