@@ -61,8 +61,8 @@ def test_an_option_typed_twice_is_refused(name, option, tmp_path, monkeypatch):
     flag = option.opts[0]
     given = [flag, flag] if option.is_flag else [flag, "1", f"{flag}=2"]
     line = refusal(tokprune_cli(*words(name, *given)))
-    assert f"{flag} is typed 2 times" in line
-    assert "type it once" in line
+    assert f"{flag} is given 2 times" in line
+    assert "use it once" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +78,7 @@ TWICE += ["fastervlm:split=even:split=even", "damro_filter+vtc_cls:split=even:sp
 
 @pytest.mark.parametrize("spec", TWICE)
 def test_an_option_of_a_method_written_twice_is_refused(spec):
-    with pytest.raises(OptionError, match="twice.*write it once"):
+    with pytest.raises(OptionError, match="twice.*use it once"):
         build_method(spec)
 
 

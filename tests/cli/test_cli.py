@@ -79,7 +79,7 @@ BAD_COMMANDS = {
     "limit": (["--limit", "0"], "at least 1"),
     "unknown flag": (["--keeep", "0.5"], "--keep"),
     "flag without a value": (["--limit", "many"], "--limit"),
-    "match": (["--match", "tokenz"], "neither tokens nor flops"),
+    "match": (["--match", "tokenz"], "use tokens or flops"),
     "folder": (["--out", "/proc/no/out", "--limit", "1"], "name another folder with --out"),
 }
 
@@ -429,7 +429,7 @@ BAD_EXPLAIN = {
     "picture": (["nothing.png"], "cannot read the picture nothing.png"),
     "method": (["SCENE", "--method", "vtc"], "vtc_cls"),
     "ratio": (["SCENE", "--keep", "2"], "keep_ratio=0.02"),
-    "out": (["SCENE", "--out", "/proc/no.png"], "name another file with --out"),
+    "out": (["SCENE", "--out", "/proc/no.png"], "use another file for --out"),
     "placeholder": (["SCENE", "--question", "<image> what?"], "leave <image> out"),
     "header alone": (["HEADER"], "cannot read the picture"),
 }

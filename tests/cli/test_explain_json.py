@@ -143,10 +143,10 @@ BAD = {
         ["--json", "/proc/no/a.json"],
         "cannot write /proc/no/a.json: .*another file with --json",
     ),
-    "a folder": (["--json", "FOLDER"], "cannot write .*name another file with --json"),
-    "the picture": (["--json", "SCENE"], "the picture and --json are both .*name another file with --json"),
+    "a folder": (["--json", "FOLDER"], "cannot write .*use another file for --json"),
+    "the picture": (["--json", "SCENE"], "the picture and --json are both .*use another file for --json"),
     "a link to the picture": (["--json", "LINK"], "the picture and --json are both"),
-    "the picture for the PNG": (["--out", "SCENE"], "the picture and --out are both .*name another file with --out"),
+    "the picture for the PNG": (["--out", "SCENE"], "the picture and --out are both .*use another file for --out"),
     "one file for both": (["--out", "a.x", "--json", "./a.x"], "--out and --json are both"),
 }
 

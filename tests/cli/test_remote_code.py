@@ -63,7 +63,7 @@ def test_code_of_an_unknown_family_is_refused_in_one_line_and_not_asked_about(co
     assert not (model / "marker").exists()
     line = refusal(done)
     if command != "eval":  # lmms-eval is not in every environment
-        assert f"{str(model)!r}: it needs code of its own, which tokprune never runs" in line
+        assert f"{str(model)!r}: it needs remote code, which tokprune never runs" in line
         assert "trust_remote_code" not in line
     assert "[y/N]" not in done.stdout + done.stderr + "".join(capfd.readouterr())
 

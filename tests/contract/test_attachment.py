@@ -137,7 +137,7 @@ REFUSED = {
     "options with a list": (
         dict(method=["fopru"], keep_ratio=0.3, strategy="row"),
         errors.OptionError,
-        "write them in the list",
+        "use '",
     ),
     "options with an object": (
         dict(method=tokprune.get_method("fopru"), keep_ratio=0.3, strategy="row"),

@@ -84,7 +84,7 @@ REFUSED = {
         "leave one out",
     ),
     "rising counts": (dict(method="fastv", schedule={2: 5, 3: 9}), errors.OptionError, "falling"),
-    "uniform": (dict(method="fastv:uniform=2", keep_ratio=0.3), errors.OptionError, "type 0 to 1"),
+    "uniform": (dict(method="fastv:uniform=2", keep_ratio=0.3), errors.OptionError, "use 0 to 1"),
     "no budget": (dict(method="fastv"), errors.BudgetError, "keep_ratio=0.25"),
     "counts and a budget": (
         dict(method="fastv", schedule={2: 5}, keep_ratio=0.3),

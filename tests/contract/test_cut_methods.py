@@ -108,7 +108,7 @@ def test_what_is_read_is_of_the_layer_before_or_of_the_one_behind(spec):
 def test_schedules_fall_and_end_at_the_budget(spec, n_layers):
     decoder = Decoder(n_layers)
     if n_layers < NEEDED.get(spec, 2):
-        with pytest.raises(OptionError, match="type an index"):
+        with pytest.raises(OptionError, match="use an index"):
             build(spec).layers(decoder)
         return
     for n_visual in (1, 7, 576):

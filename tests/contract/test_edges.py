@@ -134,17 +134,17 @@ def test_tokencorr_keeps_at_least_one_token_of_a_crop():
 
 
 BAD_OPTIONS = {
-    "globalcom2:temperature=0": "type 1e-06 to 1e",
-    "globalcom2:alpha=7": "type 0 to 1",
-    "globalcom2:ratio=0.3": "for faithful=True",
-    "hired:alpha=-1": "type 0 to 1",
-    "visionzip:contextual=-1": "type 0 to",
-    "tokencorr:similar=2": "type -1 to 1",
-    "tokencorr:repeats=-0.1": "type 0 to 1",
-    "prumerge_plus:step=0": "type 1 to",
+    "globalcom2:temperature=0": "use 1e-06 to 1e",
+    "globalcom2:alpha=7": "use 0 to 1",
+    "globalcom2:ratio=0.3": "faithful=True",
+    "hired:alpha=-1": "use 0 to 1",
+    "visionzip:contextual=-1": "use 0 to",
+    "tokencorr:similar=2": "use -1 to 1",
+    "tokencorr:repeats=-0.1": "use 0 to 1",
+    "prumerge_plus:step=0": "use 1 to",
     "prumerge_plus:adaptive=false:n_top=5": "leave adaptive=false out",
-    "damro_filter:n_outliers=-3+vtc_cls": "type 0 to",
-    "damro_filter+damro_filter+vtc_cls": "stands twice",
+    "damro_filter:n_outliers=-3+vtc_cls": "use 0 to",
+    "damro_filter+damro_filter+vtc_cls": "use each once",
     "fopru:strategy=row:split=even": "strategy=rank",
 }
 

@@ -251,7 +251,7 @@ def test_no_gate_file_at_all(tmp_path):
     path = tmp_path / "gate.safetensors"
     with pytest.raises(OptionError, match="no such file"):
         read_gates(path)
-    with pytest.raises(OptionError, match="is no file"):
+    with pytest.raises(OptionError, match="is not a file"):
         read_gates(tmp_path)
     gate_file(path, tiny.model(dtype=torch.float64))
     whole = path.read_bytes()

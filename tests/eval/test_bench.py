@@ -417,7 +417,7 @@ BAD = {
     "--model tiny-llava --warmup -1": "--warmup at least 0",
     "--model tiny-llava --text 1": "--text takes at least 2",
     "--model tiny-llava --keep 2": "not a fraction",
-    "--model tiny-llava --keep a": "no list of ratios",
+    "--model tiny-llava --keep a": "use --keep 0.5,0.25",
     "--model tiny-llava --methods none": "nothing to compare",
     "--model tiny-llava --methods vtc_clx": "Did you mean 'vtc_cls'?",
     "--model tiny-llava --out /proc/none/rows.jsonl": "cannot write",

@@ -185,29 +185,29 @@ BAD_FILES = {
     "another format": (spoilt(format="safetensors"), "format 'tokprune-schedule'"),
     "a newer version": (spoilt(version=2), "its format is 2"),
     "rising": (spoilt(layers={"2": 0.25, "5": 0.5}), "rise with the layer"),
-    "no layers": (spoilt(layers={}), "'layers' is no object"),
-    "layers as a list": (spoilt(layers=[0.5]), "'layers' is no object"),
-    "a layer that is no number": (spoilt(layers={"two": 0.5}), "'layers' is no object"),
+    "no layers": (spoilt(layers={}), "'layers' is not an object"),
+    "layers as a list": (spoilt(layers=[0.5]), "'layers' is not an object"),
+    "a layer that is no number": (spoilt(layers={"two": 0.5}), "'layers' is not an object"),
     "a layer twice": (spoilt(layers={"2": 0.5, "02": 0.5}), "a layer twice"),
-    "layer 0": (spoilt(layers={"0": 0.5}), "'0', which is no layer from 1 to 7"),
-    "a layer too deep": (spoilt(layers={"8": 0.5}), "'8', which is no layer from 1 to 7"),
-    "a huge layer": (spoilt(layers={"9" * 5000: 0.5}), "'layers' is no object"),
-    "a huge ratio": (spoilt(layers={"2": 1e300}), "no number from 0 to 1"),
+    "layer 0": (spoilt(layers={"0": 0.5}), "'0', which is not a layer from 1 to 7"),
+    "a layer too deep": (spoilt(layers={"8": 0.5}), "'8', which is not a layer from 1 to 7"),
+    "a huge layer": (spoilt(layers={"9" * 5000: 0.5}), "'layers' is not an object"),
+    "a huge ratio": (spoilt(layers={"2": 1e300}), "not a number from 0 to 1"),
     "a huge whole number": (spoilt().replace("0.5", "9" * 6000), "is not a schedule: "),
-    "an infinite ratio": (spoilt().replace("0.5", "1e999"), "no number from 0 to 1"),
-    "no number": (spoilt().replace("0.5", "NaN"), "no number from 0 to 1"),
-    "a negative ratio": (spoilt(layers={"2": -0.5}), "no number from 0 to 1"),
-    "a truth value": (spoilt(layers={"2": True}), "no number from 0 to 1"),
-    "a huge depth": (spoilt(n_layers=10**30), "'n_layers' is no whole number"),
-    "a depth that is text": (spoilt(n_layers="8"), "'n_layers' is no whole number"),
-    "no score": (spoilt(score=None), "'score' is no text"),
-    "no fingerprint": (spoilt(fingerprint=""), "'fingerprint' is no text"),
-    "found as text": (spoilt(found="there"), "'found' is no object"),
+    "an infinite ratio": (spoilt().replace("0.5", "1e999"), "not a number from 0 to 1"),
+    "no number": (spoilt().replace("0.5", "NaN"), "not a number from 0 to 1"),
+    "a negative ratio": (spoilt(layers={"2": -0.5}), "not a number from 0 to 1"),
+    "a truth value": (spoilt(layers={"2": True}), "not a number from 0 to 1"),
+    "a huge depth": (spoilt(n_layers=10**30), "'n_layers' is not a whole number"),
+    "a depth that is text": (spoilt(n_layers="8"), "'n_layers' is not a whole number"),
+    "no score": (spoilt(score=None), "'score' is not text"),
+    "no fingerprint": (spoilt(fingerprint=""), "'fingerprint' is not text"),
+    "found as text": (spoilt(found="there"), "'found' is not an object"),
     "an unknown score": (spoilt(score="fastw"), "Did you mean 'fastv'"),
-    "a score before the language model": (spoilt(score="vtc_cls"), "no method between decoder layers"),
+    "a score before the language model": (spoilt(score="vtc_cls"), "use a method between decoder layers"),
     "a score with a schedule": (spoilt(score="fastv:schedule=cosine"), "without a schedule"),
-    "a score that is itself": (spoilt(score="schedule:file=x.json"), "no method between decoder layers"),
-    "an exit": (spoilt(score="visual_exit:layer=2"), "no method between decoder layers"),
+    "a score that is itself": (spoilt(score="schedule:file=x.json"), "use a method between decoder layers"),
+    "an exit": (spoilt(score="visual_exit:layer=2"), "use a method between decoder layers"),
     "a score with a layer": (spoilt(score="fastv:layer=2"), "both say where to cut"),
     "too large": (spoilt(found={"x": "y" * 2**22}), "at most 4194304 bytes"),
     "another model": (spoilt(), "was found for a language model of 8 layers"),
@@ -231,12 +231,12 @@ def test_bad_file_is_one_clear_error(what, runner, fingerprint, tmp_path):
 
 
 def test_schedule_without_a_file_says_what_to_type(runner, tmp_path):
-    with pytest.raises(OptionError, match=r"schedule:file=schedule\.json; type tokprune search"):
+    with pytest.raises(OptionError, match=r"schedule:file=schedule\.json; make one with: tokprune search"):
         tokprune.attach(runner.model, "schedule")
     with pytest.raises(OptionError, match="not a file"):
         tokprune.attach(runner.model, f"schedule:file={tmp_path}")
     for option in ("schedule=cosine", "uniform=0.5"):
-        with pytest.raises(OptionError, match="takes file alone"):
+        with pytest.raises(OptionError, match="takes only file"):
             tokprune.get_method(f"schedule:file=a.json:{option}")
     with pytest.raises(tokprune.TokPruneError, match="takes no budget"):
         tokprune.attach(runner.model, "schedule:file=a.json", keep_ratio=0.5)

@@ -44,16 +44,16 @@ def test_code_of_a_model_is_never_run(tmp_path):
     command = [sys.executable, "-m", "tokprune.cli", *asked(tmp_path / "out", "--model", str(model), methods="none")]
     done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2
-    assert "code of its own, which tokprune never runs" in done.stderr
+    assert "remote code, which tokprune never runs" in done.stderr
     assert not (model / "marker").exists()
 
 
 def test_wrong_options_end_before_a_run(tmp_path):
     for arguments, message in (
-        (("--suite", "vlmevalkit"), "--suite takes lmms-eval"),
+        (("--suite", "vlmevalkit"), "use lmms-eval"),
         (("--methods", "vtc"), "Did you mean 'vtc_cls'"),
         (("--methods", "downsample"), "leave it out"),
-        (("--limit", "0"), "whole numbers of at least 1"),
+        (("--limit", "0"), "whole number of at least 1"),
         (("--tasks", "findit,findit"), "named alike"),
         (("--include-path", str(tmp_path)), "beside tasks of tokprune's own"),
         (("--tasks", "pope", "--include-path", "/no/such"), "is no folder"),

@@ -561,7 +561,7 @@ CHANGED = {
     "an option out of range": ((*M, "options", "uniform"), 3, "out of range"),
     "an object as option": ((*M, "options", "uniform"), {"a": 1}, "is no value of an option"),
     "a list as option": ((*M, "options", "uniform"), [0.5], "is no value of an option"),
-    "another schedule": ((*M, "options", "schedule"), "single/2", "schedule takes file alone"),
+    "another schedule": ((*M, "options", "schedule"), "single/2", "takes only file"),
     "a path": (F, "/etc/passwd", 'the file of a method is "/etc/passwd" and no object with file, sha256'),
     "a path upwards": ((*F, "file"), "../../etc/passwd", "files lie in the folder itself"),
     "an absolute path": ((*F, "file"), "/etc/passwd", "files lie in the folder itself"),

@@ -111,7 +111,7 @@ MOST_BYTES = 2**22  # of a JSON file; far above any of ours
 
 
 def read_json(path: str | Path, form: str, version: int, key: str = "version") -> dict[str, Any]:
-    """A JSON object of ours.
+    """Read a JSON object of this package.
 
     Args:
         path: of the file.
@@ -168,7 +168,7 @@ def digest_of(path: str | Path) -> str:
 
 
 def kind_of(path: str | Path) -> str:
-    """By what a file holds, ".json" or ".safetensors".
+    """The kind of a file by its content, ".json" or ".safetensors".
 
     Raises:
         ValueError: it holds something else.

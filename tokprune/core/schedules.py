@@ -288,7 +288,7 @@ class ScheduleFile:
         if not isinstance(self.found, Mapping):
             raise OptionError("'found' is not an object")
         if not isinstance(self.layers, Mapping) or not self.layers:
-            raise OptionError('\'layers\' is no object of layers and fractions ({"2": 0.5, "5": 0.25})')
+            raise OptionError('\'layers\' is not an object of layers and fractions ({"2": 0.5, "5": 0.25})')
         for layer, ratio in self.layers.items():
             if not isinstance(layer, int) or not 1 <= layer < n:
                 raise OptionError(f"'layers' names {str(layer)[:20]!r}, which is not a layer from 1 to {n - 1}")
@@ -330,7 +330,7 @@ def read_schedule(path: str | Path) -> ScheduleFile:
 def _schedule_of(values: Mapping[str, Any]) -> ScheduleFile:
     layers = values.get("layers")
     if not isinstance(layers, dict) or not all(re.fullmatch("[0-9]{1,5}", layer) for layer in layers):
-        raise OptionError('\'layers\' is no object of layers and fractions ({"2": 0.5, "5": 0.25})')
+        raise OptionError('\'layers\' is not an object of layers and fractions ({"2": 0.5, "5": 0.25})')
     given = {int(layer): ratio for layer, ratio in layers.items()}
     if len(given) < len(layers):
         raise OptionError("'layers' names a layer twice")
