@@ -331,7 +331,7 @@ def test_flops_ratio_out_of_reach_names_the_least():
     model, inputs = tiny.model(), tiny.batch(((0,),))
     with tokprune.attach(model, "vtc_cls", flops_ratio=0.1), pytest.raises(BudgetError) as error:
         model(**inputs)
-    least = float(str(error.value).split("type flops_ratio=")[1].split()[0])
+    least = float(str(error.value).split("use flops_ratio=")[1].split()[0])
     with tokprune.attach(model, "vtc_cls", flops_ratio=least) as attachment:
         model(**inputs)
         assert [i.n_kept for i in attachment.report.images] == [1]
