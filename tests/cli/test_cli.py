@@ -520,10 +520,10 @@ def test_doctor_exits_with_1_as_a_process():
 def test_cli_budgets_of_methods_that_decide_are_refused_with_what_to_type(scene, tmp_path):
     out = ["--out", str(tmp_path / "kept.png")]
     done = tokprune_cli("explain", str(scene), "--method", "prumerge", "--keep", "0.1", *out)
-    assert "type prumerge:adaptive=false" in refusal(done)
+    assert "use prumerge:adaptive=false" in refusal(done)
     assert tokprune_cli("explain", str(scene), "--method", "prumerge", *out).returncode == 0
     done = tokprune_cli("flops", "--model", "llava-next-7b", "--method", "prumerge")
-    assert "type prumerge:adaptive=false" in refusal(done)
+    assert "use prumerge:adaptive=false" in refusal(done)
 
 
 def test_cli_misspelt_embedded_model_offers_the_nearest():

@@ -141,7 +141,7 @@ def test_both_files_and_the_picture_that_is_drawn(scene, tmp_path, monkeypatch, 
 BAD = {
     "a folder that is not there": (
         ["--json", "/proc/no/a.json"],
-        "cannot write /proc/no/a.json: .*another file with --json",
+        "cannot write /proc/no/a.json: .*another file for --json",
     ),
     "a folder": (["--json", "FOLDER"], "cannot write .*use another file for --json"),
     "the picture": (["--json", "SCENE"], "the picture and --json are both .*use another file for --json"),

@@ -93,8 +93,8 @@ class Tower:
     Args:
         n_layers: its depth.
         has_cls: whether it has a [CLS] token.
-        projects_rows: whether the projector takes one patch a row, so that merged states can be projected anew.
-        full_layers: layers in which every patch of a picture attends to all of them; empty for all layers.
+        projects_rows: whether the projector takes one patch per row, so that merged states can be projected.
+        full_layers: layers in which every patch attends to the whole picture; empty for all layers.
     """
 
     n_layers: int
@@ -122,19 +122,19 @@ class Tower:
         return found
 
     def default_layer(self, index: int) -> int:
-        """As `layer`, for a method's own default: the last comparable layer up to it, or the first one after it."""
+        """As `layer`, for a method's default: the last full layer up to it, or the first one after it."""
         found = index % self.n_layers
         if not self.full_layers:
             return found
         return max((i for i in self.full_layers if i <= found), default=self.full_layers[0])
 
     def layers_from(self, start: int, last: int) -> tuple[int, ...]:
-        """Comparable layers from one to another, both included; at least one."""
+        """Full layers from `start` to `last`, both included; at least one."""
         found = tuple(i for i in range(start, last + 1) if not self.full_layers or i in self.full_layers)
         return found or (self.default_layer(last),)
 
     def scaled(self, index: int, depth: int) -> int:
-        """A layer `index` of a paper's tower of `depth` layers, scaled to this tower's depth."""
+        """Layer `index` of a paper's tower of `depth` layers, scaled to this tower's depth."""
         return self.default_layer(min(round(index * self.n_layers / depth), self.n_layers - 1))
 
 
@@ -146,7 +146,7 @@ class Decoder:
         n_layers: its depth.
         width: of its hidden states.
         fingerprint: a hash of its configuration; fitted files match one model only.
-        first_cut: the first layer that can be cut before.
+        first_cut: the first layer before which tokens can be cut.
     """
 
     n_layers: int
@@ -162,7 +162,7 @@ class Decoder:
         """
         found = index + self.n_layers if index < 0 else index
         if not self.first_cut <= found < self.n_layers:
-            first = "nothing is cut before layer 0 (a method before the language model does that)"
+            first = "layer 0 sees all tokens (use a method before the language model to drop them earlier)"
             early = f"this language model adds visual features up to layer {self.first_cut - 1}"
             raise OptionError(
                 f"cannot cut before layer {index}: "
@@ -178,5 +178,5 @@ class Decoder:
         return found
 
     def scaled(self, index: int, depth: int) -> int:
-        """A layer `index` of a paper's language model of `depth` layers, scaled to this depth."""
+        """Layer `index` of a paper's language model of `depth` layers, scaled to this model's depth."""
         return max(self.first_cut, min(math.floor(index * self.n_layers / depth + 0.5), self.n_layers - 1))

@@ -152,9 +152,9 @@ class Shape:
         n_visual: visual tokens of a crop.
         text: the decoder layers of the language model.
         vocabulary: rows of the LM head.
-        any_size: the tower takes a picture of any size as one crop; numbers by crop are those of one size.
+        any_size: the tower takes a picture of any size as one crop; numbers per crop are those of one size.
         gated_projector: half of the projector's inner width gates the other half (SwiGLU).
-        n_projectors: that run on every row; more than one where features of several tower layers are read.
+        n_projectors: projectors that run on every row; several if features of several tower layers are used.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Shape:
     gated_projector: bool = False
 
     def project(self, n_rows: int) -> Ops:
-        """The projector on so many rows."""
+        """The projector on `n_rows` rows."""
         one = sum(a * b for a, b in zip(self.projector, self.projector[1:], strict=False))
         if self.gated_projector:
             one -= self.projector[1] // 2 * self.projector[2]

@@ -41,8 +41,7 @@ class DAMROFilter(Filter):
     if_missing: ClassVar[str] = "without_cls=received"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """Attention of one head in one layer."""
-        layers = (tower.default_layer(-1) if self.layer is None else tower.layer(self.layer),)
+        layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({cls_signal(tower, layers, self.without_cls, heads="single")})
 
     def passes(self, tokens: VisualTokens) -> Tensor:

@@ -66,8 +66,7 @@ class FoPru(RankMethod):
         return min(region.width for region in layout.regions) if self.strategy == "row" else 1
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """What the gate looks at, in one layer."""
-        layers = (tower.default_layer(-2) if self.layer is None else tower.layer(self.layer),)
+        layers = ((tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)),)
         kinds = {"variance": (Kind.RECEIVED, Kind.GIVEN), "received": (Kind.RECEIVED,), "given": (Kind.GIVEN,)}
         return frozenset(Signal(kind, layers, self.form) for kind in kinds[self.gate])
 

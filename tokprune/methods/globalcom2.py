@@ -74,8 +74,7 @@ class GlobalCom2(ScoreMethod):
         return "keep" if self.faithful else "keep_rows_with_tokens"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """One [CLS] row, where there is one."""
-        layers = (tower.default_layer(-1) if self.layer is None else tower.layer(self.layer),)
+        layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({Signal(Kind.CLS_ROW, layers, self.form)} if tower.has_cls else ())
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -61,7 +61,6 @@ class HiRED(ScoreMethod):
         return "drop" if self.faithful else "keep_rows_with_tokens"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """Both layers."""
         early = tower.default_layer(0) if self.budget_layer is None else tower.layer(self.budget_layer)
         late = tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)
         if early > late:

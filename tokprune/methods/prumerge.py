@@ -59,8 +59,7 @@ class PruMerge(Method):
         return Count.CONTENT if self.adaptive else Count.EXACT
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """Attention of one head, and keys, of one layer."""
-        layers = (tower.default_layer(-1) if self.layer is None else tower.layer(self.layer),)
+        layers = ((tower.default_layer(-1) if self.layer is None else tower.layer(self.layer)),)
         return frozenset({cls_signal(tower, layers, self.without_cls, heads="single"), Signal(Kind.KEYS, layers)})
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:

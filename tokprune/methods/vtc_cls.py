@@ -42,7 +42,6 @@ class VTCCLS(RankMethod):
     if_missing: ClassVar[str] = "without_cls=received"
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        """The layers start_layer .. L-2."""
         last = tower.default_layer(-2)
         start = min(tower.scaled(16, 24), last) if self.start_layer is None else tower.layer(self.start_layer)
         if start > last:
