@@ -394,11 +394,11 @@ def test_filter_drops_the_strongest_of_every_crop_before_selection():
     [
         ("damro_filter", "is a filter"),
         (["damro_filter"], "is a filter"),
-        (["vtc_cls", "damro_filter"], r"type \['damro_filter', 'vtc_cls'\]"),
+        (["vtc_cls", "damro_filter"], r"use \['damro_filter', 'vtc_cls'\]"),
         (["vtc_cls", "fopru"], "exactly one method"),
         (["damro_filter", "divprune"], "does not rank single tokens"),
         (["damro_filter", "fopru:strategy=row"], "does not rank single tokens"),
-        ([], "empty list"),
+        ([], "list of methods is empty"),
     ],
 )
 def test_lists_that_make_no_sense_are_refused(method, message):

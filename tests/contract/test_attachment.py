@@ -240,7 +240,7 @@ def unknown_tower():
 
 REFUSED_MODELS = {
     wrapped_in_parallel: "model.module",
-    text_only: "Supported: internvl, llava",
+    text_only: "Supported: .*internvl, llava",
     Plain: "not a transformers model",
     dict: "takes a transformers model",
     flex: "attn_implementation='sdpa'",

@@ -386,7 +386,7 @@ def test_mass_is_the_attention_that_eager_layers_give():
     ],
 )
 def test_options_out_of_range(options):
-    with pytest.raises(OptionError, match="type "):
+    with pytest.raises(OptionError, match="use "):
         tokprune.attach(tiny.model(), f"visual_exit:{options}")
 
 

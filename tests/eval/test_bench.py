@@ -324,7 +324,7 @@ def test_memory_of_a_run_does_not_depend_on_runs_before_it():
 # ---- shapes and prompts
 
 
-@pytest.mark.parametrize("name", [n for n in KNOWN if shaped.family_of(n)])
+@pytest.mark.parametrize("name", [n for n in KNOWN if shaped.build_of(n)])
 def test_built_configurations_have_the_ledger_of_the_known_shape(name):
     known = KNOWN[name]
     assert replace(shape_from_config(shaped.config_of(name)), name=name) == known
@@ -410,7 +410,7 @@ BAD = {
     "--model tiny-llava --dtype int4": "float32, bfloat16, float16",
     "--model tiny-llava --device toaster": "type cpu or cuda",
     "--model tiny-llava --device meta": "type --device cpu",
-    "--model tiny-llava --batch-size x": "type --batch-size 1,8",
+    "--model tiny-llava --batch-size x": "use --batch-size 1,8",
     "--model tiny-llava --batch-size 0": "at least 1",
     "--model tiny-llava --new-tokens 1,0": "at least 1",
     "--model tiny-llava --rounds 0": "at least 1",

@@ -266,7 +266,7 @@ def test_matched_flops_are_what_methods_really_spend(runner):
     asked = compare.configurations(methods, [0.5, 0.25], seeds=1)
     configs, left_out = compare.matched(runner, [(task, samples)], asked)
     assert set(left_out) == {"vtc_cls+fastv@flops0.5", "vtc_cls+fastv@flops0.25", "pyramiddrop@flops0.25"}
-    assert "type flops_ratio=0.3" in left_out["pyramiddrop@flops0.25"]
+    assert "use flops_ratio=0.3" in left_out["pyramiddrop@flops0.25"]
     assert {c.flops_text for c in configs if c.flops_ratio} == {runner.text_tokens(samples)} == {9}
     assert [c.label for c in configs if not c.flops_ratio] == ["none", "shuffled pictures", "prumerge"]
     spent = collections.defaultdict(list)

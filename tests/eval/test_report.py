@@ -397,7 +397,7 @@ def test_a_file_of_the_run_is_not_written_over(name, linked, copy, tmp_path):
         out = tmp_path / "link.html"
         out.symlink_to(copy / name)
     before = state_of(copy)
-    assert "name another file with --out" in refusal(tokprune_cli("report", str(copy), "--out", str(out)))
+    assert "use another file with --out" in refusal(tokprune_cli("report", str(copy), "--out", str(out)))
     assert state_of(copy) == before
 
 
@@ -651,7 +651,7 @@ def test_folder_that_is_no_run_is_refused_in_one_line(copy, what):
 
 
 def test_file_that_cannot_be_written_is_one_line(copy):
-    assert "name another file with --out" in refusal(tokprune_cli("report", str(copy), "--out", "/no/such/a.html"))
+    assert "use another file with --out" in refusal(tokprune_cli("report", str(copy), "--out", "/no/such/a.html"))
 
 
 def test_pictures_of_another_model_are_refused(copy):
