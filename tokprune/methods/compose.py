@@ -106,6 +106,10 @@ class Pair:
         return self.n_budgets > 0
 
     @property
+    def keeps_features(self) -> bool:
+        return self.before.keeps_features and self.between.keeps_features
+
+    @property
     def count(self) -> Count:
         """The weaker guarantee of the two."""
         return Count.CONTENT if Count.CONTENT in (self.before.count, self.between.count) else self.between.count
