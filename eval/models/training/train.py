@@ -1,10 +1,10 @@
 """Train the embedded model: seeded, step-scheduled, two CPU processes, resumable by stage.
 
-    python -m tokprune.eval.models.train data DIR
-    torchrun --nproc_per_node 2 -m tokprune.eval.models.train tower DIR
-    python -m tokprune.eval.models.train features DIR
-    torchrun --nproc_per_node 2 -m tokprune.eval.models.train language DIR
-    python -m tokprune.eval.models.train export DIR eval/models/tiny-llava
+    python -m tokprune.eval.models.training.train data DIR
+    torchrun --nproc_per_node 2 -m tokprune.eval.models.training.train tower DIR
+    python -m tokprune.eval.models.training.train features DIR
+    torchrun --nproc_per_node 2 -m tokprune.eval.models.training.train language DIR
+    python -m tokprune.eval.models.training.train export DIR eval/models/tiny-llava
 
 The tower learns from labels per patch (what shape, what colour, where the centre is, where the patch lies) and
 from what its [CLS] token can tell about the whole picture; then it is frozen. The language model and the

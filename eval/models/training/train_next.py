@@ -1,8 +1,8 @@
 """Train the embedded any-resolution model from the tower and the language model of the first one.
 
-    python -m tokprune.eval.models.train next features DIR
-    python -m tokprune.eval.models.train next language DIR
-    python -m tokprune.eval.models.train next export DIR eval/models/tiny-llava-next
+    python -m tokprune.eval.models.training.train next features DIR
+    python -m tokprune.eval.models.training.train next language DIR
+    python -m tokprune.eval.models.training.train next export DIR eval/models/tiny-llava-next
 
 DIR holds `tower.pt` and `language.pt` of the first model. The tower stays as it is: it knows what shapes look
 like in crops. The language model goes on from what it knows of 144 tokens, with up to 744 in packed order.
