@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tokprune.eval.report.render import BLOCK, BLOCKS, PAGES, read_rows, rendered
+from tokprune.eval.report.render import BLOCK, BLOCKS, PAGES, predicted, read_rows, rendered
 from typer.main import get_command
 
 import tokprune
 from tokprune.cli import reference
 from tokprune.cli.commands import app
+from tokprune.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,23 +67,69 @@ def test_the_quickstart_prints_its_report():
     assert printed.startswith("purple\nvtc_cls keep_ratio=0.25: 1 image, visual tokens 144 -> 36")
 
 
+def test_the_predicted_report_is_what_a_call_prints():
+    """The one of the large model is computed; here the small one's is compared with a call."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(ROOT / "eval/models/tiny-llava", dtype=torch.float32)
+    size, image = model.config.vision_config.image_size, model.config.image_token_id
+    ids = torch.tensor([[1] * 40 + [image] * 144 + [1] * 24])
+    with torch.no_grad(), tokprune.attach(model, "vtc_cls", keep_ratio=0.25) as attachment:
+        model(input_ids=ids, pixel_values=torch.rand(1, 3, size, size))
+        shape = attachment.report.shape
+        assert str(predicted(shape, "vtc_cls", 0.25, 64, bytes_per_value=4)) == str(attachment.report)
+
+
+def included(page: Path) -> str:
+    """A page with the files that it includes, as the site shows it."""
+    return re.sub(r'--8<-- "(.*?)"', lambda match: (ROOT / match[1]).read_text(), TEXTS[page])
+
+
 @pytest.mark.parametrize("page", sorted(TEXTS), ids=str)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", TEXTS[page]):
+    top = ROOT / "docs" if page.parts[0] == "docs" else ROOT  # the site has nothing else
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", included(page)):
         path, _, anchor = target.partition("#")
-        found = ROOT / page.parent / path
+        found = (ROOT / page.parent / path if path else ROOT / page).resolve()
         assert found.exists(), target
+        assert found.is_relative_to(top), target
         if anchor:
             heads = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}, target
 
 
 def test_every_method_and_model_has_a_row():
+    methods, models = TEXTS[Path("docs/methods.md")], TEXTS[Path("docs/models.md")]
     for name in tokprune.list_methods():
-        assert f"| `{name}` |" in TEXTS[Path("docs/methods.md")]
+        assert f"| `{name}` |" in methods
+        assert f"\n### {name}\n" in methods
+    for name in METHODS.table:
+        section = methods.split(f"\n### {name}\n")[1].split("\n### ")[0]
+        assert "- **Needs**: " in section
+    assert f"All {len(tokprune.list_methods())} methods" in README
+    (head,) = re.findall(r"^\| method +\| (.*`llava`.*)$", models, re.MULTILINE)
     for name in tokprune.list_models():
         assert f"`{name}`" in README
-        assert f"`{name}`, " in TEXTS[Path("docs/models.md")]
+        assert f"`{name}`" in head
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([\w%-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([\w-]+)`", ALL)) | set(re.findall(r"^make (\w+)", ALL, re.MULTILINE))
+    assert {"demo", "test", "docs", "check"} <= named
+    assert named <= targets
+
+
+def test_every_page_is_in_the_navigation_and_nothing_is_fetched():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in settings
+    assert "font: false" in settings
+    assert not re.search(r"https?:", settings)
+    for asset in re.findall(r"\[(assets/[\w./-]+)\]", settings):
+        assert (ROOT / "docs" / asset).is_file()
+    assert "polyfills: [assets/iframe-worker.js]" in settings  # otherwise the plug-in offline adds one from the network
 
 
 @pytest.mark.parametrize("command", re.findall(r"`(tokprune explain docs/.*?)`", ALL))

@@ -11,20 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from tokprune.integrations.transformers import FAMILIES, NEWEST
 
 import tokprune
 from tokprune.core.budget import REFERENCE_TEXT, Budget
+from tokprune.core.layout import grid_layout
+from tokprune.core.signals import Tower
+from tokprune.cost.flops import Shape
+from tokprune.cost.selection import SelectionCost
 from tokprune.cost.shapes import known_shape
+from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 
 from ..bench import tables as bench_tables
 from ..run.rows import Row, pooled
+from . import method_pages
 from .exports import markdown, markdown_tables
 from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, interval, of_kinds, order, times
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/models.md")))
+PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md")))
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
 
@@ -119,12 +126,17 @@ def kinds(names: str) -> str:
 
 
 def models(_: str) -> str:
-    """Which method runs on which model."""
-    pairs = tokprune.list_support()
-    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
-    cell = {(p.model, p.tower, p.method): f"`{p.answer}`" if p.instead else p.answer for p in pairs}
-    lines = [[f"`{name}`", *(cell[(*c, name)] for c in columns)] for name in tokprune.list_methods()]
-    return markdown(("method", *(f"`{model}`, {tower}" for model, tower in columns)), lines)
+    """Which method runs on which model; models with the same answers share a column."""
+    answers: dict[tuple[str, str], dict[str, str]] = {}
+    for p in tokprune.list_support():
+        answers.setdefault((p.model, p.tower), {})[p.method] = f"`{p.answer}`" if p.instead else p.answer
+    alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for (model, tower), cells in answers.items():
+        column = alike.setdefault(tuple(cells[name] for name in tokprune.list_methods()), {})
+        column.setdefault(tower, []).append(f"`{model}`")
+    heads = ["; ".join(f"{tower}: {', '.join(names)}" for tower, names in column.items()) for column in alike.values()]
+    lines = [[f"`{name}`", *row] for name, *row in zip(tokprune.list_methods(), *alike, strict=True)]
+    return markdown(("method", *heads), lines)
 
 
 def ledger(names: str) -> str:
@@ -171,6 +183,38 @@ def savings(name: str) -> str:
     seconds = [f"{r.first_token_ms[1] / 1000:.2f} s" for r in (bare, pruned)]
     lines.append(["time to first token, measured", *seconds, f"x {middle:.2f} [{low:.2f}, {high:.2f}]"])
     return markdown(("", "all tokens", "a quarter", "ratio"), lines)
+
+
+def predicted(shape: Shape, method: str, keep: float, n_text: int, bytes_per_value: int = 2) -> Report:
+    """The report of one square picture and `n_text` text tokens, without running the model."""
+    chosen, side = tokprune.get_method(method), round(shape.n_visual**0.5)
+    vision, layout, budget = shape.vision, grid_layout(side, side), Budget(keep_ratio=keep)
+    projects_rows = shape.projector[0] == vision.stack.width
+    signals = chosen.needs(Tower(vision.stack.n_layers, vision.n_special > 0, projects_rows))
+    cost, n = SelectionCost(shape, signals, chosen.cost), budget.n_keep(shape.n_visual)
+    image = ImageReport(torch.arange(shape.n_visual) < n, layout, spent=lambda kept: cost.selector(layout, kept))
+    return Report(
+        method,
+        f"keep_ratio={keep}",
+        describe_signals(signals),
+        shape.text.n_layers,
+        images=[image],
+        encoded=[image],
+        prefills=[Prefill(1, shape.n_visual + n_text, n + n_text, 0, 0, None)],
+        shape=shape,
+        bytes_per_value=bytes_per_value,
+    )
+
+
+def report(name: str) -> str:
+    """What `print(attachment.report)` shows for a known model, a line a part."""
+    text = str(predicted(known_shape(name), "vtc_cls", 0.25, REFERENCE_TEXT)).replace("; ", "\n")
+    return f"```text\n{text}\n```\n"
+
+
+def details(_: str) -> str:
+    """A section a method."""
+    return method_pages.sections()
 
 
 def families(_: str) -> str:
@@ -224,6 +268,7 @@ def exits(name: str) -> str:
 BLOCKS: dict[str, Callable[[str], str]] = {
     "bench": bench,
     "comparison": comparison,
+    "details": details,
     "frontier": frontier,
     "exits": exits,
     "families": families,
@@ -232,6 +277,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "ledger": ledger,
     "models": models,
     "pairs": pairs,
+    "report": report,
     "savings": savings,
 }
 
