@@ -68,7 +68,7 @@ def _check_apart(path: Path, out: Path) -> None:
     """Raise RunError if the page would overwrite a file of the run."""
     for name in FILES:
         if (path / name).exists() and out.exists() and out.samefile(path / name):
-            raise RunError(f"--out {out} is {name} of the run, which would be lost; name another file with --out")
+            raise RunError(f"--out {out} is {name} of the run, which would be lost; use another file with --out")
 
 
 def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], drawn: dict) -> str:
