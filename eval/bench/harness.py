@@ -50,6 +50,7 @@ def by_hand(runner: Runner, task: Task, samples: Sequence[Sample], config: Confi
 
 def by_harness(runner: Runner, task: Task, samples: Sequence[Sample], config: Config, batch_size: int) -> int:
     """The same as `tokprune compare` does it, with its rows written to a folder."""
+    vars(runner).pop("_crops", None)  # a user's run does not know the pictures of an earlier one
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(RunFolder(Path(folder), {}, True, Processes.started(), {})) as results,

@@ -245,28 +245,24 @@ class Runner:
     def asked_about(self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1) -> Asked:
         """Prepared questions about pictures, at another scale where that is given."""
         pictures = [_scaled(task.image(i), scale) for i in image_ids]
-        return self._asked(self._processed(samples, pictures), [picture.size for picture in pictures])
-
-    def _asked(self, inputs, sizes: Sequence[tuple]) -> Asked:
-        """Inputs with what the model makes of them.
-
-        Args:
-            inputs: of a batch.
-            sizes: of every picture, width and height among them; equal ones are cut into equal crops.
-        """
+        inputs = self._processed(samples, pictures)
         columns = inputs["attention_mask"].sum(1).tolist()
         n_visual = self.placeholders(inputs["input_ids"]).sum(1).tolist()
-        keys = list(zip(n_visual, sizes, strict=True))
-        if self._known and not self._crops.keys() >= set(keys):
-            self._crops.update(zip(keys, self._crops_of(inputs), strict=True))
-        return Asked(inputs, columns, n_visual, [self._crops[key] for key in keys] if self._known else [])
+        if not self._known:
+            return Asked(inputs, columns, n_visual, [])
+        # Pictures of one size with equally many tokens are cut into equal crops: the model is asked once for each kind.
+        kinds = [(n, picture.size) for n, picture in zip(n_visual, pictures, strict=True)]
+        for sample, picture, kind in zip(samples, pictures, kinds, strict=True):
+            if kind not in self._crops:
+                self._crops[kind] = self._crops_of(self._processed([sample], [picture]))
+        return Asked(inputs, columns, n_visual, [self._crops[kind] for kind in kinds])
 
     @torch.no_grad()
-    def _crops_of(self, inputs) -> list[int]:
-        """Crops of every picture, asked of the model itself; also the first run, which is always slow."""
+    def _crops_of(self, inputs) -> int:
+        """Crops of the picture of one row, asked of the model itself; also the first run, which is always slow."""
         with tokprune.attach(self.model, "uniform", keep_ratio=1) as attachment:
             self.model(**inputs, logits_to_keep=1)
-            return [i.layout.n_crops for i in attachment.report.encoded]
+            return attachment.report.encoded[0].layout.n_crops
 
     def placeholders(self, ids: torch.Tensor) -> torch.Tensor:
         """Which ids stand for visual tokens, bool."""
