@@ -28,7 +28,7 @@ from tokprune.cost.flops import Ops, Shape
 
 from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task
-from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
+from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, Crops, SampleRow
 from .stopwatch import Stopwatch
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -239,8 +239,10 @@ class Runner:
     def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], selector: Ops) -> Costs:
         if len(columns[1]) == 1:  # the bare model: the same in every layer
             columns = columns[0], columns[1] * self.n_layers
-        before, after = (a.crops[i] if a.crops else 0 for a in asked)
-        return Costs.of(self.shape if before else None, columns, selector, self.model.dtype.itemsize, (before, after))
+        if not all(a.crops for a in asked):
+            return Costs()
+        before, after = (a.crops[i] for a in asked)
+        return Costs.of(self.shape, columns, selector, self.model.dtype.itemsize, (before, after))
 
     def asked_about(self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1) -> Asked:
         """Prepared questions about pictures, at another scale where that is given."""
@@ -258,11 +260,12 @@ class Runner:
         return Asked(inputs, columns, n_visual, [self._crops[kind] for kind in kinds])
 
     @torch.no_grad()
-    def _crops_of(self, inputs) -> int:
+    def _crops_of(self, inputs) -> Crops:
         """Crops of the picture of one row, asked of the model itself; also the first run, which is always slow."""
         with tokprune.attach(self.model, "uniform", keep_ratio=1) as attachment:
             self.model(**inputs, logits_to_keep=1)
-            return attachment.report.encoded[0].layout.n_crops
+            (image,) = attachment.report.encoded
+            return Crops(image.layout.n_crops, image.n_patches)
 
     def placeholders(self, ids: torch.Tensor) -> torch.Tensor:
         """Which ids stand for visual tokens, bool."""
@@ -279,7 +282,7 @@ class Runner:
         return self.model.config.model_type in tokprune.list_models()
 
     @functools.cached_property
-    def _crops(self) -> dict[tuple, int]:
+    def _crops(self) -> dict[tuple, Crops]:
         return {}
 
     def run(
@@ -332,7 +335,7 @@ class Asked:
     inputs: Any
     columns: list[int]
     n_visual: list[int]
-    crops: list[int]
+    crops: list[Crops]
 
 
 def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -227,13 +227,15 @@ class Shape:
         columns: int | Sequence[int],
         *,
         crops: int = 1,
+        n_patches: int | None = None,
         signals: Iterable[Signal] = (),
         rows: int = 1,
         bytes_per_value: int = 2,
     ) -> Ledger:
         """One picture and its prompt, up to the first token; arguments as in `encode` and `read`."""
-        selector = self.vision.signals(signals) * crops
-        return self.encode(crops, selector=selector) + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
+        selector = self.vision.signals(signals, n_patches) * crops
+        encoded = self.encode(crops, n_patches, selector)
+        return encoded + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
 
     def decode(self, past: int | Sequence[int], rows: int = 1) -> Ops:
         """One decoded token after `past` tokens in the KV cache, LM head included."""
