@@ -134,7 +134,7 @@ def _place(
             step = round(length * math.cos(angle)), round(length * math.sin(angle))
             moves_from = int(rng.integers(0, N_FRAMES - N_STEPS))
         actor = Actor(*look, left, top, width, begins, faint, step, moves_from)
-        inside = all(0 < x and x + width < SIZE and 0 < y and y + width < SIZE for x, y, _ in actor.boxes)
+        inside = all(x > 0 and x + width < SIZE and y > 0 and y + width < SIZE for x, y, _ in actor.boxes)
         if inside and all(findit.is_free(box, taken) for box in actor.boxes):
             return actor
     return None

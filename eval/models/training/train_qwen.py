@@ -1,0 +1,173 @@
+"""Train the embedded model of pictures of any size and of clips: seeded, step-scheduled, one process, resumable.
+
+    python -m tokprune.eval.models.training.train_qwen tower DIR
+    python -m tokprune.eval.models.training.train_qwen language DIR
+    python -m tokprune.eval.models.training.train_qwen floors DIR
+    python -m tokprune.eval.models.training.train_qwen export DIR eval/models/tiny-qwen
+
+Its language model begins as that of tiny-llava. The tower learns from labels of patches (which shape, which colour, does
+it stand still, move or come up); then everything learns together from questions and answers, the tower from its labels,
+too. Scenes and clips are drawn as they are needed. Visual tokens keep the places that M-RoPE gives them when others are
+dropped: there are no contiguous ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+from .language import initialise
+from .qwen import (
+    Batch,
+    Trainer,
+    answer_accuracy,
+    clip_batch,
+    draw_kept,
+    pack,
+    picture_batch,
+    tower_accuracy,
+    tower_loss,
+    validation_batches,
+)
+from .recipe_qwen import MERGE, build_model, start_from_llava
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+LLAVA = Path(__file__).parents[1] / "tiny-llava" / "model.safetensors"
+WARM_UP = 100
+
+
+def build_trainer(seed: int) -> Trainer:
+    """Random tower, language model of tiny-llava."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    model = build_model()
+    trainer = Trainer(model)
+    initialise(trainer)
+    start_from_llava(model, str(LLAVA))
+    return trainer
+
+
+def rate(step: int, steps: int, decay: float) -> float:
+    """Share of the learning rate: a warm-up, a plateau, and a straight line to 0 over the last `decay` of the steps."""
+    return min(1.0, step / WARM_UP, max(0.0, (steps - step) / max(1, decay * steps)))
+
+
+def optimise(
+    trainer: Trainer,
+    work: Path,
+    name: str,
+    loss_of: Callable[[np.random.Generator, int], Tensor],
+    report: Callable[[], str],
+    steps: int,
+    lr: float,
+    decay: float,
+    every: int,
+    seed: int,
+    resume: bool,
+) -> None:
+    """AdamW; saves and reports every so many steps, and goes on from there. Each step has a seed of its own."""
+    weights = [p for p in trainer.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    path, first = work / f"{name}.pt", 1
+    if resume:
+        saved = torch.load(path)
+        trainer.load_state_dict(saved["weights"])
+        optimiser.load_state_dict(saved["optimiser"])
+        first = saved["step"] + 1
+    started, losses = time.time(), []
+    for step in range(first, steps + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * rate(step, steps, decay)
+        torch.manual_seed(1_000_003 * seed + step)
+        loss = loss_of(np.random.default_rng((seed, len(name), step)), step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        if step % every == 0 or step == steps:
+            trainer.eval()
+            saved = {"weights": trainer.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
+            torch.save(saved, path.with_suffix(".new"))
+            path.with_suffix(".new").rename(path)
+            told = report()
+            typer.echo(f"step {step} {time.time() - started:.0f} s loss {np.mean(losses[-every:]):.4f} {told}")
+            trainer.train()
+
+
+@app.command()
+def tower(
+    work: Path,
+    steps: int = 4000,
+    lr: float = 1.2e-3,
+    batch: int = 8,
+    decay: float = 0.3,
+    seed: int = 0,
+    resume: bool = False,
+    every: int = 250,
+) -> None:
+    """Train the tower on labels of patches: pictures, some of them crowded, and clips in turn."""
+    work.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(seed)
+    for part in (trainer.model.language_model, trainer.model.visual.merger):
+        part.requires_grad_(False)
+    valid = validation_batches(100)
+
+    def loss(rng: np.random.Generator, step: int) -> Tensor:
+        some = picture_batch(rng, batch, crowded=0.5) if step % 2 else clip_batch(rng, batch // 2)
+        shown, _ = trainer.see(some)
+        return tower_loss(shown, some.labels)
+
+    optimise(
+        trainer, work, "tower", loss, lambda: tower_accuracy(trainer, valid), steps, lr, decay, every, seed, resume
+    )
+
+
+def drawn(rng: np.random.Generator, step: int, batch: int) -> Batch:
+    """Pictures and clips in turn."""
+    return picture_batch(rng, batch) if step % 2 else clip_batch(rng, batch)
+
+
+@app.command()
+def language(
+    work: Path,
+    steps: int = 5000,
+    lr: float = 1e-3,
+    batch: int = 8,
+    drop_from: int = 400,
+    decay: float = 0.3,
+    seed: int = 0,
+    resume: bool = False,
+    every: int = 250,
+) -> None:
+    """Train everything on questions; tokens are dropped from step `drop_from` on."""
+    trainer = build_trainer(seed)
+    if not resume:
+        trainer.load_state_dict(torch.load(work / "tower.pt")["weights"])
+    valid = validation_batches(100)
+
+    def loss(rng: np.random.Generator, step: int) -> Tensor:
+        some = drawn(rng, step, batch)
+        frames, rows, columns = some.grid
+        text = pack(some.questions)
+        shown, visual = trainer.see(some)
+        kept = draw_kept(rng, visual.detach(), (frames, rows // MERGE, columns // MERGE), step > drop_from)
+        logits = trainer.answers(visual, some, kept, text)
+        answered = F.cross_entropy(logits, text["target"][text["target"] != -100])
+        return answered + 0.1 * tower_loss(shown, some.labels)
+
+    def report() -> str:
+        return f"| {answer_accuracy(trainer, valid)} | a quarter: {answer_accuracy(trainer, valid, 0.25)}"
+
+    optimise(trainer, work, "language", loss, report, steps, lr, decay, every, seed, resume)
+
+
+if __name__ == "__main__":
+    app()
