@@ -19,6 +19,8 @@ COLOURS, SHAPES = list(findit.COLOURS), list(findit.SHAPES)
 STATES = ("still", "moves", "comes up", "comes up in the second frame")
 HEADS = (len(SHAPES) + 1, len(COLOURS) + 1, len(STATES), 1)  # shape or none, colour or none, state, centre
 SIZES = ((80, 80), (112, 112), (128, 128), (96, 128), (128, 96), (80, 112), (112, 80))  # beside 96 x 96
+PLACES = (4, 8, 8)  # most steps of time, rows and columns of tokens
+PLACE_LAYER = 3  # after which the language model should know where a token lies
 N_SEEDS = 1_000_000  # of the training splits; the first 100,000 are not drawn from
 
 
@@ -222,12 +224,17 @@ def draw_kept(rng: np.random.Generator, x: Tensor, grid: tuple[int, int, int], d
 
 
 class Trainer(nn.Module):
-    """The whole model with linear heads on the tower's patches."""
+    """The whole model with linear heads on the tower's patches, and on visual tokens within the language model.
+
+    Nothing in the tower can tell where a patch lies, and M-RoPE only says so relative to other tokens. The second head
+    asks every visual token for its step of time, its row and its column.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model.model
         self.heads = nn.Linear(TOWER_WIDTH, sum(HEADS))
+        self.place = nn.Linear(model.config.text_config.hidden_size, sum(PLACES))
         self.prefix = torch.tensor([BOS, USER, START])
         embed = self.model.visual.patch_embed
         # A convolution whose stride is its size is a linear map, several times as fast as one on a CPU.
@@ -246,8 +253,8 @@ class Trainer(nn.Module):
 
         return torch.argsort(compat.window_index(self.model.visual, grids))
 
-    def answers(self, visual: Tensor, batch: Batch, kept: Tensor, text: dict[str, Tensor]) -> Tensor:
-        """Logits at the answered positions from the rows at `kept` (B, K)."""
+    def answers(self, visual: Tensor, batch: Batch, kept: Tensor, text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits at the answered positions from the rows at `kept` (B, K), and the loss of their places."""
         words, n = self.model.language_model.embed_tokens, len(kept)
         visual = visual.gather(1, kept[..., None].expand(-1, -1, visual.shape[-1]))
         embeds = torch.cat([words(self.prefix.expand(n, -1)), visual, words(text["ids"])], 1)
@@ -260,9 +267,24 @@ class Trainer(nn.Module):
         sees = (block[:, None] == block[:, :, None]) | (block[:, None] == -1)
         mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
         out = self.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state[:, 3 + kept.shape[1] :]
-        return out[text["target"] != -100] @ words.weight.T
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        seen = self.place(out.hidden_states[PLACE_LAYER][:, 3 : 3 + kept.shape[1]])
+        place = place_loss(seen, (places - 3)[:, kept])
+        states = out.last_hidden_state[:, 3 + kept.shape[1] :]
+        return states[text["target"] != -100] @ words.weight.T, place
+
+
+def place_loss(logits: Tensor, places: Tensor) -> Tensor:
+    """Cross entropies of time, row and column; logits (B, K, 20), places (3, B, K)."""
+    parts = zip(logits.split(PLACES, -1), places, strict=True)
+    if not places.numel():
+        return logits.sum()
+    return torch.stack([F.cross_entropy(some.flatten(0, 1), place.flatten()) for some, place in parts]).sum()
 
 
 def tower_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -302,7 +324,7 @@ def answer_accuracy(trainer: Trainer, batches: list[Batch], share: float = 1.0) 
         visual, text = trainer.see(batch)[1], pack(batch.questions)
         n = visual.shape[1]
         kept = torch.rand(visual.shape[:2], generator=generator).topk(round(share * n)).indices.sort().values
-        tally(right, trainer.answers(visual, batch, kept, text), text, batch.questions)
+        tally(right, trainer.answers(visual, batch, kept, text)[0], text, batch.questions)
     said = []
     for name, kinds in (("findit", findit.KINDS), ("watchit", watchit.KINDS)):
         pooled = [r for k in kinds for r in right.get(k, [])]

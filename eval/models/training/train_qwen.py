@@ -5,10 +5,10 @@
     python -m tokprune.eval.models.training.train_qwen floors DIR
     python -m tokprune.eval.models.training.train_qwen export DIR eval/models/tiny-qwen
 
-Its language model begins as that of tiny-llava. The tower learns from labels of patches (which shape, which colour, does
-it stand still, move or come up); then everything learns together from questions and answers, the tower from its labels,
-too. Scenes and clips are drawn as they are needed. Visual tokens keep the places that M-RoPE gives them when others are
-dropped: there are no contiguous ones.
+Its language model begins as that of tiny-llava. The tower learns from labels of patches (which shape, which colour,
+does it stand still, move or come up) and then stays as it is while merger and language model learn from questions and
+answers; at the end all of it learns together. Scenes and clips are drawn as they are needed. Visual tokens keep the
+places that M-RoPE gives them when others are dropped: there are no contiguous ones.
 """
 
 from __future__ import annotations
@@ -142,26 +142,29 @@ def language(
     lr: float = 1e-3,
     batch: int = 8,
     drop_from: int = 400,
+    tower_from: int = 100_000,
     decay: float = 0.3,
     seed: int = 0,
     resume: bool = False,
     every: int = 250,
 ) -> None:
-    """Train everything on questions; tokens are dropped from step `drop_from` on."""
+    """Train on questions; tokens are dropped from step `drop_from` on, and the tower learns, too, from `tower_from`."""
     trainer = build_trainer(seed)
     if not resume:
-        trainer.load_state_dict(torch.load(work / "tower.pt")["weights"])
+        trainer.load_state_dict(torch.load(work / "tower.pt")["weights"], strict=False)
     valid = validation_batches(100)
 
     def loss(rng: np.random.Generator, step: int) -> Tensor:
+        for part in (trainer.model.visual.patch_embed, trainer.model.visual.blocks):
+            part.requires_grad_(step >= tower_from)
         some = drawn(rng, step, batch)
         frames, rows, columns = some.grid
         text = pack(some.questions)
         shown, visual = trainer.see(some)
         kept = draw_kept(rng, visual.detach(), (frames, rows // MERGE, columns // MERGE), step > drop_from)
-        logits = trainer.answers(visual, some, kept, text)
+        logits, place = trainer.answers(visual, some, kept, text)
         answered = F.cross_entropy(logits, text["target"][text["target"] != -100])
-        return answered + 0.1 * tower_loss(shown, some.labels)
+        return answered + 0.1 * place + 0.1 * tower_loss(shown, some.labels)
 
     def report() -> str:
         return f"| {answer_accuracy(trainer, valid)} | a quarter: {answer_accuracy(trainer, valid, 0.25)}"
