@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -175,6 +176,48 @@ def validation_batches(n: int, part: int = 50) -> list[Batch]:
     for i in range(0, n, part):
         batches.append(_clips([watchit.draw("validation", j) for j in range(i, min(i + part, n))], rng, rounds=1))
     return batches
+
+
+def _of_another(batch: Batch) -> Batch:
+    return replace(batch, patches=batch.patches.roll(len(batch.patches) // 2, 0))
+
+
+def _steps(batch: Batch) -> Tensor:
+    """(B, T, rows * columns, 3, 2, values of a patch of a frame)."""
+    frames, rows, columns = batch.grid
+    return batch.patches.unflatten(1, (frames, rows * columns)).unflatten(3, (3, 2, PATCH_SIZE**2))
+
+
+def _first_frame(batch: Batch) -> Batch:
+    first = _steps(batch)[:, :1, :, :, :1].expand(-1, batch.grid[0], -1, -1, 2, -1)
+    return replace(batch, patches=first.flatten(3).flatten(1, 2))
+
+
+def _last_frame(batch: Batch) -> Batch:
+    last = _steps(batch)[:, -1:, :, :, -1:].expand(-1, batch.grid[0], -1, -1, 2, -1)
+    return replace(batch, patches=last.flatten(3).flatten(1, 2))
+
+
+def _mixed(batch: Batch) -> Batch:
+    frames = _steps(batch).movedim(4, 2).flatten(1, 2)
+    order = torch.rand(frames.shape[:2], generator=torch.Generator().manual_seed(0)).argsort(1)
+    mixed = torch.stack([clip[places] for clip, places in zip(frames, order, strict=True)])
+    return replace(batch, patches=mixed.unflatten(1, (batch.grid[0], -1)).movedim(2, 4).flatten(3).flatten(1, 2))
+
+
+# Pictures have one step of two equal frames: only the first floor changes them.
+FLOORS = {"other": _of_another, "first": _first_frame, "last": _last_frame, "mixed": _mixed}
+
+
+def question_floor(task: str, n: int) -> str:
+    """Share of the questions about n validation pictures that the most frequent answer of the training split gets."""
+    cls = {"findit": findit.FindIt, "watchit": watchit.WatchIt}[task]
+    asked: dict[str, Counter] = {}
+    for sample in cls("train").samples():
+        asked.setdefault(sample.question, Counter())[sample.answer] += 1
+    guess = {question: answers.most_common(1)[0][0] for question, answers in asked.items()}
+    samples = cls("validation", n).samples()
+    return f"{task} {np.mean([guess.get(s.question) == s.answer for s in samples]):.3f}"
 
 
 def encode(text: str) -> list[int]:

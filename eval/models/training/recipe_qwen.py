@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tokprune.integrations.transformers import FAMILIES
-from tokprune.integrations.transformers.families.sizes import Sizes
+from tokprune.integrations.transformers.families.sizes import Sizes, pil_image_processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tokprune.cost.flops import Stack
 
+from ...run.processing import without_videos
 from ...tasks import findit
 from . import recipe
 
@@ -136,14 +139,32 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 @functools.cache
 def build_image_processor():
     """Qwen2-VL's, for patches of 8 pixels: pictures of any size, in whole tokens of 16 x 16 pixels."""
-    from tokprune.integrations.transformers.families.sizes import pil_image_processor
-
     return pil_image_processor("qwen2_vl", "Qwen2VLImageProcessor")(
         patch_size=PATCH_SIZE,
         merge_size=MERGE,
         temporal_patch_size=2,
         size={"shortest_edge": 4 * TOKEN**2, "longest_edge": 256 * TOKEN**2},
     )
+
+
+def save_processor(out: Path) -> None:
+    """Save a Qwen2_5_VLProcessor of tokenizer, image and video processor.
+
+    A video processor cannot be made without torchvision, so its settings are written out: those for pictures.
+    """
+    tokenizer, images = build_tokenizer(), build_image_processor()
+    without_videos("qwen2_5_vl")(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(out)
+    shared = {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
+    picture = {**shared, "image_processor_type": "Qwen2VLImageProcessor"}
+    video = {**shared, "video_processor_type": "Qwen2VLVideoProcessor", "do_sample_frames": False}
+    name = {"processor_class": "Qwen2_5_VLProcessor"}
+    _write(out / "preprocessor_config.json", {**picture, **name})
+    _write(out / "video_preprocessor_config.json", {**video, **name})
+    _write(out / "processor_config.json", {"image_processor": picture, "video_processor": video, **name})
+
+
+def _write(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .language import initialise
 from .qwen import (
+    FLOORS,
     Batch,
     Trainer,
     answer_accuracy,
@@ -32,11 +33,12 @@ from .qwen import (
     draw_kept,
     pack,
     picture_batch,
+    question_floor,
     tower_accuracy,
     tower_loss,
     validation_batches,
 )
-from .recipe_qwen import MERGE, build_model, start_from_llava
+from .recipe_qwen import BOS, EOS, MERGE, PAD, build_model, save_processor, start_from_llava
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 LLAVA = Path(__file__).parents[1] / "tiny-llava" / "model.safetensors"
@@ -170,6 +172,38 @@ def language(
         return f"| {answer_accuracy(trainer, valid)} | a quarter: {answer_accuracy(trainer, valid, 0.25)}"
 
     optimise(trainer, work, "language", loss, report, steps, lr, decay, every, seed, resume)
+
+
+@app.command()
+def floors(work: Path, n: int = 300) -> None:
+    """Accuracy on validation: whole, from a share of the tokens, and what clips tell without their order or moments.
+
+    Of clips, `other` is that of another question, `first` and `last` show that frame eight times, `mixed` shows the
+    frames in a random order. `question` is the most frequent answer to a question in the training split.
+    """
+    trainer = build_trainer(0)
+    trainer.load_state_dict(torch.load(work / "language.pt")["weights"])
+    trainer.eval()
+    valid = validation_batches(n)
+    for share in (1.0, 0.5, 0.25, 0.1):
+        typer.echo(f"{share:.0%} of the tokens: {answer_accuracy(trainer, valid, share)}")
+    for name, change in FLOORS.items():
+        typer.echo(f"{name}: {answer_accuracy(trainer, [change(b) for b in valid])}")
+    typer.echo(f"question: {question_floor('findit', n)}, {question_floor('watchit', n)}")
+
+
+@app.command()
+def export(work: Path, out: Path) -> None:
+    """Save model and processor, half precision."""
+    trainer = build_trainer(0)
+    trainer.load_state_dict(torch.load(work / "language.pt")["weights"])
+    model = build_model()
+    model.model.load_state_dict(trainer.model.state_dict())
+    model.tie_weights()
+    model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_length=None)
+    model.half().save_pretrained(out)
+    save_processor(out)
+    typer.echo(f"{sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB in {out}")
 
 
 if __name__ == "__main__":
