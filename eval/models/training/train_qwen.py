@@ -1,6 +1,7 @@
 """Train the embedded model of pictures of any size and of clips: seeded, step-scheduled, one process, resumable.
 
     python -m tokprune.eval.models.training.train_qwen tower DIR
+    python -m tokprune.eval.models.training.train_qwen align DIR
     python -m tokprune.eval.models.training.train_qwen language DIR
     python -m tokprune.eval.models.training.train_qwen floors DIR
     python -m tokprune.eval.models.training.train_qwen export DIR eval/models/tiny-qwen
@@ -22,23 +23,29 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
+from ...tasks import findit
 from .language import initialise
 from .qwen import (
     FLOORS,
+    N_SEEDS,
     Batch,
     Trainer,
     answer_accuracy,
     clip_batch,
     draw_kept,
     pack,
+    patchify,
     picture_batch,
     question_floor,
     tower_accuracy,
     tower_loss,
     validation_batches,
 )
+from .recipe import GRID
 from .recipe_qwen import BOS, EOS, MERGE, PAD, build_model, save_processor, start_from_llava
+from .tower import pixels
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 LLAVA = Path(__file__).parents[1] / "tiny-llava" / "model.safetensors"
@@ -132,6 +139,40 @@ def tower(
     )
 
 
+@app.command()
+def align(work: Path, steps: int = 800, lr: float = 2e-3, batch: int = 16, seed: int = 0, every: int = 200) -> None:
+    """Train the merger to give the rows that tiny-llava gives, the mean over the patches of a token.
+
+    The language model, which comes from there, then reads the new tower's pictures from the start.
+    """
+    trainer = build_trainer(seed)
+    trainer.load_state_dict(torch.load(work / "tower.pt")["weights"], strict=False)
+    trainer.requires_grad_(False)
+    trainer.model.visual.merger.requires_grad_(True)
+    teacher = LlavaForConditionalGeneration.from_pretrained(LLAVA.parent, dtype=torch.float32).eval()
+    valid = validation_batches(100)
+
+    def loss(rng: np.random.Generator, step: int) -> Tensor:
+        images = [findit.draw("train", int(i))[0] for i in rng.integers(100_000, N_SEEDS, batch)]
+        pixel_values = pixels(np.stack(images))
+        with torch.no_grad():
+            rows = teacher.model.get_image_features(pixel_values).pooler_output
+        rows = (
+            torch.stack(list(rows))
+            .unflatten(1, (GRID // MERGE, MERGE, GRID // MERGE, MERGE))
+            .mean((2, 4))
+            .flatten(1, 2)
+        )
+        grid = 1, GRID, GRID
+        _, mine = trainer.see(Batch(patchify(np.stack(images)[:, None]), torch.empty(0), grid, False, []))
+        return F.mse_loss(mine, rows) / rows.var()
+
+    def report() -> str:
+        return answer_accuracy(trainer, valid)
+
+    optimise(trainer, work, "aligned", loss, report, steps, lr, 0.5, every, seed, False)
+
+
 def drawn(rng: np.random.Generator, step: int, batch: int) -> Batch:
     """Pictures and clips in turn."""
     return picture_batch(rng, batch) if step % 2 else clip_batch(rng, batch)
@@ -153,7 +194,7 @@ def language(
     """Train on questions; tokens are dropped from step `drop_from` on, and the tower learns, too, from `tower_from`."""
     trainer = build_trainer(seed)
     if not resume:
-        trainer.load_state_dict(torch.load(work / "tower.pt")["weights"], strict=False)
+        trainer.load_state_dict(torch.load(work / "aligned.pt")["weights"])
     valid = validation_batches(100)
 
     def loss(rng: np.random.Generator, step: int) -> Tensor:
