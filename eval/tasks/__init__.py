@@ -15,6 +15,7 @@ TASKS = {
     "easyvqa": "tokprune.eval.tasks.easyvqa:EasyVQA",
     "findit": "tokprune.eval.tasks.findit:FindIt",
     "findit_hd": "tokprune.eval.tasks.findit_hd:FindItHD",
+    "watchit": "tokprune.eval.tasks.watchit:WatchIt",
 }
 
 
