@@ -280,7 +280,8 @@ class Observer(NotCopyable):
         if this is None:
             return flags
         if this.masks:
-            flags["placeholders"] = torch.stack([mask.sum() for mask in this.masks.values()]).sum()
+            # Encode functions may share a placeholder, which is one column.
+            flags["placeholders"] = torch.stack(list(this.masks.values())).any(0).sum()
         call = this.call
         if call and call.bad and not self.paused:
             flags["bad_features"] = torch.stack(call.bad).any()

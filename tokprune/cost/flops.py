@@ -153,7 +153,7 @@ class Shape:
         text: the decoder layers of the language model.
         vocabulary: rows of the LM head.
         any_size: the tower takes a picture of any size as one crop; numbers per crop are those of one size.
-        gated_projector: half of the projector's inner width gates the other half (SwiGLU).
+        gated_projector: half of the projector's last inner width gates the other half (SwiGLU).
         n_projectors: projectors that run on every row; several if features of several tower layers are used.
     """
 
@@ -172,7 +172,7 @@ class Shape:
         """The projector on `n_rows` rows."""
         one = sum(a * b for a, b in zip(self.projector, self.projector[1:], strict=False))
         if self.gated_projector:
-            one -= self.projector[1] // 2 * self.projector[2]
+            one -= self.projector[-2] // 2 * self.projector[-1]
         return Ops(n_rows * self.n_projectors * one)
 
     @property

@@ -14,6 +14,7 @@ TEXT_FAMILIES = {
     "gemma": True,
     "gemma2": True,
     "gemma3_text": True,
+    "glm4v_text": True,
     "llama": True,
     "mistral": True,
     "opt": False,

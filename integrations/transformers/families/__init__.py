@@ -20,6 +20,8 @@ FAMILIES = Registry(
         "aya_vision": "tokprune.integrations.transformers.families.cohere2_vision:AyaVision",
         "cohere2_vision": "tokprune.integrations.transformers.families.cohere2_vision:Cohere2Vision",
         "gemma3": "tokprune.integrations.transformers.families.gemma3:Gemma3",
+        "glm46v": "tokprune.integrations.transformers.families.glm4v:Glm46V",
+        "glm4v": "tokprune.integrations.transformers.families.glm4v:Glm4V",
         "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
         "llava": "tokprune.integrations.transformers.families.llava:Llava",
         "llava_next": "tokprune.integrations.transformers.families.llava_next:LlavaNext",
