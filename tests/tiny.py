@@ -33,7 +33,7 @@ KINDS = (*TOWERS, "llava_next", "llava_onevision", "internvl")
 TILED = ("llava_next", "llava_onevision")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 GLM = ("glm4v", "glm46v")  # pictures or videos in a call: a frame is placeholders of pictures
-M_ROPE = (*QWEN, *GLM)
+M_ROPE = (*QWEN, *GLM, "paddleocr_vl", "qwen3_5")
 FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
@@ -158,6 +158,8 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
     if kind in M_ROPE:
         grids = [GRIDS[i % len(GRIDS)] for i in images]
         values = torch.cat([patches(grid, 50 + i) for grid, i in zip(grids, images, strict=True)])
+        if kind == "paddleocr_vl":  # of one frame, in raster order
+            values = values[:, : 3 * PATCH**2].unflatten(1, (3, PATCH, PATCH))
         return {"pixel_values": values.to(dtype), "image_grid_thw": torch.tensor(grids)}
     sizes = [SIZES[i % len(SIZES)] for i in images]
     several = [len(row) > 1 and kind == "llava_onevision" for row in rows for _ in row]

@@ -15,7 +15,8 @@ import tokprune
 from tokprune.core.errors import UnsupportedModelError
 
 pytestmark = pytest.mark.skipif(tiny.RELEASE.release < (5, 18), reason="attach refuses these families there")
-KINDS = tiny.GLM
+KINDS = (*tiny.GLM, "paddleocr_vl", "qwen3_5")
+TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -52,7 +53,7 @@ def test_every_method_before_the_language_model_runs(kind, spec):
         for r in range(len(inputs["input_ids"])):
             alone = model(**tiny.row(inputs, r, kind=kind)).logits[:, -1]
             rows += attachment.kept if tiny.MIXED[r] else []
-            assert (together[r] - alone[0]).abs().max() < 1e-5, r
+            assert (together[r] - alone[0]).abs().max() < TOLERANCE.get(kind, 1e-5), r
     assert [k.tolist() for k in kept] == [k.tolist() for k in rows]
 
 
