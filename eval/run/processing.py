@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
+from tokprune.core.errors import RunError
+
 from ..tasks.clip import Clip
 
 QWEN = ("qwen2_vl", "qwen2_5_vl")
@@ -59,22 +61,64 @@ def inputs_of(processor: Any, text: Sequence[str], visuals: Sequence[Image.Image
     """Left-padded inputs of a batch: prompts with one placeholder each, and the picture or the clip of each.
 
     Raises:
-        ValueError: pictures and clips in one batch, or a prompt that does not hold exactly one placeholder.
+        RunError: a clip, and a processor without a video part that is not of Qwen.
     """
-    if not any(isinstance(v, Clip) for v in visuals):
-        return processor(images=[[v] for v in visuals], text=list(text), padding=True, return_tensors="pt")
-    if not all(isinstance(v, Clip) for v in visuals):
-        raise ValueError("a batch holds pictures or clips, not both")
     clips = [v for v in visuals if isinstance(v, Clip)]
+    if not clips:
+        return _of_pictures(processor, text, visuals)
+    if getattr(processor, "video_processor", None) is not None:
+        return _by_its_video_part(processor, text, visuals)
+    if not hasattr(getattr(processor, "image_processor", None), "temporal_patch_size"):
+        raise RunError(
+            f"{type(processor).__name__} makes no inputs of videos here; install torchvision, which its video part "
+            "needs, or compare on pictures"
+        )
+    return _by_hand(processor, text, visuals, clips)
+
+
+def _of_pictures(processor: Any, text: Sequence[str], pictures: Sequence[Any]) -> BatchFeature:
+    return processor(images=[[p] for p in pictures], text=list(text), padding=True, return_tensors="pt")
+
+
+def _by_its_video_part(processor: Any, text: Sequence[str], visuals: Sequence[Image.Image | Clip]) -> BatchFeature:
+    """With torchvision. Frames were chosen when they were read."""
+    clips = [v for v in visuals if isinstance(v, Clip)]
+    pictures = [[v] for v in visuals if not isinstance(v, Clip)]
+    about = [
+        {"fps": c.fps, "total_num_frames": len(c.frames), "frames_indices": list(range(len(c.frames)))} for c in clips
+    ]
+    return processor(
+        text=list(text),
+        images=pictures or None,
+        videos=[np.stack([np.asarray(f) for f in c.frames]) for c in clips],
+        video_metadata=about,
+        do_sample_frames=False,
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def _by_hand(
+    processor: Any, text: Sequence[str], visuals: Sequence[Image.Image | Clip], clips: Sequence[Clip]
+) -> BatchFeature:
+    """Pictures through the processor, clips cut into patches here; their rows are padded together."""
     videos = video_inputs(processor, clips)
     token, merge = processor.video_token, processor.image_processor.merge_size**2
-    if any(prompt.count(token) != 1 for prompt in text):
-        raise ValueError(f"every prompt needs exactly one {token}")
-    lengths = (videos["video_grid_thw"].prod(-1) // merge).tolist()
-    filled = [prompt.replace(token, token * n) for prompt, n in zip(text, lengths, strict=True)]
-    made = processor.tokenizer(filled, padding=True, return_tensors="pt")
+    lengths = iter((videos["video_grid_thw"].prod(-1) // merge).tolist())
+    pictures = [v for v in visuals if not isinstance(v, Clip)]
+    asked = [prompt for prompt, v in zip(text, visuals, strict=True) if not isinstance(v, Clip)]
+    seen = dict(processor(images=[[p] for p in pictures], text=asked)) if pictures else {}
+    of_pictures = iter(seen.pop("input_ids", []))
+    ids = [
+        processor.tokenizer(prompt.replace(token, token * next(lengths)))["input_ids"]
+        if isinstance(v, Clip)
+        else list(next(of_pictures))
+        for prompt, v in zip(text, visuals, strict=True)
+    ]
+    made = processor.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
     types = torch.tensor(processor.create_mm_token_type_ids(made["input_ids"].tolist()))
-    return BatchFeature({**made, "mm_token_type_ids": types, **videos})
+    pixels = {name: torch.as_tensor(np.asarray(seen[name])) for name in ("pixel_values", "image_grid_thw") if seen}
+    return BatchFeature({**made, "mm_token_type_ids": types, **pixels, **videos})
 
 
 def video_inputs(processor: Any, clips: Sequence[Clip]) -> dict[str, Tensor]:

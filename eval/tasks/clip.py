@@ -29,9 +29,9 @@ class Clip:
         """Width and height of a frame."""
         return self.frames[0].size
 
-    def resized(self, size: tuple[int, int]) -> Clip:
-        """With frames of another width and height."""
-        return Clip(tuple(frame.resize(size, Image.Resampling.BICUBIC) for frame in self.frames), self.fps)
+    def resize(self, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC) -> Clip:
+        """With frames of another width and height, as the method of a picture."""
+        return Clip(tuple(frame.resize(size, resample) for frame in self.frames), self.fps)
 
 
 def is_video(path: Path) -> bool:

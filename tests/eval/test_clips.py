@@ -61,7 +61,7 @@ def test_a_video_file(tmp_path):
 
 
 def test_frames_keep_their_number_when_resized():
-    clip = Clip((Image.new("RGB", (8, 4)), Image.new("RGB", (8, 4)))).resized((4, 2))
+    clip = Clip((Image.new("RGB", (8, 4)), Image.new("RGB", (8, 4)))).resize((4, 2))
     assert (len(clip.frames), clip.size) == (2, (4, 2))
 
 
