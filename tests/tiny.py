@@ -33,10 +33,15 @@ KINDS = (*TOWERS, "llava_next", "llava_onevision", "internvl")
 TILED = ("llava_next", "llava_onevision")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
+CROPPED = ("idefics3", "smolvlm")  # a picture is crops and a thumbnail, each a run of placeholders
+MORE = CROPPED
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
 # Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
 SIZES = ((24, 48), (40, 20), (30, 30), (20, 48), (5, 7))
+# Idefics 3: rows and columns of crops before a thumbnail, and the tokens around a run of placeholders.
+CROPS = ((0, 0), (2, 2), (1, 2), (2, 1))
+FAKE, GLOBAL, NEWLINE, TAGS = 88, 92, 93, ((94, 95), (96, 97))
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3))  # InternVL: rows and columns of crops; a thumbnail joins two or more
 
 
@@ -63,6 +68,7 @@ OTHERWISE = {
     "llava_onevision": {**SIGLIP, "text_type": "qwen2"},
     **{kind: dict(grids=(), tower_options={}) for kind in QWEN},
     **{kind: {**SIGLIP, "text_type": "gemma"} for kind in FIXED},
+    **{kind: dict(tower_type=f"{kind}_vision", tower_options={}, grids=()) for kind in CROPPED},
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
     ),
@@ -157,6 +163,8 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
         grids = [GRIDS[i % len(GRIDS)] for i in images]
         values = torch.cat([patches(grid, 50 + i) for grid, i in zip(grids, images, strict=True)])
         return {"pixel_values": values.to(dtype), "image_grid_thw": torch.tensor(grids)}
+    if kind in CROPPED:
+        return cropped(rows, dtype)
     sizes = [SIZES[i % len(SIZES)] for i in images]
     several = [len(row) > 1 and kind == "llava_onevision" for row in rows for _ in row]
     counts = [1 if s else image_size_to_num_patches(z, PINPOINTS, SIDE) for z, s in zip(sizes, several, strict=True)]
@@ -168,6 +176,38 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
     return found
 
 
+def cropped(rows: list[list[int]], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """What Idefics 3's processor gives: the crops of a row of the batch, and empty ones after them."""
+    shown = [
+        torch.cat([pictures(1 + math.prod(CROPS[i % len(CROPS)]), seed=60 + i) for i in row] or [pictures(0)])
+        for row in rows
+    ]
+    most = max(map(len, shown))
+    padded = [F.pad(own, (0, 0, 0, 0, 0, 0, 0, most - len(own))) for own in shown]
+    there = [torch.arange(most) < len(own) for own in shown]
+    mask = torch.stack(there)[..., None, None].expand(-1, -1, SIDE, SIDE)
+    return {"pixel_values": torch.stack(padded).to(dtype), "pixel_attention_mask": mask.long()}
+
+
+def shown(kind: str, image: int, alone: bool = True) -> list[int]:
+    """An image in a prompt, as the processor writes it."""
+    if kind in CROPPED:
+        return shown_crops(image)
+    rows = [IMAGE] * n_rows(kind, image, alone)
+    return [START, *rows, END] if kind in QWEN else rows
+
+
+def shown_crops(image: int) -> list[int]:
+    """The crops of an image, row by row, and its thumbnail."""
+    n_rows_, n_columns = CROPS[image % len(CROPS)]
+    ids, crop = [], [IMAGE] * (N_VISUAL // MERGED)
+    for r in range(n_rows_):
+        for c in range(n_columns):
+            ids += [FAKE, TAGS[r][c], *crop]
+        ids.append(NEWLINE)
+    return [*ids, *[NEWLINE][: len(ids)], FAKE, GLOBAL, *crop, FAKE]
+
+
 @functools.cache
 def n_rows(kind: str, image: int, alone: bool = True) -> int:
     """Placeholders of an image, as the bare model counts them; alone in its row or not."""
@@ -177,6 +217,8 @@ def n_rows(kind: str, image: int, alone: bool = True) -> int:
         return N_VISUAL if kind == "paligemma" else N_VISUAL // 4
     if kind in QWEN:
         return math.prod(GRIDS[image % len(GRIDS)]) // MERGED
+    if kind in CROPPED:
+        return shown_crops(image).count(IMAGE)
     inputs = pixels(kind, [[image] if alone else [image, image]])
     with torch.no_grad():
         out = model(kind).model.get_image_features(**inputs)
@@ -201,8 +243,7 @@ def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True, kind="clip") -> 
     for r, images in enumerate(layout):
         ids = [1, *words(2 + r)] if lead else []
         for image in images:
-            shown = [IMAGE] * n_rows(kind, image, len(images) == 1)
-            ids += ([START, *shown, END] if kind in QWEN else shown) + words(2)
+            ids += shown(kind, image, len(images) == 1) + words(2)
         rows.append(ids + words(4 + 2 * r))
     return typed(kind, padded(rows)) | pixels(kind, [list(images) for images in layout], dtype)
 

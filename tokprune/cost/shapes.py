@@ -27,7 +27,13 @@ TEXT_FAMILIES = {
     "qwen3_vl_text": True,
 }
 # model_type of a vision tower -> its special tokens ([CLS])
-VISION_FAMILIES = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
+VISION_FAMILIES = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "internvl_vision": 1,
+    "smolvlm_vision": 0,
+    "idefics3_vision": 0,
+}
 
 
 def text_of(config: Any) -> Stack:

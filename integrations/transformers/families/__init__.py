@@ -20,6 +20,7 @@ FAMILIES = Registry(
         "aya_vision": "tokprune.integrations.transformers.families.cohere2_vision:AyaVision",
         "cohere2_vision": "tokprune.integrations.transformers.families.cohere2_vision:Cohere2Vision",
         "gemma3": "tokprune.integrations.transformers.families.gemma3:Gemma3",
+        "idefics3": "tokprune.integrations.transformers.families.idefics3:Idefics3",
         "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
         "llava": "tokprune.integrations.transformers.families.llava:Llava",
         "llava_next": "tokprune.integrations.transformers.families.llava_next:LlavaNext",
@@ -29,6 +30,7 @@ FAMILIES = Registry(
         "qwen2_vl": "tokprune.integrations.transformers.families.qwen2_vl:Qwen2VL",
         "qwen3_vl": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VL",
         "qwen3_vl_moe": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VLMoE",
+        "smolvlm": "tokprune.integrations.transformers.families.idefics3:SmolVLM",
     },
     listing="tokprune.list_models()",
 )
