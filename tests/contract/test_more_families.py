@@ -1,4 +1,4 @@
-"""Laws of families with plain masks and positions whose images are several runs of placeholders: Idefics 3, SmolVLM.
+"""Laws of Idefics 3, SmolVLM, Mistral 3 and Pixtral, whose images may be several runs of placeholders.
 
 Rows of a batch hold a picture, two pictures, and text alone.
 """
@@ -14,9 +14,11 @@ from counter import counted
 from processors import cropped_inputs, cropped_processor, picture
 from specs import CUTTING, PRUNING, build, scaled
 from tokprune.integrations.transformers import family_of
+from tokprune.integrations.transformers.encode import Encoded, by_image
 from tokprune.integrations.transformers.hooks import Hooks
 from tokprune.integrations.transformers.passes import Passes
 from tokprune.integrations.transformers.tower_taps import TowerTap
+from transformers import AutoModelForImageTextToText
 
 import tokprune
 from tokprune.core.errors import MissingSignalError, NothingPrunedError, TokPruneError, UnsupportedModelError
@@ -26,6 +28,7 @@ from tokprune.core.tokens import Stage
 pytestmark = pytest.mark.skipif(tiny.RELEASE.release < (5, 18), reason="attach refuses these families there")
 kinds = pytest.mark.parametrize("kind", tiny.MORE)
 cropped = pytest.mark.parametrize("kind", tiny.CROPPED)
+pixtral = pytest.mark.parametrize("kind", tiny.PIXTRAL)
 BEFORE = ("uniform", "fopru", "divprune", "cdpruner")
 DTYPE = torch.float64
 IMAGES = [image for row in tiny.MIXED for image in row]
@@ -186,6 +189,29 @@ def test_a_second_turn_equals_the_long_sequence_masked(kind):
     assert (logits - masked(model, whole, keep, positions_of(again))[:, -1]).abs().max() < 1e-9
 
 
+@kinds
+@pytest.mark.parametrize("method", ["fopru", "fastv:layer=2"])
+@torch.no_grad()
+def test_a_picture_of_a_later_turn_is_pruned_as_in_the_long_sequence(kind, method):
+    model, first = model_of(kind), tiny.batch(((0,),), DTYPE, kind=kind)
+    more = torch.tensor([[21, 22, *tiny.shown(kind, 2), 23, 24]])
+    options = dict(max_new_tokens=3, do_sample=False, suppress_tokens=tiny.SUPPRESSED, return_dict_in_generate=True)
+    with tokprune.attach(model, method, keep_ratio=0.4, positions="original") as attachment:
+        turn, kept = model.generate(**first, **options), attachment.kept
+        ids = torch.cat([turn.sequences, more], 1)
+        again = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **tiny.pixels(kind, [[2]], DTYPE)}
+        tokens, kept = (
+            tiny.generate(model, again, max_new_tokens=4, **tiny.cached(turn[tiny.CACHE])),
+            kept + attachment.kept,
+        )
+    whole = {**again, **tiny.pixels(kind, [[0, 2]], DTYPE)}
+    layer = 0 if method == "fopru" else 2
+    (keep,) = kept_columns(kind, whole, [k[2] if layer else k for k in kept], [0, 2])
+    assert not keep.all()
+    embeds = oracle.full_embeds(model, whole)
+    assert tokens[0].tolist() == oracle.masked_greedy(model, embeds, {layer: ~keep}, 4)
+
+
 # ---- between decoder layers
 
 
@@ -253,14 +279,15 @@ def test_every_method_that_the_family_can_run_runs(kind, spec):
 @torch.no_grad()
 def test_detaching_gives_everything_back(kind):
     model, inputs = tiny.fresh_model(kind), tiny.batch(kind=kind)
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
-    state = {name: value.clone() for name, value in model.state_dict().items()}
     logits = model(**inputs).logits
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     with tokprune.attach(model, "fopru+fastv", keep_ratio=[0.5, 0.5]):
         model(**inputs)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == hooks
     assert torch.equal(model(**inputs).logits, logits)
 
 
@@ -304,7 +331,7 @@ def test_a_token_shows_the_patches_that_its_score_is_of(kind):
         torch.nn.init.zeros_(out.weight)
         if out.bias is not None:
             torch.nn.init.zeros_(out.bias)
-    given = tiny.pixels(kind, [[0, 1]])
+    given = tiny.pixels(kind, [[0, 1, 4]])
     pixels = given["pixel_values"].requires_grad_()
     rows = torch.cat(family.encode("get_image_features", **given))
     pictures = pixels.flatten(0, -4)
@@ -332,6 +359,7 @@ def real_patches(numbers, given):
 
 PARTS = {
     **{kind: ("vision_model", "connector", "text_model") for kind in tiny.CROPPED},
+    **{kind: ("vision_tower", "multi_modal_projector", "language_model") for kind in tiny.PIXTRAL},
 }
 
 
@@ -370,6 +398,25 @@ def test_a_picture_has_one_budget_over_its_crops(kind):
     assert (layout.height, layout.width, layout.n_crops) == (6, 6, 5)
     assert (layout.row[9], layout.column[9]) == (0, 3)
     assert (layout.row[18], layout.column[18]) == (3, 0)
+
+
+@cropped
+@torch.no_grad()
+def test_crops_may_be_larger_than_the_configuration_says(kind):
+    model, side = tiny.model(kind), 32
+    inputs = tiny.batch(((2,),), kind=kind)
+    n_before, n = tiny.N_VISUAL // tiny.MERGED, (side // tiny.PATCH) ** 2 // tiny.MERGED
+    ids = inputs["input_ids"][0].tolist()
+    longer = [i for place, i in enumerate(ids) for _ in range(1 + (n - n_before) * (i == tiny.IMAGE != ids[place - 1]))]
+    pixels = torch.randn(1, 3, 3, side, side, generator=torch.Generator().manual_seed(4))
+    single = {**tiny.padded([longer]), "pixel_values": pixels}
+    seen = counted(lambda: model(**single, use_cache=False), PARTS[kind])
+    with tokprune.attach(model, "fopru", keep_ratio=0.5) as attachment:
+        model(**single)
+    (image,) = attachment.report.images
+    assert (image.n_visual, image.layout.height, image.layout.width) == (3 * n, 4, 8)
+    ledger = family_of(model).shape.encode(3, image.n_patches)
+    assert abs(ledger.vision.flops - seen["vision_model"]) < 0.01 * seen["vision_model"]
 
 
 @cropped
@@ -466,3 +513,103 @@ def test_smolvlm_writes_prompts_as_idefics3_does():
     for rows, columns in ((0, 0), (2, 3)):
         own = get_image_prompt_string(rows, columns, 9, "<fake_token_around_image>", "<image>", "<global-img>")
         assert own == made.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
+
+
+# ---- pictures of any size
+
+
+@pixtral
+@torch.no_grad()
+def test_a_picture_is_one_image_though_text_breaks_its_rows(kind):
+    model, (inputs, _) = model_of(kind), batch_of(kind)
+    with tokprune.attach(model, "uniform", keep_tokens=5) as attachment:
+        model(**inputs)
+    images, grids = attachment.report.images, [tiny.pixtral_grid(kind, image) for image in IMAGES]
+    assert [(i.layout.height, i.layout.width) for i in images] == grids
+    assert [(i.n_visual, i.n_kept) for i in images] == [(h * w, 5) for h, w in grids]
+    n_kept = inputs["attention_mask"].sum(1) - torch.tensor([grids[0][0] * grids[0][1] - 5, 0, 0])
+    assert attachment.report.n_prompt_kept >= int(n_kept[0])
+    breaks = (inputs["input_ids"] == tiny.BREAK).sum(1).tolist()
+    assert breaks == [grids[0][0] - 1, grids[1][0] + grids[2][0] - 2, 0]
+
+
+@torch.no_grad()
+def test_states_and_rows_of_the_tower_belong_together():
+    """What the projector makes of the states that methods merge are the rows of the same patches."""
+    model, given = tiny.model("llava_pixtral"), tiny.pixels("llava_pixtral", [[0, 1, 4]])
+    family = family_of(model)
+    assert family.tower.projects_rows
+    assert not family_of(tiny.model("mistral3")).tower.projects_rows
+    tap, hooks = TowerTap(family, frozenset(), Passes(), states=True), Hooks(model)
+    tap.install(hooks)
+    out, found = tap.collect(lambda: model.model.get_image_features(**given))
+    hooks.close()
+    encoded = Encoded("get_image_features", given, list(out.pooler_output), found)
+    shown = by_image(family, encoded)
+    assert [len(one.states) for one in shown] == [32, 60, 35]
+    for one in shown:
+        torch.testing.assert_close(model.model.multi_modal_projector(one.states), one.features)
+
+
+@torch.no_grad()
+def test_pictures_without_sizes_are_as_large_as_their_pixels():
+    model, images = model_of("llava_pixtral"), [[0], [0]]
+    inputs = tiny.batch(((0,), (0,)), DTYPE, kind="llava_pixtral")
+    bare = {k: v for k, v in inputs.items() if k != "image_sizes"}
+    with tokprune.attach(model, "fopru", keep_ratio=0.3) as attachment:
+        want = model(**inputs).logits
+        got = model(**bare).logits
+        assert [i.n_visual for i in attachment.report.images] == [32] * len(images)
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_features_of_several_layers():
+    config = tiny.config("llava_pixtral")
+    config.vision_feature_layer = [-2, -1]
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    single = tiny.batch(((1,),), kind="llava_pixtral")
+    seen = counted(lambda: model(**single, logits_to_keep=1, use_cache=False), PARTS["llava_pixtral"])
+    with tokprune.attach(model, "visionzip", keep_ratio=0.5) as attachment:
+        model(**single)
+        (image,) = attachment.report.images
+    ledger = family_of(model).shape.encode(1, image.n_patches)
+    assert ledger.projector.flops == seen["multi_modal_projector"]
+    assert family_of(model).read_layer == 3
+
+
+def test_feature_selection_that_cuts_a_patch_off_is_refused():
+    model = tiny.fresh_model("llava_pixtral")
+    model.config.vision_feature_select_strategy = "default"
+    with pytest.raises(UnsupportedModelError, match="vision_feature_select_strategy = 'full'"):
+        tokprune.attach(model, "uniform", keep_ratio=0.5)
+
+
+@pixtral
+@torch.no_grad()
+def test_real_image_processor_and_layout_agree(kind):
+    """Pictures from the genuine image processor, prompts written as its processor does; a batch, and rows alone."""
+    sizes = ((96, 96), (96, 24), (20, 60), (3, 20))  # the bare Mistral 3 cannot take a picture of one token
+    model, pictures = tiny.model(kind), [picture(size, seed) for seed, size in enumerate(sizes)]
+    inputs, singles = processed(kind, pictures), [processed(kind, [one]) for one in pictures]
+    with tokprune.attach(model, "fopru", keep_ratio=0.25) as attachment:
+        together, images = tiny.generate(model, inputs), attachment.report.images
+        alone = [tiny.generate(model, single) for single in singles]
+    assert torch.equal(together, torch.cat(alone))
+    pixels = tiny.PATCH * family_of(model).block_of(model.config)
+    sizes = [[i.layout.height * pixels, i.layout.width * pixels] for i in images]
+    assert sizes == inputs["image_sizes"].tolist()
+    assert sizes[0] == [48, 48]
+    assert sizes[1][0] < sizes[1][1] == 48
+
+
+def processed(kind, pictures):
+    """A row a picture, left-padded."""
+    config = tiny.config(kind)
+    made = tiny.family(kind).image_processor(config)(pictures, return_tensors="pt")
+    pixels, rows = tiny.PATCH * tiny.family(kind).block_of(config), []
+    for height, width in made["image_sizes"].tolist():
+        broken = [*[tiny.IMAGE] * (width // pixels), tiny.BREAK] * (height // pixels)
+        rows.append([1, 5, *broken[:-1], tiny.END_OF_PICTURE, 6, 7, 8])
+    return tiny.padded(rows) | {name: made[name] for name in ("pixel_values", "image_sizes")}
