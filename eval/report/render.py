@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 import typer
-from tokprune.integrations.transformers import FAMILIES, NEWEST
+from tokprune.integrations.transformers import NEWEST, all_families
 
 import tokprune
 from tokprune.core.budget import REFERENCE_TEXT, Budget
@@ -220,12 +220,11 @@ def details(_: str) -> str:
 def families(_: str) -> str:
     """Model families, what they take, and where they can be cut."""
     alike: dict[tuple[str, ...], list[str]] = {}
-    for name in FAMILIES.names():
-        family = FAMILIES.load(name)
+    for family in all_families():
         towers = ", ".join(dict.fromkeys(kind.name for kind in family.towers.values()))
         takes = "pictures, videos" if "get_video_features" in family.encode_functions else "pictures"
         facts = (towers, takes, "no" if family.no_layer_cuts else "yes", f"{family.oldest} to {NEWEST}")
-        alike.setdefault(facts, []).append(f"`{name}`")
+        alike.setdefault(facts, []).append(f"`{family.model_type}`")
     lines = [[", ".join(names), *facts] for facts, names in alike.items()]
     return markdown(("`model_type`", "vision tower", "takes", "cuts between layers", "transformers"), lines)
 

@@ -16,7 +16,7 @@ from .compat import (
     is_newer_than_tested,
     torchvision_fault,
 )
-from .families import FAMILIES, family_of, shape_from_config
+from .families import FAMILIES, all_families, family_class, family_of, shape_from_config
 from .families.base import ModelFamily
 from .families.sizes import Sizes
 from .support import Support, list_support
@@ -29,10 +29,12 @@ __all__ = [
     "ModelFamily",
     "Sizes",
     "Support",
+    "all_families",
     "as_cache",
     "attach",
     "attention_implementation",
     "cache_of",
+    "family_class",
     "family_of",
     "features_of",
     "is_newer_than_tested",

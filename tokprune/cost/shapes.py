@@ -31,7 +31,13 @@ TEXT_FAMILIES = {
 }
 GATED_ATTENTION = ("qwen3_5_text",)  # whose queries come with a gate
 # model_type of a vision tower -> its special tokens ([CLS])
-VISION_FAMILIES = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
+VISION_FAMILIES = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "internvl_vision": 1,
+    "smolvlm_vision": 0,
+    "idefics3_vision": 0,
+}
 
 
 def text_of(config: Any) -> Stack:
