@@ -35,6 +35,7 @@ QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 GLM = ("glm4v", "glm46v")  # pictures or videos in a call: a frame is placeholders of pictures
 M_ROPE = (*QWEN, *GLM, "paddleocr_vl", "qwen3_5")
 FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
+KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2")  # of LLaVA
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
 # Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
@@ -65,6 +66,8 @@ OTHERWISE = {
     "llava_onevision": {**SIGLIP, "text_type": "qwen2"},
     **{kind: dict(grids=(), tower_options={}) for kind in M_ROPE},
     **{kind: {**SIGLIP, "text_type": "gemma"} for kind in FIXED},
+    "deepseek_vl": SIGLIP,
+    "ovis2": dict(tower_options=dict(vocab_size=1024), text_type="qwen2"),
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
     ),
@@ -149,7 +152,7 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
     images = [image for row in rows for image in row]
     if not images:
         return {}
-    if kind in TOWERS:
+    if kind in TOWERS or (kind in KIN and kind != "llava_next_video"):
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind == "internvl":
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
