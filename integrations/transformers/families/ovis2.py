@@ -22,7 +22,8 @@ class Ovis2(SiglipFamily):
     """
 
     model_type = "ovis2"
-    towers: ClassVar = {"ovis2_vision": TowerKind("Ovis2-ViT", False)}
+    # Releases before the newest ones give the tower's configuration no name.
+    towers: ClassVar = {"ovis2_vision": TowerKind("Ovis2-ViT", False), "": TowerKind("Ovis2-ViT", False)}
     no_layer_cuts: ClassVar[str] = ""
 
     @classmethod

@@ -15,9 +15,6 @@ from .base import TowerKind
 from .llava import Llava
 from .sizes import Sizes
 
-# What releases of transformers call the pictures.
-PICTURES = ("pixel_values", "pixel_values_images")
-
 
 class VideoLlava(Llava):
     """VideoLlavaForConditionalGeneration.
@@ -27,7 +24,7 @@ class VideoLlava(Llava):
     """
 
     model_type = "video_llava"
-    oldest: ClassVar[str] = "5.18.0"
+    oldest: ClassVar[str] = "5.23.0"
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
     towers: ClassVar = {"clip_vision_model": TowerKind("CLIP", True)}
 
@@ -57,7 +54,7 @@ class VideoLlava(Llava):
     ) -> list[Layout]:
         """The raster of a picture; those of the frames of a video, a [CLS] row before each."""
         if name == "get_image_features":
-            pixels = next(arguments[k] for k in PICTURES if arguments.get(k) is not None)
+            pixels = arguments.get("pixel_values", arguments.get("pixel_values_images"))  # the older name still works
             return super().layouts(name, {**arguments, "pixel_values": pixels}, features, runs)
         videos = arguments["pixel_values_videos"]
         patch = self.base.config.vision_config.patch_size
