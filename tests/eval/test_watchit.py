@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-
 from tokprune.eval.tasks import findit, load_task, watchit
 from tokprune.eval.tasks.clip import Clip
 

@@ -382,5 +382,7 @@ def answer_accuracy(trainer: Trainer, batches: list[Batch], share: float = 1.0) 
     said = []
     for name, is_video, kinds in (("findit", False, findit.KINDS), ("watchit", True, watchit.KINDS)):
         by_kind = [right[is_video, k] for k in kinds]
-        said.append(f"{name} {np.mean(np.concatenate(by_kind)):.3f} (" + " ".join(f"{np.mean(r):.2f}" for r in by_kind) + ")")
+        said.append(
+            f"{name} {np.mean(np.concatenate(by_kind)):.3f} (" + " ".join(f"{np.mean(r):.2f}" for r in by_kind) + ")"
+        )
     return " ".join(said)

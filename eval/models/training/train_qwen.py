@@ -46,6 +46,7 @@ from .qwen import (
 from .recipe import GRID
 from .recipe_qwen import BOS, EOS, MERGE, PAD, build_model, save_processor, start_from_llava
 from .tower import pixels
+from .train import rewrite_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 LLAVA = Path(__file__).parents[1] / "tiny-llava" / "model.safetensors"
@@ -244,6 +245,9 @@ def export(work: Path, out: Path) -> None:
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_length=None)
     model.half().save_pretrained(out)
     save_processor(out)
+    # As for the other models: what releases 4 of transformers know by these names.
+    special = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    rewrite_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=special)
     typer.echo(f"{sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB in {out}")
 
 
