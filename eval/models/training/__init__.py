@@ -1,1 +1,2 @@
-"""How the embedded models were trained; not part of the wheel. Read `recipe`, then `train` and `train_next`."""
+"""How the embedded models were trained; not part of the wheel. Read `recipe`, then `train`, `train_next` and
+`train_qwen`."""
