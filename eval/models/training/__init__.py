@@ -1,2 +1,1 @@
-"""How the embedded models were trained; not part of the wheel. Read `recipe`, then `train`, `train_next` and
-`train_qwen`."""
+"""How the embedded models were trained; not part of the wheel. Read `recipe`, then `train`, and the others after it."""
