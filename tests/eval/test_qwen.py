@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +222,26 @@ def padded(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     canvas = Image.new("RGB", size, tuple(int(v) for v in np.asarray(picture).mean((0, 1))))
     canvas.paste(picture, (0, 0))
     return canvas
+
+
+def test_the_saved_processor_says_the_same_of_pictures_and_of_clips(processor):
+    """What a user with torchvision loads; it cannot be made without, so what is written is compared."""
+    picture, video, both = (
+        json.loads((FOLDER / f"{name}.json").read_text())
+        for name in ("preprocessor_config", "video_preprocessor_config", "processor_config")
+    )
+    assert (picture.pop("image_processor_type"), video.pop("video_processor_type")) == (
+        "Qwen2VLImageProcessor",
+        "Qwen2VLVideoProcessor",
+    )
+    assert picture.pop("processor_class") == video.pop("processor_class") == both["processor_class"]
+    assert both["processor_class"] == "Qwen2_5_VLProcessor" == type(processor).__name__
+    assert video.pop("do_sample_frames") is False
+    assert picture == video
+    assert both["image_processor"].items() > picture.items()
+    assert both["video_processor"].items() > video.items()
+    assert (picture["patch_size"], picture["merge_size"], picture["temporal_patch_size"]) == (8, 2, 2)
+
+
+def test_other_processors_load_as_ever():
+    assert type(load_processor(path_of("tiny-llava"))).__name__ == "LlavaProcessor"
