@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import tokprune
 from tokprune.core.budget import Budget
 from tokprune.core.errors import RunError
+from tokprune.prune.videos import N_FRAMES
 
 from .report import html as report
 from .report import pareto
@@ -26,7 +27,6 @@ from .run.processes import launched_alone
 from .run.rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
-from .tasks.clip import N_FRAMES
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3

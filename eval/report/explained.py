@@ -26,9 +26,9 @@ from tokprune.prune.explain import (
     stacked,
 )
 from tokprune.prune.report import ImageReport, Report
+from tokprune.prune.videos import Clip
 
 from ..run.runner import Runner
-from ..tasks.clip import Clip
 
 FORMAT, VERSION = "tokprune-kept", 1
 

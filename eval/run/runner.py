@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokprune.integrations.transformers import family_of, shape_from_config
+from tokprune.integrations.transformers import family_of, inputs_of, load_processor, shape_from_config
 from transformers import AutoModelForImageTextToText
 
 import tokprune
 from tokprune.core.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError, why_unloadable
 from tokprune.cost.flops import Ops, Shape
+from tokprune.prune.videos import Clip
 
 from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task
-from ..tasks.clip import Clip
-from .processing import inputs_of, load_processor
 from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, Crops, SampleRow
 from .stopwatch import Stopwatch
 
@@ -154,7 +153,7 @@ class Runner:
         """Left-padded inputs on the model's device: questions, each about its picture or video."""
         pairs = zip(questions, pictures, strict=True)
         text = [self.prompt(q, "video" if isinstance(p, Clip) else "image") for q, p in pairs]
-        return inputs_of(self.processor, text, pictures).to(self.device, self.model.dtype)
+        return inputs_of(self.processor, text, [[p] for p in pictures]).to(self.device, self.model.dtype)
 
     @property
     def device(self) -> torch.device:

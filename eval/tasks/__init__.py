@@ -7,9 +7,9 @@ import importlib
 from pathlib import Path
 
 from tokprune.core.errors import UnknownNameError
+from tokprune.prune.videos import N_FRAMES
 
 from .base import Sample, Task, normalise
-from .clip import N_FRAMES
 from .subset import stratified
 
 TASKS = {

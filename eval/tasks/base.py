@@ -7,7 +7,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from .clip import Clip
+from tokprune.prune.videos import Clip
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from PIL import Image
 
 from tokprune.core.errors import TaskError
 from tokprune.prune.pictures import open_picture
+from tokprune.prune.videos import N_FRAMES, Clip, frame_files, is_video, open_clip
 
 from ..run.lines import Damaged, parsed, shortened
 from .base import Sample, normalise
-from .clip import N_FRAMES, Clip, frame_files, is_video, open_clip
 
 FIELDS = ("file_name", "question", "answer")
 REPLACE = "replace it or remove its lines"

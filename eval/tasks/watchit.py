@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from tokprune.prune.videos import Clip
+
 from . import findit
 from .base import Sample
-from .clip import Clip
 
 SIZE = 64
 N_FRAMES = 8

@@ -18,7 +18,8 @@ from .compat import (
 )
 from .families import FAMILIES, all_families, family_class, family_of, shape_from_config
 from .families.base import ModelFamily
-from .families.sizes import Sizes
+from .families.sizes import Sizes, pil_image_processor
+from .processing import inputs_of, load_processor, without_videos
 from .support import Support, list_support
 
 __all__ = [
@@ -37,8 +38,12 @@ __all__ = [
     "family_class",
     "family_of",
     "features_of",
+    "inputs_of",
     "is_newer_than_tested",
     "list_support",
+    "load_processor",
+    "pil_image_processor",
     "shape_from_config",
     "torchvision_fault",
+    "without_videos",
 ]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokprune.eval.tasks import load_task
-from tokprune.eval.tasks.clip import Clip, evenly, open_clip
 
 from tokprune.core.errors import TaskError
+from tokprune.prune.videos import Clip, evenly, open_clip
 
 GREYS = [10, 60, 110, 160, 210]
 

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from tokprune.eval.models import EMBEDDED, path_of
 from tokprune.eval.models.training import qwen, recipe_qwen
-from tokprune.eval.run.processing import inputs_of, load_processor, video_inputs
 from tokprune.eval.tasks import findit, load_task, watchit
-from tokprune.eval.tasks.clip import Clip
+from tokprune.integrations.transformers.processing import inputs_of, load_processor, video_inputs
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 import tokprune
+from tokprune.core.errors import RunError
+from tokprune.prune.videos import Clip
 
 FOLDER = Path(path_of("tiny-qwen"))
 
@@ -40,7 +41,9 @@ def prompt(processor, question: str, visual) -> str:
 def asked(processor, task, samples):
     visuals = [task.image(s.image_id) for s in samples]
     return inputs_of(
-        processor, [prompt(processor, s.question, v) for s, v in zip(samples, visuals, strict=True)], visuals
+        processor,
+        [prompt(processor, s.question, v) for s, v in zip(samples, visuals, strict=True)],
+        [[v] for v in visuals],
     )
 
 
@@ -82,19 +85,31 @@ def test_a_still_clip_is_the_picture_again_and_again(processor):
 
 def test_a_batch_of_clips_of_two_sizes_is_padded_on_the_left(processor):
     small, large = (Clip((Image.new("RGB", size),) * 4) for size in ((32, 32), (64, 48)))
-    made = inputs_of(processor, [prompt(processor, "what moved?", c) for c in (small, large)], [small, large])
+    made = inputs_of(processor, [prompt(processor, "what moved?", c) for c in (small, large)], [[small], [large]])
     n = [2 * 2 * 2, 2 * 3 * 4]
     assert (made["mm_token_type_ids"] == 2).sum(1).tolist() == n
     assert (made["input_ids"] == recipe_qwen.VIDEO).sum(1).tolist() == n
     assert made["attention_mask"][0].tolist() == [0] * 16 + [1] * (made["input_ids"].shape[1] - 16)
 
 
-def test_pictures_and_clips_are_not_mixed(processor):
+@torch.no_grad()
+def test_a_batch_of_pictures_clips_and_both_equals_its_rows(processor, model):
+    tasks = [load_task("findit"), load_task("watchit")]
+    picture, clip = (task.image(task.samples()[0].image_id) for task in tasks)
+    rows = [[picture], [clip], [clip, picture], []]
+    content = [[{"type": "video" if isinstance(v, Clip) else "image"} for v in row] for row in rows]
+    said = [[{"role": "user", "content": [*c, {"type": "text", "text": "what moved?"}]}] for c in content]
+    text = [processor.apply_chat_template(turns, add_generation_prompt=True) for turns in said]
+    whole = model(**inputs_of(processor, text, rows), logits_to_keep=1).logits
+    for i, (prompt_, row) in enumerate(zip(text, rows, strict=True)):
+        alone = model(**inputs_of(processor, [prompt_], [row]), logits_to_keep=1).logits
+        torch.testing.assert_close(whole[i], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_placeholder_without_a_clip_is_refused(processor):
     picture = Image.new("RGB", (32, 32))
-    with pytest.raises(ValueError, match="not both"):
-        inputs_of(processor, ["<|image_pad|>", "<|video_pad|>"], [picture, Clip((picture,) * 2)])
-    with pytest.raises(ValueError, match="exactly one"):
-        inputs_of(processor, ["<|video_pad|><|video_pad|>"], [Clip((picture,) * 2)])
+    with pytest.raises(RunError, match="2 <.video_pad.> for 1 visuals"):
+        inputs_of(processor, ["<|video_pad|><|video_pad|>"], [[Clip((picture,) * 2)]])
 
 
 # ---- training
@@ -145,7 +160,7 @@ def test_packed_questions_equal_the_prompts_that_users_make(model, processor, is
     packed, _ = trainer.answers(rows, batch, torch.arange(rows.shape[1])[None], text)
     single = []
     for question, answer, _ in questions:
-        inputs = inputs_of(processor, [f"{prompt(processor, question, visual)} {answer}"], [visual])
+        inputs = inputs_of(processor, [f"{prompt(processor, question, visual)} {answer}"], [[visual]])
         single.append(model(**inputs, logits_to_keep=2).logits[0])
     torch.testing.assert_close(packed, torch.cat(single), rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 from tokprune.eval.tasks import findit, load_task, watchit
-from tokprune.eval.tasks.clip import Clip
+
+from tokprune.prune.videos import Clip
 
 N_CLIPS = 400
 CHECKSUM = 2879252106

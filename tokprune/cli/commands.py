@@ -18,6 +18,8 @@ from ..core.errors import RunError
 from ..core.files import replacing
 from ..cost.flops import Ledger, Ops
 from ..prune.pictures import open_picture
+from ..prune.videos import is_video as is_video_file
+from ..prune.videos import open_clip
 from . import estimate, runs, tables
 from .arguments import App, check_most, run
 from .extras import eval_module, load_runner
@@ -117,9 +119,8 @@ def explain(
             f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
         )
     budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
-    clips = eval_module("tasks.clip", needs=())
-    is_video = clips.is_video(image)
-    picture = clips.open_clip(image, frames) if is_video else open_picture(image)
+    is_video = is_video_file(image)
+    picture = open_clip(image, frames) if is_video else open_picture(image)
     if animation is not None and not is_video:
         raise RunError(f"{image} is a picture, which cannot be animated; leave --animation out, or name a video")
     found = explained.asked(load_runner(model), picture, question, list(zip(specs, budgets, strict=True)))

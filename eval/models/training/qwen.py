@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tokprune.integrations.transformers import family_of
 from torch import Tensor, nn
 
 from ...tasks import findit, watchit
@@ -309,9 +310,8 @@ class Trainer(nn.Module):
         return shown.unflatten(0, (n, -1)), out.pooler_output.unflatten(0, (n, -1))
 
     def _order(self, grids: Tensor) -> Tensor:
-        from tokprune.integrations.transformers import compat
-
-        return torch.argsort(compat.window_index(self.model.visual, grids))
+        order = family_of(self.model).token_order(grids)
+        return torch.arange(len(grids)) if order is None else order
 
     def answers(self, visual: Tensor, batch: Batch, kept: Tensor, text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits at the answered positions from the rows at `kept` (B, K), and the loss of their places."""

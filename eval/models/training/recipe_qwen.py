@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from tokprune.integrations.transformers import FAMILIES
-from tokprune.integrations.transformers.families.sizes import Sizes, pil_image_processor
+from tokprune.integrations.transformers import FAMILIES, Sizes, pil_image_processor, without_videos
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tokprune.cost.flops import Stack
 
-from ...run.processing import without_videos
 from ...tasks import findit
 from . import recipe
 

@@ -74,6 +74,9 @@ class ModelFamily:
         recurrent_caches: whether layers may hold a state of all that they have read, which cannot be taken back, in
             place of keys.
         no_layer_cuts: why nothing can be cut between decoder layers; empty where it can.
+        picture_processor: class of its processor that is loaded for pictures alone where torchvision is missing, which
+            video processors need; empty if it needs none.
+        patches_clips: whether clips are then cut into patches by the image processor, two frames a step of time.
         visual_inputs: keywords with a list of (visual columns, D), selected by the mask that `visual_mask` names.
     """
 
@@ -95,6 +98,8 @@ class ModelFamily:
     ready_masks: ClassVar[bool] = False
     column_types: ClassVar[str] = ""
     sliding_caches: ClassVar[bool] = False
+    picture_processor: ClassVar[str] = ""
+    patches_clips: ClassVar[bool] = False
     recurrent_caches: ClassVar[bool] = False
     no_layer_cuts: ClassVar[str] = ""
 

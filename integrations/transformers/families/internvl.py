@@ -31,6 +31,7 @@ class InternVL(ModelFamily):
     """
 
     model_type = "internvl"
+    picture_processor: ClassVar[str] = "InternVLProcessor"
     images_from_prompt: ClassVar[bool] = True
     one_patch_a_row: ClassVar[bool] = False
     towers: ClassVar = {"internvl_vision": TowerKind("InternViT", True)}

@@ -33,6 +33,8 @@ class Qwen2VL(ModelFamily):
 
     model_type = "qwen2_vl"
     oldest: ClassVar[str] = "5.18.0"
+    picture_processor: ClassVar[str] = "Qwen2VLProcessor"
+    patches_clips: ClassVar[bool] = True
     m_rope: ClassVar[bool] = True
     default_positions: ClassVar[str] = "original"
     one_patch_a_row: ClassVar[bool] = False
@@ -207,6 +209,7 @@ class Qwen25VL(Qwen2VL):
     """Qwen2_5_VLForConditionalGeneration. Most tower layers attend within windows; signals come from the others."""
 
     model_type = "qwen2_5_vl"
+    picture_processor: ClassVar[str] = "Qwen2_5_VLProcessor"
     towers: ClassVar = {
         "qwen2_5_vl_vision": TowerKind("Qwen2.5-ViT", False),
         "qwen2_5_vl": TowerKind("Qwen2.5-ViT", False),

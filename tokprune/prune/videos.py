@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokprune.core.errors import TaskError
-from tokprune.prune.pictures import as_rgb, open_picture
+from ..core.errors import TaskError
+from .pictures import as_rgb, open_picture
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
