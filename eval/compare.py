@@ -26,6 +26,7 @@ from .run.processes import launched_alone
 from .run.rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
+from .tasks.clip import N_FRAMES
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3
@@ -277,14 +278,16 @@ def settings(
     }
 
 
-def chosen_tasks(names: Sequence[str], limit: int | None = None, full: bool = False) -> list[tuple[Task, list[Sample]]]:
-    """Tasks by name or folder, with the samples to answer.
+def chosen_tasks(
+    names: Sequence[str], limit: int | None = None, full: bool = False, n_frames: int = N_FRAMES
+) -> list[tuple[Task, list[Sample]]]:
+    """Tasks by name or folder, with the samples to answer; of videos in a folder up to `n_frames` frames are taken.
 
     Raises:
         UnknownNameError, TaskError: there is no such task.
         RunError: two have one name.
     """
-    loaded = [load_task(name) for name in names]
+    loaded = [load_task(name, n_frames) for name in names]
     if len({t.name for t in loaded}) < len(loaded):
         raise RunError(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"

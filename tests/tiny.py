@@ -33,6 +33,8 @@ TOWERS = ("clip", "siglip")
 KINDS = (*TOWERS, "llava_next", "llava_onevision", "internvl")
 TILED = ("llava_next", "llava_onevision")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+GLM = ("glm4v", "glm46v")  # pictures or videos in a call: a frame is placeholders of pictures
+M_ROPE = (*QWEN, *GLM, "paddleocr_vl", "qwen3_5")
 FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
 CROPPED = ("idefics3", "smolvlm")  # a picture is crops and a thumbnail, each a run of placeholders
 PIXTRAL = ("mistral3", "llava_pixtral")  # pictures of any size, a token of text behind every row of placeholders
@@ -71,7 +73,7 @@ SIGLIP = dict(tower_type="siglip_vision_model", tower_options=dict(vision_use_he
 OTHERWISE = {
     "siglip": SIGLIP,
     "llava_onevision": {**SIGLIP, "text_type": "qwen2"},
-    **{kind: dict(grids=(), tower_options={}) for kind in QWEN},
+    **{kind: dict(grids=(), tower_options={}) for kind in M_ROPE},
     **{kind: {**SIGLIP, "text_type": "gemma"} for kind in FIXED},
     **{kind: dict(tower_type=f"{kind}_vision", tower_options={}, grids=()) for kind in CROPPED},
     **{kind: dict(tower_type="pixtral", tower_options={}, text_type="mistral", grids=(), side=48) for kind in PIXTRAL},
@@ -167,9 +169,11 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
     if kind in FIXED:
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
-    if kind in QWEN:
+    if kind in M_ROPE:
         grids = [GRIDS[i % len(GRIDS)] for i in images]
         values = torch.cat([patches(grid, 50 + i) for grid, i in zip(grids, images, strict=True)])
+        if kind == "paddleocr_vl":  # of one frame, in raster order
+            values = values[:, : 3 * PATCH**2].unflatten(1, (3, PATCH, PATCH))
         return {"pixel_values": values.to(dtype), "image_grid_thw": torch.tensor(grids)}
     if kind in CROPPED:
         return cropped(rows, dtype)
@@ -226,7 +230,7 @@ def shown(kind: str, image: int, alone: bool = True) -> list[int]:
         height, width = pixtral_grid(kind, image)
         return ([*[IMAGE] * width, BREAK] * height)[:-1] + [END_OF_PICTURE]
     rows = [IMAGE] * n_rows(kind, image, alone)
-    return [START, *rows, END] if kind in QWEN else rows
+    return [START, *rows, END] if kind in M_ROPE else rows
 
 
 def shown_crops(image: int) -> list[int]:
@@ -247,7 +251,7 @@ def n_rows(kind: str, image: int, alone: bool = True) -> int:
         return N_VISUAL
     if kind in FIXED:
         return N_VISUAL if kind == "paligemma" else N_VISUAL // 4
-    if kind in QWEN:
+    if kind in M_ROPE:
         return math.prod(GRIDS[image % len(GRIDS)]) // MERGED
     if kind in CROPPED:
         return shown_crops(image).count(IMAGE)
@@ -282,14 +286,14 @@ def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True, kind="clip") -> 
     return typed(kind, padded(rows)) | pixels(kind, [list(images) for images in layout], dtype)
 
 
-def typed(kind: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With what Qwen's processor says of every column: 1 for pictures, 2 for videos."""
+def typed(kind: str, inputs: dict[str, torch.Tensor], pictures: int = 1) -> dict[str, torch.Tensor]:
+    """With what Qwen's processor says of every column: 1 for pictures, 2 for videos; GLM's placeholders are one id."""
     ids = inputs["input_ids"]
     if kind in ("gemma3", "paligemma"):
         return {**inputs, "token_type_ids": (ids == IMAGE).long() if kind == "gemma3" else torch.zeros_like(ids)}
-    if kind not in QWEN or RELEASE.major < 5:
+    if kind not in M_ROPE or RELEASE.major < 5:
         return inputs
-    return {**inputs, "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
+    return {**inputs, "mm_token_type_ids": pictures * (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:

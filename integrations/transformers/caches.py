@@ -150,7 +150,19 @@ def text_positions(position_ids: Tensor | None) -> Tensor | None:
     """(B or 1, S) positions that count columns: those of a 1-D model, or the first row of (4, B, S); else None."""
     if position_ids is None or position_ids.ndim == 2:
         return position_ids
-    return position_ids[0] if len(position_ids) in (1, 4) else None
+    return position_ids[0] if len(position_ids) == 4 else None
+
+
+def with_text_positions(position_ids: Any, deltas: Any) -> Any:
+    """(4, B, S) M-RoPE positions with those that count columns first, where a later turn is given (1, B, S).
+
+    Args:
+        position_ids: of new text, which is as far along every axis.
+        deltas: (B, 1) by how much they differ from the numbers of columns.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 3 or len(position_ids) != 1 or deltas is None:
+        return position_ids
+    return torch.cat([position_ids - deltas.to(position_ids.device), position_ids.expand(3, -1, -1)])
 
 
 def note_columns(cache: Any, columns: Columns) -> None:
@@ -191,15 +203,18 @@ class Again:
         return out
 
 
-def given_again(args: tuple, kwargs: Mapping[str, Any], placeholders: Sequence[int]) -> Again | None:
+def given_again(
+    args: tuple, kwargs: Mapping[str, Any], placeholders: Sequence[int], takes_back: bool = True
+) -> Again | None:
     """The call without what the cache holds; None where the user passes new tokens alone.
 
-    Text at the end of what the cache holds is left in the call: it is taken back from the cache instead.
+    Text at the end of what the cache holds is left in the call, where it can be taken back from the cache instead.
 
     Args:
         args: of a call of the model.
         kwargs: of the same; the cache is one of them.
         placeholders: ids that stand for visual tokens.
+        takes_back: whether the cache can be cut back.
     """
     cache = cache_of(kwargs)
     columns = columns_on(cache)
@@ -218,7 +233,8 @@ def given_again(args: tuple, kwargs: Mapping[str, Any], placeholders: Sequence[i
     n = columns.n_dropped
     if past != past_length(cache) or n_new <= n:
         return None
-    if ids is not None and past >= columns.n_outer - columns.n_tail and not _any_of(ids[:, :n], placeholders):
+    is_tail = ids is not None and past >= columns.n_outer - columns.n_tail and not _any_of(ids[:, :n], placeholders)
+    if takes_back and is_tail:
         return None
     rest = {k: v[..., n:] for k, v in kwargs.items() if k in BY_COLUMN and v is not None and v.shape[-1] == n_new}
     if embeds is not None:

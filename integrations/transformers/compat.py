@@ -102,8 +102,21 @@ def cached_keys(cache: Any, layer: int) -> Tensor:
 
 
 def crop_cache(cache: Any, n: int) -> None:
-    """Take the last n tokens out of every layer."""
+    """Take the last n tokens out of every layer.
+
+    Raises:
+        UnsupportedCacheError: a layer holds a state that nothing can be taken out of.
+    """
+    if not all(getattr(layer, "is_croppable", not _is_recurrent(layer)) for layer in cache.layers):
+        raise UnsupportedCacheError(
+            "layers of this cache hold one state of all that they have read, so tokens cannot be taken back and passed "
+            "again; pass only new tokens, with the full attention_mask"
+        )
     cache.crop(-n)
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return type(layer).__name__ == "LinearAttentionLayer"
 
 
 def crop_layer(cache: Any, layer: int, length: int) -> None:
@@ -114,15 +127,16 @@ def crop_layer(cache: Any, layer: int, length: int) -> None:
         held.crop(-excess)
 
 
-def refuse_unsupported(cache: Any, mask: Any, sliding: bool = False) -> None:
+def refuse_unsupported(cache: Any, mask: Any, sliding: bool = False, recurrent: bool = False) -> None:
     """Raise UnsupportedCacheError for caches and masks that cannot be shortened.
 
     Args:
         cache: of the call.
         mask: of the call.
         sliding: whether layers with a sliding window may hold a pruned sequence.
+        recurrent: whether layers may hold a state in place of keys.
     """
-    _refuse_cache(cache, sliding)
+    _refuse_cache(cache, sliding, recurrent)
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedCacheError(
             f"an attention mask of your own ({_kind_of_mask(mask)}) cannot be shortened with the tokens; pass the "
@@ -134,10 +148,11 @@ def _kind_of_mask(mask: Any) -> str:
     return f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
 
 
-def _refuse_cache(cache: Any, sliding: bool) -> None:
+def _refuse_cache(cache: Any, sliding: bool, recurrent: bool) -> None:
     if cache is None:
         return
     allowed = {"DynamicCache", "DynamicLayer", *(["DynamicSlidingWindowLayer"] if sliding else [])}
+    allowed |= {"LinearAttentionLayer"} if recurrent else set()
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
     layers.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
     names = {type(cache).__name__, *layers}

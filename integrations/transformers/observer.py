@@ -17,7 +17,7 @@ from tokprune.prune.copies import salts_of
 from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
 
-from .caches import Again, at_full_length, given_again, without_marks
+from .caches import Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
 from .compat import cache_of, past_length, replace_features
 from .encode import Encoded, Pruner, by_image
 from .families.base import ModelFamily
@@ -104,8 +104,12 @@ class Observer(NotCopyable):
     def _positions(self, original: Callable, *args, **kwargs) -> Any:
         """Positions as if the cache held everything that was passed."""
         named = next((x for x in args if isinstance(x, Mapping)), kwargs)
-        with at_full_length(cache_of(named)):
-            return original(*args, **kwargs)
+        cache = cache_of(named)
+        with at_full_length(cache):
+            found = original(*args, **kwargs)
+        if columns_on(cache) is None:
+            return found
+        return with_text_positions(found, getattr(self.family.base, "rope_deltas", None))
 
     def _begin(self, context: Context) -> Call:
         call = context.begin()
@@ -136,7 +140,8 @@ class Observer(NotCopyable):
         passed = _passed(args, kwargs)
         if passed is None or passed.shape[1] <= 1:
             return None
-        again = given_again(args, kwargs, tuple(self.family.placeholder_ids.values()))
+        placeholder_ids = tuple(self.family.placeholder_ids.values())
+        again = given_again(args, kwargs, placeholder_ids, not self.family.recurrent_caches)
         if again is not None:
             this.n_again, args, kwargs = again.n, again.args, again.kwargs
             this.asked = kwargs
@@ -289,7 +294,8 @@ class Observer(NotCopyable):
         if this is None:
             return flags
         if this.masks:
-            flags["placeholders"] = torch.stack([mask.sum() for mask in this.masks.values()]).sum()
+            # Encode functions may share a placeholder, which is one column.
+            flags["placeholders"] = torch.stack(list(this.masks.values())).any(0).sum()
         call = this.call
         if call and call.bad and not self.paused:
             flags["bad_features"] = torch.stack(call.bad).any()

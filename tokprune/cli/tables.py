@@ -78,7 +78,7 @@ def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, 
         table.add_row(f"{name}'s formula (LLM alone)", f"{a / 1e9:,.2f}", "", f"{b / 1e9:,.2f}", "", _percent(a, b))
     table.add_section()
     for dtype, size in (("half precision", 2), ("float32", 4)):
-        a, b = (n * shape.text.kv_bytes(size) for n in (columns[0] * len(left), sum(left)))
+        a, b = (shape.read(n, bytes_per_value=size).kv_bytes for n in (columns[0], left))
         table.add_row(f"KV cache, {dtype}", f"{a / 2**20:.1f} MiB", "", f"{b / 2**20:.1f} MiB", "", _percent(a, b))
     return table
 

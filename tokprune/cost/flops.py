@@ -33,6 +33,40 @@ class Ops:
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """Layers that keep one state a head in place of keys and values (the gated delta rule), read in chunks.
+
+    Args:
+        layers: which layers of a stack.
+        n_key_heads, n_value_heads: queries and keys have as many heads as keys; states as many as values.
+        key_dim, value_dim: widths of a head.
+        kernel: tokens that the convolution before it sees.
+        chunk: tokens that are computed together; a prompt is padded to whole chunks.
+    """
+
+    layers: frozenset[int]
+    n_key_heads: int
+    n_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int = 4
+    chunk: int = 64
+
+    def mixer(self, width: int, n_query: int) -> Ops:
+        """All of a layer but its MLP, on `n_query` tokens."""
+        values = self.n_value_heads * self.value_dim
+        mixed = 2 * self.n_key_heads * self.key_dim + values
+        projections = width * (mixed + 2 * values + 2 * self.n_value_heads)  # with a gate, two scalars a head, output
+        state = 3 * self.key_dim * self.value_dim  # read twice, written once
+        if n_query == 1:
+            return Ops(projections + mixed * self.kernel + self.n_value_heads * state)
+        padded = -(-n_query // self.chunk) * self.chunk
+        inside = self.chunk * (2 * self.key_dim + self.value_dim)
+        convolved = (n_query + self.kernel - 1) * mixed * self.kernel
+        return Ops(n_query * projections + convolved + padded * self.n_value_heads * (state + inside))
+
+
+@dataclass(frozen=True)
 class Stack:
     """A stack of transformer layers.
 
@@ -45,6 +79,8 @@ class Stack:
         gated: three MLP matrices (SwiGLU and its kin) or two.
         n_windowed: layers whose queries see only `window` keys.
         window: tokens.
+        linear: of layers with linear attention, where there are some.
+        gated_attention: queries come with a gate for what attention gives, of the same width.
     """
 
     n_layers: int
@@ -56,16 +92,35 @@ class Stack:
     gated: bool = True
     n_windowed: int = 0
     window: int = 0
+    linear: LinearAttention | None = None
+    gated_attention: bool = False
 
     def layer(self, n_query: int, n_key: int) -> Ops:
         """One layer on `n_query` tokens whose attention runs over `n_key` tokens."""
         inner = self.n_heads * self.head_dim
-        projections = 2 * self.width * inner + 2 * self.width * self.n_kv_heads * self.head_dim
-        mlp = (3 if self.gated else 2) * self.width * self.mlp_width
-        return Ops(n_query * (projections + mlp) + 2 * n_query * n_key * inner)
+        n_inner = 3 if self.gated_attention else 2
+        projections = n_inner * self.width * inner + 2 * self.width * self.n_kv_heads * self.head_dim
+        return Ops(n_query * (projections + self.mlp) + 2 * n_query * n_key * inner)
+
+    @property
+    def mlp(self) -> int:
+        """Multiply-accumulates of the MLP on a token."""
+        return (3 if self.gated else 2) * self.width * self.mlp_width
+
+    def at(self, layer: int, n_query: int, n_key: int) -> Ops:
+        """The layer of this index."""
+        if not self.is_linear(layer):
+            return self.layer(n_query, n_key)
+        return self.linear.mixer(self.width, n_query) + Ops(n_query * self.mlp)  # type: ignore[union-attr]
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether the layer of this index keeps a state in place of keys and values."""
+        return self.linear is not None and layer in self.linear.layers
 
     def all_layers(self, n_tokens: int) -> Ops:
         """Every layer on the same tokens."""
+        if self.linear is not None:
+            return sum((self.at(i, n_tokens, n_tokens) for i in range(self.n_layers)), Ops())
         windowed = self.layer(n_tokens, self.window) * self.n_windowed
         return self.layer(n_tokens, n_tokens) * (self.n_layers - self.n_windowed) + windowed
 
@@ -153,7 +208,7 @@ class Shape:
         text: the decoder layers of the language model.
         vocabulary: rows of the LM head.
         any_size: the tower takes a picture of any size as one crop; numbers per crop are those of one size.
-        gated_projector: half of the projector's inner width gates the other half (SwiGLU).
+        gated_projector: half of the projector's last inner width gates the other half (SwiGLU).
         n_projectors: projectors that run on every row; several if features of several tower layers are used.
     """
 
@@ -172,7 +227,7 @@ class Shape:
         """The projector on `n_rows` rows."""
         one = sum(a * b for a, b in zip(self.projector, self.projector[1:], strict=False))
         if self.gated_projector:
-            one -= self.projector[1] // 2 * self.projector[2]
+            one -= self.projector[-2] // 2 * self.projector[-1]
         return Ops(n_rows * self.n_projectors * one)
 
     @property
@@ -208,9 +263,13 @@ class Shape:
         """
         pairs = list(zip(self._per_layer(columns), self._per_layer(past), strict=True))
         return Ledger(
-            layers=tuple(self.text.layer(n, n + before) * rows for n, before in pairs),
+            layers=tuple(self.text.at(i, n, n + before) * rows for i, (n, before) in enumerate(pairs)),
             lm_head=self.lm_head * rows,
-            kv_bytes=sum(self.text.kv_bytes(bytes_per_value) * n * rows for n, _ in pairs),
+            kv_bytes=sum(
+                self.text.kv_bytes(bytes_per_value) * n * rows
+                for i, (n, _) in enumerate(pairs)
+                if not self.text.is_linear(i)
+            ),
         )
 
     def picture(self, n_visual: int, crops: int | None = None, signals: Iterable[Signal] = ()) -> Ledger:
@@ -227,17 +286,19 @@ class Shape:
         columns: int | Sequence[int],
         *,
         crops: int = 1,
+        n_patches: int | None = None,
         signals: Iterable[Signal] = (),
         rows: int = 1,
         bytes_per_value: int = 2,
     ) -> Ledger:
         """One picture and its prompt, up to the first token; arguments as in `encode` and `read`."""
-        selector = self.vision.signals(signals) * crops
-        return self.encode(crops, selector=selector) + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
+        selector = self.vision.signals(signals, n_patches) * crops
+        encoded = self.encode(crops, n_patches, selector)
+        return encoded + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
 
     def decode(self, past: int | Sequence[int], rows: int = 1) -> Ops:
         """One decoded token after `past` tokens in the KV cache, LM head included."""
-        steps = (self.text.layer(1, n + 1) * rows for n in self._per_layer(past))
+        steps = (self.text.at(i, 1, n + 1) * rows for i, n in enumerate(self._per_layer(past)))
         return sum(steps, self.lm_head * rows)
 
     def _per_layer(self, count: int | Sequence[int]) -> list[int]:
@@ -252,7 +313,7 @@ class Ledger:
         layers: decoder layers of the language model, one entry each.
         vision, projector, selector: before the language model.
         lm_head: on the last position.
-        kv_bytes: keys and values of the prompt.
+        kv_bytes: keys and values of the prompt; the states of linear attention, which do not grow, are not counted.
     """
 
     layers: tuple[Ops, ...]

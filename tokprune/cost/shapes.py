@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 from ..core.errors import UnknownNameError, UnsupportedModelError
-from .flops import Shape, Stack, Vision
+from .flops import LinearAttention, Shape, Stack, Vision
 
 # model_type of a language model -> whether its MLP has three matrices
 TEXT_FAMILIES = {
@@ -14,18 +14,22 @@ TEXT_FAMILIES = {
     "gemma": True,
     "gemma2": True,
     "gemma3_text": True,
+    "glm4v_text": True,
     "llama": True,
     "mistral": True,
     "opt": False,
+    "paddleocr_vl_text": True,
     "phi": False,
     "phi3": True,
     "qwen2": True,
     "qwen2_5_vl_text": True,
     "qwen2_vl_text": True,
     "qwen3": True,
+    "qwen3_5_text": True,
     "qwen3_vl_moe_text": True,
     "qwen3_vl_text": True,
 }
+GATED_ATTENTION = ("qwen3_5_text",)  # whose queries come with a gate
 # model_type of a vision tower -> its special tokens ([CLS])
 VISION_FAMILIES = {
     "clip_vision_model": 1,
@@ -56,6 +60,24 @@ def text_of(config: Any) -> Stack:
         n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         gated=TEXT_FAMILIES[config.model_type],
+        linear=_linear(config),
+        gated_attention=config.model_type in GATED_ATTENTION,
+    )
+
+
+def _linear(config: Any) -> LinearAttention | None:
+    """Layers with linear attention."""
+    kinds = getattr(config, "layer_types", None) or ()
+    layers = frozenset(i for i, kind in enumerate(kinds) if kind == "linear_attention")
+    if not layers:
+        return None
+    return LinearAttention(
+        layers,
+        config.linear_num_key_heads,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+        config.linear_conv_kernel_dim,
     )
 
 

@@ -71,6 +71,8 @@ class ModelFamily:
         ready_masks: whether the base model hands ready masks to its language model, which have to be made anew.
         column_types: keyword of the base model that says what every column is, for those masks.
         sliding_caches: whether layers with a sliding window may hold a pruned sequence; the window counts kept tokens.
+        recurrent_caches: whether layers may hold a state of all that they have read, which cannot be taken back, in
+            place of keys.
         no_layer_cuts: why nothing can be cut between decoder layers; empty where it can.
         visual_inputs: keywords with a list of (visual columns, D), selected by the mask that `visual_mask` names.
     """
@@ -93,6 +95,7 @@ class ModelFamily:
     ready_masks: ClassVar[bool] = False
     column_types: ClassVar[str] = ""
     sliding_caches: ClassVar[bool] = False
+    recurrent_caches: ClassVar[bool] = False
     no_layer_cuts: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module):

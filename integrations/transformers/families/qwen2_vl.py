@@ -49,8 +49,7 @@ class Qwen2VL(ModelFamily):
         n_patches = (REFERENCE_SIDE // vision.patch_size) ** 2
         folds = vision.spatial_merge_size**2
         stack = cls.tower_stack(vision)
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        tower = Vision(stack, n_patches, 0, values)
+        tower = Vision(stack, n_patches, 0, cls.patch_values(vision))
         widths = (stack.width * folds, stack.width * folds, text.width)
         n_rows = n_patches // folds
         vocabulary = config.text_config.vocab_size
@@ -61,6 +60,11 @@ class Qwen2VL(ModelFamily):
         """Layers of the tower."""
         width, heads = vision.embed_dim, vision.num_heads
         return Stack(vision.depth, width, round(width * vision.mlp_ratio), heads, heads, width // heads, gated=False)
+
+    @classmethod
+    def patch_values(cls, vision: Any) -> int:
+        """Pixel values of a patch, which shows two frames of a video."""
+        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
     def crop_patches(self, layout: Layout) -> int:
         """Of the picture, or of a frame of the video."""
@@ -108,6 +112,12 @@ class Qwen2VL(ModelFamily):
         """Rotated, one segment (a picture, a frame, or a window) after the other."""
         module = entered["module"]
         q, k, _ = outputs["qkv"].unflatten(-1, (3, module.num_heads, -1)).unbind(1)
+        yield from self.segments(module, q, k, entered)
+
+    def segments(
+        self, module: Any, q: Tensor, k: Tensor, entered: Mapping[str, Any]
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Queries and keys (patches, H, d), rotated and split into what attends to itself."""
         q, k = compat.rotate_vision(module, q, k, entered)
         lengths = entered["cu_seqlens"].diff().tolist()
         pairs = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k)), strict=True)

@@ -32,12 +32,12 @@ class Qwen3VL(Qwen2VL):
     @functools.cached_property
     def decoder(self) -> Decoder:
         """Cuts come after the layers that get features of the tower."""
-        return replace(super().decoder, first_cut=max(1, len(self.base.config.vision_config.deepstack_visual_indexes)))
+        return replace(super().decoder, first_cut=max(1, _n_added(self.base.config)))
 
     @classmethod
     def shape_of(cls, config: Any) -> Shape:
         """A merger for every layer of the tower that is read."""
-        return replace(super().shape_of(config), n_projectors=1 + len(config.vision_config.deepstack_visual_indexes))
+        return replace(super().shape_of(config), n_projectors=1 + _n_added(config))
 
     @classmethod
     def tower_stack(cls, vision: Any) -> Stack:
@@ -80,3 +80,8 @@ class Qwen3VLMoE(Qwen3VL):
         """Four experts, two for every token."""
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
         return {**super().text_config(sizes), **experts, "moe_intermediate_size": sizes.text.mlp_width // 2}
+
+
+def _n_added(config: Any) -> int:
+    """Layers of the tower whose features are added later."""
+    return len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
