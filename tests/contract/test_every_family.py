@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(tiny.RELEASE.release < (5, 18), reason="attach r
 KINDS = (*tiny.GLM, "paddleocr_vl", "qwen3_5")
 TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves
 kinds = pytest.mark.parametrize("kind", KINDS)
+all_kinds = pytest.mark.parametrize("kind", [*KINDS, *tiny.MORE])
 
 
 def model_of(kind, dtype=torch.float64):
@@ -41,7 +42,7 @@ def budget_of(spec):
     return {} if not n else {"keep_ratio": 0.5 if n == 1 else [0.6, 0.5]}
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("spec", PRUNING)
 @torch.no_grad()
 def test_every_method_before_the_language_model_runs(kind, spec):
@@ -57,7 +58,7 @@ def test_every_method_before_the_language_model_runs(kind, spec):
     assert [k.tolist() for k in kept] == [k.tolist() for k in rows]
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("spec", CUTTING)
 @torch.no_grad()
 def test_every_method_between_layers_runs_or_is_refused(kind, spec):
