@@ -427,6 +427,17 @@ def test_tags_may_be_of_several_tokens_and_newlines_one(kind):
 
 
 @cropped
+def test_crops_whose_rows_are_not_told_lie_in_one_row(kind):
+    family, ids = family_of(tiny.model(kind)), tiny.shown_crops(1)
+    bare = [i for i in ids if i != tiny.NEWLINE]
+    for row, grid in ((ids, (2, 2)), (bare, (1, 4))):
+        starts = [i for i, token in enumerate(row) if token == tiny.IMAGE != row[i - 1]]
+        runs = [range(start, start + 9) for start in starts]
+        assert family.images_in(row, runs) == [(5, (grid, 45))]
+        assert family.images_in(row[:-1], runs) == [(1, ((0, 0), 9))] * 5  # nothing behind the last run
+
+
+@cropped
 @torch.no_grad()
 def test_without_the_tokens_around_crops_every_run_is_an_image(kind):
     model, inputs = model_of(kind), tiny.batch(((1,),), DTYPE, kind=kind)
