@@ -39,6 +39,7 @@ FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of p
 CROPPED = ("idefics3", "smolvlm")  # a picture is crops and a thumbnail, each a run of placeholders
 PIXTRAL = ("mistral3", "llava_pixtral")  # pictures of any size, a token of text behind every row of placeholders
 MORE = CROPPED + PIXTRAL
+KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2")  # of LLaVA
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
 # Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
@@ -77,6 +78,8 @@ OTHERWISE = {
     **{kind: {**SIGLIP, "text_type": "gemma"} for kind in FIXED},
     **{kind: dict(tower_type=f"{kind}_vision", tower_options={}, grids=()) for kind in CROPPED},
     **{kind: dict(tower_type="pixtral", tower_options={}, text_type="mistral", grids=(), side=48) for kind in PIXTRAL},
+    "deepseek_vl": SIGLIP,
+    "ovis2": dict(tower_options=dict(vocab_size=1024), text_type="qwen2"),
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
     ),
@@ -163,7 +166,7 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
     images = [image for row in rows for image in row]
     if not images:
         return {}
-    if kind in TOWERS:
+    if kind in TOWERS or (kind in KIN and kind != "llava_next_video"):
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind == "internvl":
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}

@@ -270,6 +270,11 @@ def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + module.rotate_half(x) * sin[:, None]  # of M-RoPE in releases 4, after `plain_rotary`
 
 
+def position_deltas(base: Any) -> Tensor | None:
+    """(B, 1) by how much M-RoPE positions of text after the last prompt differ from the numbers of its columns."""
+    return getattr(base, "rope_deltas", None)
+
+
 def has_rotary(attention: Any) -> bool:
     """Whether `rotate` works on an attention module."""
     module = sys.modules[type(attention).__module__]

@@ -18,7 +18,7 @@ from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
 
 from .caches import Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
-from .compat import cache_of, past_length, replace_features
+from .compat import cache_of, past_length, position_deltas, replace_features
 from .encode import Encoded, Pruner, by_image
 from .families.base import ModelFamily
 from .hooks import Hooks
@@ -109,7 +109,7 @@ class Observer(NotCopyable):
             found = original(*args, **kwargs)
         if columns_on(cache) is None:
             return found
-        return with_text_positions(found, getattr(self.family.base, "rope_deltas", None))
+        return with_text_positions(found, position_deltas(self.family.base))
 
     def _begin(self, context: Context) -> Call:
         call = context.begin()

@@ -25,7 +25,9 @@ def split_features(out: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any
     given = features_of(out)
 
     def put_back(features: list[Tensor]) -> Any:
-        return with_features(out, torch.stack(features) if isinstance(given, Tensor) else type(given)(features))
+        # What the model has by frame may be one video here.
+        is_tensor = isinstance(given, Tensor)
+        return with_features(out, torch.cat(features).view(given.shape) if is_tensor else type(given)(features))
 
     return list(given), put_back
 
@@ -46,12 +48,15 @@ class TowerTap(NotCopyable):
         """Register the hooks."""
         for layer in sorted({layer for s in self.signals for layer in s.layers}):
             module, projections = self.family.tower_projections(layer)
-            hooks.before(module, functools.partial(self._entered, layer))
+            for twin in self.family.tower_twins(module):
+                hooks.before(twin, functools.partial(self._entered, layer))
             for side, projection in projections.items():
-                hooks.after(projection, functools.partial(self._seen, layer, len(projections), side))
+                for twin in self.family.tower_twins(projection):
+                    hooks.after(twin, functools.partial(self._seen, layer, len(projections), side))
         if any(s.kind is Kind.CLS_STATE for s in self.signals):
             layer = self.family.vision_layers[self.family.read_layer]
-            hooks.after(layer, self._cls_seen)
+            for twin in self.family.tower_twins(layer):
+                hooks.after(twin, self._cls_seen)
         if self.states:
             hooks.before(self.family.projector, self._states_seen)
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 import tokprune
 from tokprune.cli import doctor
-from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.errors import UnsupportedCacheError, UnsupportedModelError
 
 RELEASE = Version(transformers.__version__)
 
@@ -158,6 +158,36 @@ def test_attention_modules_turn_queries_by_their_own_function(kind):
     assert torch.equal(compat.rotate(attention, x, angle.cos(), angle.sin()), x), changed("apply_rotary_pos_emb")
     assert compat.attention_implementation(model.model.language_model) == "sdpa", changed("_attn_implementation")
     assert not compat.has_rotary(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(RELEASE.release < (5, 18), reason="attach refuses this family there")
+@torch.no_grad()
+def test_a_later_turn_under_m_rope_is_numbered_by_deltas_from_its_columns():
+    model = tiny.fresh_model("qwen2_vl")
+    inputs = tiny.row(tiny.batch(kind="qwen2_vl"), 0, kind="qwen2_vl")
+    out = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    n = out.sequences.shape[1]
+    ids = torch.cat([out.sequences, torch.tensor([[5, 6]])], 1)
+    again = tiny.typed("qwen2_vl", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    seen, hook = seen_keywords(model.model.language_model)
+    tiny.generate(model, again, max_new_tokens=1, **tiny.cached(out[tiny.CACHE]))
+    hook.remove()
+    positions, deltas = seen[0]["position_ids"], compat.position_deltas(model.model)
+    assert positions.shape[:2] == (1, 1), changed("the positions of a later turn")
+    assert deltas.shape == (1, 1), changed("rope_deltas")
+    assert (positions - deltas)[0, 0].tolist() == [n - 1, n, n + 1], changed("rope_deltas")
+
+
+@pytest.mark.skipif(RELEASE.release < (5, 18), reason="attach refuses this family there")
+@torch.no_grad()
+def test_layers_with_linear_attention_have_a_cache_of_their_own_that_cannot_be_cut():
+    model, inputs = tiny.fresh_model("qwen3_5"), tiny.row(tiny.batch(kind="qwen3_5"), 0, kind="qwen3_5")
+    cache = model(**inputs, use_cache=True)[tiny.CACHE]
+    names = {type(layer).__name__ for layer in cache.layers}
+    assert names == {"DynamicLayer", "LinearAttentionLayer"}, changed("the layers of a cache with linear attention")
+    assert compat.past_length(cache) == inputs["input_ids"].shape[1], changed("the length of such a cache")
+    with pytest.raises(UnsupportedCacheError, match="taken back"):
+        compat.crop_cache(cache, 1)
 
 
 @pytest.mark.parametrize("kind", tiny.TILED)

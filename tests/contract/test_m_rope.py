@@ -350,6 +350,16 @@ def test_a_step_by_hand_gets_the_position_of_the_long_sequence(kind):
     assert seen["position_ids"][-1].flatten()[0] == positions[-1, 0, -1] + 1
 
 
+@torch.no_grad()
+def n_encodes(model, inputs, n_new):
+    """Runs of the tower in a generation without cache; some releases encode at every step."""
+    seen = []
+    hook = model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    tiny.generate(model, inputs, max_new_tokens=n_new, use_cache=False)
+    hook.remove()
+    return len(seen)
+
+
 @masked_cases
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "dart"])
 @torch.no_grad()
@@ -363,7 +373,8 @@ def test_a_cut_between_layers_equals_masking_behind_it(kind, rows, method):
         kept = attachment.kept
         uncached = tiny.generate(model, inputs, max_new_tokens=5, use_cache=False)
         alone = [tiny.generate(model, single, max_new_tokens=5) for single in singles]
-    assert torch.equal(tokens, uncached)
+    if n_encodes(model, inputs, 2) == n_encodes(model, inputs, 1):
+        assert torch.equal(tokens, uncached)  # otherwise every step is a call of its own, which scores by its own end
     assert torch.equal(tokens, torch.cat(alone))
     assert all({first, first + 1} <= set(entry) for entry in kept)
     assert report.layers[first - 1] == inputs["input_ids"].shape[1] > report.layers[first] > report.layers[-1]

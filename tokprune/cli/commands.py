@@ -48,12 +48,23 @@ def flops(
     visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture. Default: one crop's.")] = None,
     text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
     keep: Annotated[float, typer.Option(help="Fraction of the visual tokens to keep.")] = 0.25,
-    crops: Annotated[int | None, typer.Option(help="Crops encoded. Default: as many as --visual fills.")] = None,
+    crops: Annotated[
+        int | None, typer.Option(help="Crops encoded (of a video: frames). Default: as many as --visual fills.")
+    ] = None,
+    pixels: Annotated[
+        str,
+        typer.Option(help="Width and height of the picture, as 1500x2000, for models that take any size."),
+    ] = "",
+    frames: Annotated[int, typer.Option(min=0, help="Frames of a video of that size.")] = 0,
     method: Annotated[str, typer.Option(help="Include the cost of this method's selection.")] = "",
     layers: Annotated[bool, typer.Option("--layers", help="Show every decoder layer.")] = False,
 ) -> None:
     """Show the cost of a prefill by part, before and after pruning. A known shape needs no download."""
     shape = estimate.shape_of(model)
+    if pixels or frames:
+        if visual is not None or crops is not None:
+            raise RunError("--pixels and --frames decide the tokens: leave --visual and --crops out")
+        visual, crops = estimate.tokens_of(shape, pixels, frames)
     visual = shape.n_visual if visual is None else visual
     if min(visual, text, 1 if crops is None else crops) < 1:
         raise RunError("invalid --visual, --text or --crops: use a whole number of at least 1")
@@ -65,9 +76,10 @@ def flops(
     after = shape.picture(visual, crops, found.signals) + shape.read(columns)
     after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=found.products)
     tables.console().print(tables.ledger_table(shape, (before, after), (visual + text, columns), layers))
-    n_crops = crops or -(-visual // shape.n_visual)
+    n_crops = crops or (1 if shape.any_size else -(-visual // shape.n_visual))
+    what = "frame group" if frames else "picture" if shape.any_size else "crop"
     typer.echo(
-        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; change it with --visual)"
+        f"{visual} visual tokens ({n_crops} {what}{'s' * (n_crops > 1)}; change it with --visual)"
         + (f", keep {keep:g}." if found.budgeted else ", how many are kept is up to the method.")
     )
     share = before.before_llm.flops / before.prefill.flops

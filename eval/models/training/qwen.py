@@ -113,14 +113,13 @@ def clip_label(actors: list[watchit.Actor], grid: tuple[int, int, int]) -> np.nd
     return label(boxes, grid)
 
 
-def draw_picture(rng: np.random.Generator, height: int, width: int, crowded: bool):
+def draw_picture(rng: np.random.Generator, height: int, width: int, crowded: bool, split: str = "train"):
     """A scene of a size: the picture, what is in it, and the same on the scale that questions are asked at."""
     if (height, width) == (findit.SIZE, findit.SIZE):
-        split = "crowded" if crowded else "train"
-        image, shapes = findit.draw(split, int(rng.integers(100_000, N_SEEDS)))
+        image, shapes = findit.draw("crowded" if crowded else split, int(rng.integers(100_000, N_SEEDS)))
         return image, shapes, shapes
     if height == width and rng.random() < 0.5:
-        image, shapes = findit.draw("train", int(rng.integers(100_000, N_SEEDS)))
+        image, shapes = findit.draw(split, int(rng.integers(100_000, N_SEEDS)))
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
         by = width / findit.SIZE
         return image, [findit.Shape(s.kind, s.colour, s.x * by, s.y * by, s.width * by) for s in shapes], shapes
@@ -149,12 +148,25 @@ def picture_batch(rng: np.random.Generator, n: int, crowded: float = 0.0) -> Bat
     """Scenes of one size, of which a share is crowded (questions are asked about the others)."""
     height, width = (findit.SIZE,) * 2 if rng.random() < 0.6 else SIZES[rng.integers(len(SIZES))]
     drawn = [draw_picture(rng, height, width, bool(rng.random() < crowded)) for _ in range(n)]
+    return _pictures(drawn, [without_easy(rng, findit.ask(rng, asked, rounds=3)) for _, _, asked in drawn])
+
+
+def _pictures(drawn: list, questions: list[list[tuple[str, str, str]]]) -> Batch:
+    height, width = drawn[0][0].shape[:2]
     grid = 1, height // PATCH_SIZE, width // PATCH_SIZE
     labels = np.stack([picture_label(shapes, grid) for _, shapes, _ in drawn])
-    questions = [without_easy(rng, findit.ask(rng, asked, rounds=3)) for _, _, asked in drawn]
-    return Batch(
-        patchify(np.stack([image for image, _, _ in drawn])[:, None]), torch.from_numpy(labels), grid, False, questions
-    )
+    images = np.stack([image for image, _, _ in drawn])[:, None]
+    return Batch(patchify(images), torch.from_numpy(labels), grid, False, questions)
+
+
+def other_sizes(n: int) -> list[Batch]:
+    """N scenes of every other size, drawn from seeds that training does not use, one question of each kind."""
+    batches = []
+    for i, (height, width) in enumerate(SIZES):
+        rng = np.random.default_rng((0, 8, i))
+        drawn = [draw_picture(rng, height, width, crowded=False, split="validation") for _ in range(n)]
+        batches.append(_pictures(drawn, [findit.ask(rng, asked) for _, _, asked in drawn]))
+    return batches
 
 
 def clip_batch(rng: np.random.Generator, n: int) -> Batch:
@@ -174,13 +186,10 @@ def validation_batches(n: int, part: int = 50) -> list[Batch]:
     """The first n scenes and the first n clips of the validation splits, one question of each kind."""
     rng = np.random.default_rng((0, 7))
     batches = []
-    grid = 1, findit.SIZE // PATCH_SIZE, findit.SIZE // PATCH_SIZE
     for i in range(0, n, part):
-        drawn = [findit.draw("validation", j) for j in range(i, min(i + part, n))]
-        labels = np.stack([picture_label(shapes, grid) for _, shapes in drawn])
-        images = np.stack([image for image, _ in drawn])[:, None]
-        questions = [findit.ask(rng, shapes) for _, shapes in drawn]
-        batches.append(Batch(patchify(images), torch.from_numpy(labels), grid, False, questions))
+        scenes = [findit.draw("validation", j) for j in range(i, min(i + part, n))]
+        drawn = [(image, shapes, shapes) for image, shapes in scenes]
+        batches.append(_pictures(drawn, [findit.ask(rng, shapes) for _, shapes in scenes]))
     for i in range(0, n, part):
         batches.append(_clips([watchit.draw("validation", j) for j in range(i, min(i + part, n))], rng, rounds=1))
     return batches
@@ -368,7 +377,10 @@ def tower_accuracy(trainer: Trainer, batches: list[Batch]) -> str:
 
 @torch.no_grad()
 def answer_accuracy(trainer: Trainer, batches: list[Batch], share: float = 1.0) -> str:
-    """Whole answers right under teacher forcing, by task and kind, from all or a random share of the tokens."""
+    """Whole answers right under teacher forcing, by task and kind, from all or a random share of the tokens.
+
+    Teacher forcing finds the same answers right as greedy decoding does.
+    """
     right: dict[tuple[bool, str], list[bool]] = {}
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
@@ -381,7 +393,9 @@ def answer_accuracy(trainer: Trainer, batches: list[Batch], share: float = 1.0) 
             right.setdefault((batch.is_video, kind), []).extend(answers)
     said = []
     for name, is_video, kinds in (("findit", False, findit.KINDS), ("watchit", True, watchit.KINDS)):
-        by_kind = [right[is_video, k] for k in kinds]
+        by_kind = [right[is_video, k] for k in kinds if (is_video, k) in right]
+        if not by_kind:
+            continue
         said.append(
             f"{name} {np.mean(np.concatenate(by_kind)):.3f} (" + " ".join(f"{np.mean(r):.2f}" for r in by_kind) + ")"
         )

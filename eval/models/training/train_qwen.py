@@ -35,6 +35,7 @@ from .qwen import (
     answer_accuracy,
     clip_batch,
     draw_kept,
+    other_sizes,
     pack,
     patchify,
     picture_batch,
@@ -44,8 +45,9 @@ from .qwen import (
     validation_batches,
 )
 from .recipe import GRID
-from .recipe_qwen import BOS, EOS, MERGE, PAD, build_model, save_processor, start_from_llava
+from .recipe_qwen import BOS, EOS, MERGE, PAD, PATCH_SIZE, build_model, save_processor, start_from_llava
 from .tower import pixels
+from .train import rewrite_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 LLAVA = Path(__file__).parents[1] / "tiny-llava" / "model.safetensors"
@@ -217,10 +219,10 @@ def language(
 
 @app.command()
 def floors(work: Path, n: int = 300) -> None:
-    """Accuracy on validation: whole, from a share of the tokens, and what clips tell without their order or moments.
+    """Accuracy on validation: whole, from a share of the tokens, at other sizes, and of less than the picture or clip.
 
-    Of clips, `other` is that of another question, `first` and `last` show that frame eight times, `mixed` shows the
-    frames in a random order. `question` is the most frequent answer to a question in the training split.
+    Of both, `other` is that of another question. Of clips, `first` and `last` show that frame eight times, and `mixed`
+    shows the frames in a random order. `question` is the most frequent answer to a question in the training split.
     """
     trainer = build_trainer(0)
     trainer.load_state_dict(torch.load(work / "language.pt")["weights"])
@@ -230,6 +232,9 @@ def floors(work: Path, n: int = 300) -> None:
         typer.echo(f"{share:.0%} of the tokens: {answer_accuracy(trainer, valid, share)}")
     for name, change in FLOORS.items():
         typer.echo(f"{name}: {answer_accuracy(trainer, [change(b) for b in valid])}")
+    for some in other_sizes(n // 3):
+        height, width = (side * PATCH_SIZE for side in some.grid[1:])
+        typer.echo(f"height {height}, width {width}: {answer_accuracy(trainer, [some])}")
     typer.echo(f"question: {question_floor('findit', n)}, {question_floor('watchit', n)}")
 
 
@@ -244,6 +249,9 @@ def export(work: Path, out: Path) -> None:
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_length=None)
     model.half().save_pretrained(out)
     save_processor(out)
+    # As for the other models: what releases 4 of transformers know by these names.
+    special = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    rewrite_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=special)
     typer.echo(f"{sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB in {out}")
 
 

@@ -19,6 +19,7 @@ FAMILIES = Registry(
     table={
         "aya_vision": "tokprune.integrations.transformers.families.cohere2_vision:AyaVision",
         "cohere2_vision": "tokprune.integrations.transformers.families.cohere2_vision:Cohere2Vision",
+        "deepseek_vl": "tokprune.integrations.transformers.families.deepseek_vl:DeepSeekVL",
         "gemma3": "tokprune.integrations.transformers.families.gemma3:Gemma3",
         "glm46v": "tokprune.integrations.transformers.families.glm4v:Glm46V",
         "glm4v": "tokprune.integrations.transformers.families.glm4v:Glm4V",
@@ -26,7 +27,9 @@ FAMILIES = Registry(
         "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
         "llava": "tokprune.integrations.transformers.families.llava:Llava",
         "llava_next": "tokprune.integrations.transformers.families.llava_next:LlavaNext",
+        "llava_next_video": "tokprune.integrations.transformers.families.llava_next_video:LlavaNextVideo",
         "llava_onevision": "tokprune.integrations.transformers.families.llava_onevision:LlavaOnevision",
+        "ovis2": "tokprune.integrations.transformers.families.ovis2:Ovis2",
         "paddleocr_vl": "tokprune.integrations.transformers.families.paddleocr_vl:PaddleOCRVL",
         "mistral3": "tokprune.integrations.transformers.families.pixtral:Mistral3",
         "paligemma": "tokprune.integrations.transformers.families.paligemma:PaliGemma",
@@ -36,6 +39,8 @@ FAMILIES = Registry(
         "qwen3_vl": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VL",
         "qwen3_vl_moe": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VLMoE",
         "smolvlm": "tokprune.integrations.transformers.families.idefics3:SmolVLM",
+        "video_llava": "tokprune.integrations.transformers.families.video_llava:VideoLlava",
+        "vipllava": "tokprune.integrations.transformers.families.vipllava:VipLlava",
     },
     listing="tokprune.list_models()",
 )

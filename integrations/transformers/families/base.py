@@ -261,6 +261,10 @@ class ModelFamily:
         sides = {side: getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj") for side in ("q", "k")}
         return module, sides
 
+    def tower_twins(self, module: nn.Module) -> list[nn.Module]:
+        """A module of the vision tower, and those that do its work for other pictures; one of them runs at a time."""
+        return [module]
+
     def tower_heads(
         self, outputs: Mapping[str, Tensor], entered: Mapping[str, Any]
     ) -> Iterator[tuple[Tensor, Tensor, float]]:

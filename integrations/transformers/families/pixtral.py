@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -54,7 +55,9 @@ class PixtralFamily(ModelFamily):
         stack = Stack(vision.num_hidden_layers, width, vision.intermediate_size, heads, heads, width // heads)
         tower = Vision(stack, n_tokens * block**2, 0, vision.num_channels * vision.patch_size**2)
         widths, vocabulary = cls.projector_of(config), config.text_config.vocab_size
-        return Shape(config.model_type, tower, widths, n_tokens, n_tokens, text, vocabulary, any_size=True)
+        side = vision.patch_size * block
+        shape = Shape(config.model_type, tower, widths, n_tokens, n_tokens, text, vocabulary, any_size=True)
+        return replace(shape, token_side=side)
 
     def crop_patches(self, layout: Layout) -> int:
         """Of the picture."""
