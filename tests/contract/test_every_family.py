@@ -18,6 +18,7 @@ NEWER = (*tiny.GLM, "paddleocr_vl", "qwen3_5", *tiny.KIN)
 KINDS = [kind for kind in NEWER if compat.is_at_least(tiny.family(kind).oldest)]  # attach refuses the others
 TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves
 kinds = pytest.mark.parametrize("kind", KINDS)
+all_kinds = pytest.mark.parametrize("kind", [*KINDS, *tiny.MORE])
 
 
 def model_of(kind, dtype=torch.float64):
@@ -42,7 +43,7 @@ def budget_of(spec):
     return {} if not n else {"keep_ratio": one if n == 1 else [0.6, 0.5]}
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("spec", PRUNING)
 @torch.no_grad()
 def test_every_method_before_the_language_model_runs(kind, spec):
@@ -58,7 +59,7 @@ def test_every_method_before_the_language_model_runs(kind, spec):
     assert [k.tolist() for k in kept] == [k.tolist() for k in rows]
 
 
-@kinds
+@all_kinds
 @pytest.mark.parametrize("spec", CUTTING)
 @torch.no_grad()
 def test_every_method_between_layers_runs_or_is_refused(kind, spec):

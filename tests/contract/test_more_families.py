@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from counter import counted
 from processors import cropped_inputs, cropped_processor, picture
-from specs import CUTTING, PRUNING, build, scaled
 from tokprune.integrations.transformers import family_of
 from tokprune.integrations.transformers.encode import Encoded, by_image
 from tokprune.integrations.transformers.hooks import Hooks
@@ -23,7 +22,6 @@ from transformers import AutoModelForImageTextToText
 import tokprune
 from tokprune.core.errors import MissingSignalError, NothingPrunedError, TokPruneError, UnsupportedModelError
 from tokprune.core.signals import Kind, Signal
-from tokprune.core.tokens import Stage
 
 pytestmark = pytest.mark.skipif(tiny.RELEASE.release < (5, 18), reason="attach refuses these families there")
 kinds = pytest.mark.parametrize("kind", tiny.MORE)
@@ -251,28 +249,15 @@ def test_what_was_cut_is_what_masked_layers_do_not_see(kind):
     assert (pruned - other)[0, -1].abs().max() > 1e-3
 
 
-# ---- every method
+# ---- attaching
 
 
 @kinds
-@pytest.mark.parametrize("spec", [*PRUNING, *CUTTING])
-@torch.no_grad()
-def test_every_method_that_the_family_can_run_runs(kind, spec):
-    """Pruned, and every row is what it is alone; methods without what they need are refused by name."""
-    model, inputs = tiny.model(kind), tiny.batch(kind=kind)
-    family, method = family_of(model), build(scaled(spec))
-    options = {"keep_ratio": 0.5} if method.takes_budget else {}
-    if method.stage is Stage.PRE_LLM and not family.supplies_all(method.needs(family.tower)):
-        with pytest.raises(MissingSignalError, match="no .CLS. token"):
-            tokprune.attach(model, scaled(spec), **options)
-        return
-    with tokprune.attach(model, scaled(spec), **options) as attachment:
-        tokens, report = tiny.generate(model, inputs, max_new_tokens=3), attachment.report
-        alone = [tiny.generate(model, tiny.row(inputs, r, kind=kind), max_new_tokens=3) for r in range(3)]
-    assert len(report.images) == 3
-    assert min(report.layers) < inputs["input_ids"].shape[1] or not method.takes_budget
-    if not spec.startswith("random"):  # another picture of the call, other tokens
-        assert torch.equal(tokens, torch.cat(alone))
+def test_methods_that_need_a_cls_token_are_refused_with_what_to_type(kind):
+    with pytest.raises(MissingSignalError, match="no .CLS. token.*vtc_cls:without_cls=received"):
+        tokprune.attach(tiny.model(kind), "vtc_cls", keep_ratio=0.5)
+    answers = {p.method: p.answer for p in tokprune.list_support() if p.model == tiny.family(kind).model_type}
+    assert answers["fastv"] == answers["fopru"] == "yes"
 
 
 @kinds
@@ -439,6 +424,17 @@ def test_tags_may_be_of_several_tokens_and_newlines_one(kind):
         got = model(inputs_embeds=embeds, attention_mask=single["attention_mask"]).logits
         assert [i.layout.crop_grid for i in attachment.report.images] == [(2, 2), (2, 1)]
     assert (want - got).abs().max() < 1e-9
+
+
+@cropped
+def test_crops_whose_rows_are_not_told_lie_in_one_row(kind):
+    family, ids = family_of(tiny.model(kind)), tiny.shown_crops(1)
+    bare = [i for i in ids if i != tiny.NEWLINE]
+    for row, grid in ((ids, (2, 2)), (bare, (1, 4))):
+        starts = [i for i, token in enumerate(row) if token == tiny.IMAGE != row[i - 1]]
+        runs = [range(start, start + 9) for start in starts]
+        assert family.images_in(row, runs) == [(5, (grid, 45))]
+        assert family.images_in(row[:-1], runs) == [(1, ((0, 0), 9))] * 5  # nothing behind the last run
 
 
 @cropped
