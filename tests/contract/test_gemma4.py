@@ -18,7 +18,7 @@ import tokprune
 from tokprune.core.errors import BudgetError, UnsupportedModelError
 from tokprune.core.signals import Kind, Signal
 
-pytestmark = pytest.mark.skipif(tiny.RELEASE.release < (5, 18), reason="attach refuses this family there")
+pytestmark = pytest.mark.skipif(tiny.RELEASE.release < (5, 23), reason="attach refuses this family there")
 kinds = pytest.mark.parametrize("kind", tiny.GEMMA4)
 DTYPE = torch.float64
 TYPES = "mm_token_type_ids"

@@ -28,6 +28,7 @@ class Gemma4(SiglipFamily):
     """
 
     model_type = "gemma4"
+    oldest: ClassVar[str] = "5.23.0"  # older ones give videos in another form
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
     towers: ClassVar = {"gemma4_vision": TowerKind("Gemma4-ViT", False)}
     ready_masks: ClassVar[bool] = True
