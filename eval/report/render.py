@@ -217,16 +217,19 @@ def details(_: str) -> str:
     return method_pages.sections()
 
 
-def families(_: str) -> str:
-    """Model families, what they take, and where they can be cut."""
+def families(which: str) -> str:
+    """Model families, what they take, and where they can be cut; "short" leaves out towers and releases."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for name in FAMILIES.names():
         family = FAMILIES.load(name)
         towers = ", ".join(dict.fromkeys(kind.name for kind in family.towers.values()))
         takes = "pictures, videos" if "get_video_features" in family.encode_functions else "pictures"
-        facts = (towers, takes, "no" if family.no_layer_cuts else "yes", f"{family.oldest} to {NEWEST}")
+        cuts = "no" if family.no_layer_cuts else "yes"
+        facts = (takes, cuts) if which == "short" else (towers, takes, cuts, f"{family.oldest} to {NEWEST}")
         alike.setdefault(facts, []).append(f"`{name}`")
     lines = [[", ".join(names), *facts] for facts, names in alike.items()]
+    if which == "short":
+        return markdown(("`model_type`", "takes", "cuts between layers"), lines)
     return markdown(("`model_type`", "vision tower", "takes", "cuts between layers", "transformers"), lines)
 
 
