@@ -33,8 +33,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/tokprune compare --limit 100 --out runs/demo
 
+# What runs within one process; `make check` runs the rest, too: torch.compile, killed and shared runs.
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # About a minute: methods, golden data, tensor work, one model family.
 QUICK := tests/golden tests/contract/test_methods.py tests/contract/test_cut_methods.py tests/unit/test_ops.py \
@@ -47,7 +48,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The documentation as a site in site/, in strict mode; nothing is loaded from the network.
 docs: setup

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import tokprune
 from tokprune.core.budget import Budget
 from tokprune.core.errors import RunError
+from tokprune.prune.videos import N_FRAMES
 
 from .report import html as report
 from .report import pareto
@@ -277,14 +278,16 @@ def settings(
     }
 
 
-def chosen_tasks(names: Sequence[str], limit: int | None = None, full: bool = False) -> list[tuple[Task, list[Sample]]]:
-    """Tasks by name or folder, with the samples to answer.
+def chosen_tasks(
+    names: Sequence[str], limit: int | None = None, full: bool = False, n_frames: int = N_FRAMES
+) -> list[tuple[Task, list[Sample]]]:
+    """Tasks by name or folder, with the samples to answer; of videos in a folder up to `n_frames` frames are taken.
 
     Raises:
         UnknownNameError, TaskError: there is no such task.
         RunError: two have one name.
     """
-    loaded = [load_task(name) for name in names]
+    loaded = [load_task(name, n_frames) for name in names]
     if len({t.name for t in loaded}) < len(loaded):
         raise RunError(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"

@@ -9,6 +9,11 @@ from tiny import IMAGE, SUPPRESSED
 from torch import Tensor
 
 
+def language_model(model):
+    """The decoder of the bare model."""
+    return getattr(model.model, "text_model", None) or model.model.language_model
+
+
 def features_of(model, single: dict[str, Tensor]) -> Tensor:
     """(N, D) of all pictures of a row from the bare model, whatever its release returns."""
     out = model.model.get_image_features(
@@ -42,7 +47,7 @@ def short_logits(model, embeds: Tensor, columns: Tensor, positions: str, offset:
     short = embeds[:, columns]
     n = torch.arange(embeds.shape[1])
     position_ids = (n[columns] if positions == "original" else n[: int(columns.sum())])[None] + offset
-    out = model.model.language_model(
+    out = language_model(model)(
         inputs_embeds=short,
         position_ids=position_ids,
         attention_mask=torch.ones(short.shape[:2], dtype=torch.long),
@@ -77,10 +82,10 @@ def masked_logits(model, embeds: Tensor, gone: dict[int, Tensor], offset: int = 
     Layer 0 stands for columns that never reach the language model. All keep their positions. A column that is gone
     sees itself, so that nothing is undefined; what it becomes does not matter.
     """
-    n, eager = embeds.shape[1], model.model.language_model.config._attn_implementation == "eager"
+    n, eager = embeds.shape[1], language_model(model).config._attn_implementation == "eager"
     causal = torch.ones(n, n, dtype=torch.bool).tril()
     hooks = []
-    for i, layer in enumerate(model.model.language_model.layers):
+    for i, layer in enumerate(language_model(model).layers):
         hidden = torch.zeros(n, dtype=torch.bool)
         for first, columns in gone.items():
             hidden |= columns if first <= i else False
@@ -93,7 +98,7 @@ def masked_logits(model, embeds: Tensor, gone: dict[int, Tensor], offset: int = 
             )
         )
     try:
-        out = model.model.language_model(
+        out = language_model(model)(
             inputs_embeds=embeds,
             position_ids=torch.arange(n)[None] + offset,
             attention_mask=torch.ones(1, n, dtype=torch.long),

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AddedToken,
+    Idefics3Processor,
     InternVLProcessor,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
@@ -82,6 +84,33 @@ def processor(kind: str):
         return ImageOnlyOnevision(images, tokenizer(), num_image_tokens=tiny.N_VISUAL)
     images.max_patches = 6
     return ImageOnlyInternVL(images, tokenizer(), image_seq_length=tiny.N_TILE)
+
+
+def cropped_processor(kind: str) -> Idefics3Processor:
+    """Idefics 3's processor with the image processor of a family; every tag and newline is a token."""
+    tags = [f"<row_{r + 1}_col_{c + 1}>" for r in range(4) for c in range(4)]
+    special = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "\n", *tags]
+    ids = {f"word{i}": i for i in range(tiny.VOCAB)}
+    names = {**dict(enumerate(WORDS[:-1])), tiny.IMAGE: "<image>", **dict(enumerate(special, 20))}
+    ids = {names.get(i, word): i for word, i in ids.items()}
+    words = Tokenizer(models.WordLevel(ids, unk_token="what"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(
+        [AddedToken(name, normalized=False, special=True) for name in ("<pad>", "<s>", "</s>", "<image>", *special)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    images = tiny.family(kind).image_processor(tiny.config(kind))
+    return Idefics3Processor(images, made, image_seq_len=tiny.N_VISUAL // tiny.MERGED)
+
+
+def cropped_inputs(kind: str, rows: list[list[Image.Image]]) -> dict:
+    """What the genuine processor gives for rows of pictures."""
+    text = ["<s> " + "<image> it " * len(row) + "what is it ?" for row in rows]
+    found = cropped_processor(kind)(images=rows if any(rows) else None, text=text, padding=True, return_tensors="pt")
+    known = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
+    return {name: value for name, value in found.items() if name in known}
 
 
 # Width and height: square, wide, tall, padded both ways, tiny, and one that OneVision makes smaller.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from tokprune.integrations.transformers import FAMILIES
+from tokprune.integrations.transformers.families import VARIANTS
 from tokprune.integrations.transformers.families.sizes import Sizes
 from transformers import AutoModelForImageTextToText
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -36,11 +37,21 @@ GLM = ("glm4v", "glm46v")  # pictures or videos in a call: a frame is placeholde
 M_ROPE = (*QWEN, *GLM, "paddleocr_vl", "qwen3_5")
 FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
 GEMMA4 = ("gemma4", "gemma4-e2b")  # pictures that see themselves; per-layer inputs and shared keys
+CROPPED = ("idefics3", "smolvlm")  # a picture is crops and a thumbnail, each a run of placeholders
+PIXTRAL = ("mistral3", "llava_pixtral")  # pictures of any size, a token of text behind every row of placeholders
+MORE = CROPPED + PIXTRAL
 KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2")  # of LLaVA
+ONE_SIZE = (*TOWERS, *FIXED, *(kind for kind in KIN if kind != "llava_next_video"))
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
 # Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
 SIZES = ((24, 48), (40, 20), (30, 30), (20, 48), (5, 7))
+# Idefics 3: rows and columns of crops before a thumbnail, and the tokens around a run of placeholders.
+CROPS = ((0, 0), (2, 2), (1, 2), (2, 1))
+FAKE, GLOBAL, NEWLINE, TAGS = 88, 92, 93, ((94, 95), (96, 97))
+# Pixtral: height and width in pixels, and the tokens behind a row of placeholders and behind the last one.
+PIXTRAL_SIZES = ((16, 32), (24, 40), (24, 16), (48, 8), (20, 28))
+BREAK, END_OF_PICTURE = 92, 93
 TILES = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3))  # InternVL: rows and columns of crops; a thumbnail joins two or more
 
 
@@ -67,6 +78,8 @@ OTHERWISE = {
     "llava_onevision": {**SIGLIP, "text_type": "qwen2"},
     **{kind: dict(grids=(), tower_options={}) for kind in M_ROPE},
     **{kind: {**SIGLIP, "text_type": "gemma"} for kind in FIXED},
+    **{kind: dict(tower_type=f"{kind}_vision", tower_options={}, grids=()) for kind in CROPPED},
+    **{kind: dict(tower_type="pixtral", tower_options={}, text_type="mistral", grids=(), side=48) for kind in PIXTRAL},
     "deepseek_vl": SIGLIP,
     "gemma4": dict(tower_options={}),
     "ovis2": dict(tower_options=dict(vocab_size=1024), text_type="qwen2"),
@@ -87,6 +100,8 @@ TEXT_OPTIONS = {
 
 def family(kind: str):
     """The class of the family of a kind of model."""
+    if kind == "llava_pixtral":
+        return VARIANTS.load("llava/pixtral")
     return FAMILIES.load("llava" if kind in TOWERS else kind.split("-")[0])
 
 
@@ -175,12 +190,10 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
     images = [image for row in rows for image in row]
     if not images:
         return {}
-    if kind in TOWERS or (kind in KIN and kind != "llava_next_video"):
+    if kind in ONE_SIZE:
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind == "internvl":
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
-    if kind in FIXED:
-        return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind in GEMMA4:
         return dict(zip(("pixel_values", "image_position_ids"), padded_patches(images, dtype), strict=True))
     if kind in M_ROPE:
@@ -189,6 +202,10 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
         if kind == "paddleocr_vl":  # of one frame, in raster order
             values = values[:, : 3 * PATCH**2].unflatten(1, (3, PATCH, PATCH))
         return {"pixel_values": values.to(dtype), "image_grid_thw": torch.tensor(grids)}
+    if kind in CROPPED:
+        return cropped(rows, dtype)
+    if kind in PIXTRAL:
+        return sized(images, dtype)
     sizes = [SIZES[i % len(SIZES)] for i in images]
     several = [len(row) > 1 and kind == "llava_onevision" for row in rows for _ in row]
     counts = [1 if s else image_size_to_num_patches(z, PINPOINTS, SIDE) for z, s in zip(sizes, several, strict=True)]
@@ -200,6 +217,60 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
     return found
 
 
+def cropped(rows: list[list[int]], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """What Idefics 3's processor gives: the crops of a row of the batch, and empty ones after them."""
+    shown = [
+        torch.cat([pictures(1 + math.prod(CROPS[i % len(CROPS)]), seed=60 + i) for i in row] or [pictures(0)])
+        for row in rows
+    ]
+    most = max(map(len, shown))
+    padded = [F.pad(own, (0, 0, 0, 0, 0, 0, 0, most - len(own))) for own in shown]
+    there = [torch.arange(most) < len(own) for own in shown]
+    mask = torch.stack(there)[..., None, None].expand(-1, -1, SIDE, SIDE)
+    return {"pixel_values": torch.stack(padded).to(dtype), "pixel_attention_mask": mask.long()}
+
+
+def sized(images: list[int], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """What Pixtral's processor gives: pictures padded to the largest, and their sizes."""
+    sizes = [PIXTRAL_SIZES[i % len(PIXTRAL_SIZES)] for i in images]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    own = [
+        torch.randn(3, *size, generator=torch.Generator().manual_seed(80 + i))
+        for i, size in zip(images, sizes, strict=True)
+    ]
+    padded_ = [F.pad(p, (0, width - p.shape[2], 0, height - p.shape[1])) for p in own]
+    return {"pixel_values": torch.stack(padded_).to(dtype), "image_sizes": torch.tensor(sizes)}
+
+
+def pixtral_grid(kind: str, image: int) -> tuple[int, int]:
+    """Rows and columns of tokens."""
+    pixels_a_token = PATCH * (2 if kind == "mistral3" else 1)
+    height, width = PIXTRAL_SIZES[image % len(PIXTRAL_SIZES)]
+    return height // pixels_a_token, width // pixels_a_token
+
+
+def shown(kind: str, image: int, alone: bool = True) -> list[int]:
+    """An image in a prompt, as the processor writes it."""
+    if kind in CROPPED:
+        return shown_crops(image)
+    if kind in PIXTRAL:
+        height, width = pixtral_grid(kind, image)
+        return ([*[IMAGE] * width, BREAK] * height)[:-1] + [END_OF_PICTURE]
+    rows = [IMAGE] * n_rows(kind, image, alone)
+    return [START, *rows, END] if kind in (*M_ROPE, *GEMMA4) else rows
+
+
+def shown_crops(image: int) -> list[int]:
+    """The crops of an image, row by row, and its thumbnail."""
+    n_rows_, n_columns = CROPS[image % len(CROPS)]
+    ids, crop = [], [IMAGE] * (N_VISUAL // MERGED)
+    for r in range(n_rows_):
+        for c in range(n_columns):
+            ids += [FAKE, TAGS[r][c], *crop]
+        ids.append(NEWLINE)
+    return [*ids, *[NEWLINE][: len(ids)], FAKE, GLOBAL, *crop, FAKE]
+
+
 @functools.cache
 def n_rows(kind: str, image: int, alone: bool = True) -> int:
     """Placeholders of an image, as the bare model counts them; alone in its row or not."""
@@ -209,6 +280,10 @@ def n_rows(kind: str, image: int, alone: bool = True) -> int:
         return N_VISUAL if kind == "paligemma" else N_VISUAL // 4
     if kind in (*M_ROPE, *GEMMA4):
         return math.prod(GRIDS[image % len(GRIDS)]) // MERGED
+    if kind in CROPPED:
+        return shown_crops(image).count(IMAGE)
+    if kind in PIXTRAL:
+        return math.prod(pixtral_grid(kind, image))
     inputs = pixels(kind, [[image] if alone else [image, image]])
     with torch.no_grad():
         out = model(kind).model.get_image_features(**inputs)
@@ -233,8 +308,7 @@ def batch(layout=MIXED, dtype=torch.float32, seed=7, lead=True, kind="clip") -> 
     for r, images in enumerate(layout):
         ids = [1, *words(2 + r)] if lead else []
         for image in images:
-            shown = [IMAGE] * n_rows(kind, image, len(images) == 1)
-            ids += ([START, *shown, END] if kind in (*M_ROPE, *GEMMA4) else shown) + words(2)
+            ids += shown(kind, image, len(images) == 1) + words(2)
         rows.append(ids + words(4 + 2 * r))
     return typed(kind, padded(rows)) | pixels(kind, [list(images) for images in layout], dtype)
 

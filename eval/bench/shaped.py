@@ -15,7 +15,7 @@ import psutil
 import torch
 import transformers
 from PIL import Image
-from tokprune.integrations.transformers import FAMILIES, Sizes, family_of, shape_from_config
+from tokprune.integrations.transformers import FAMILIES, Sizes, family_class, family_of, shape_from_config
 from transformers import AutoModelForImageTextToText
 
 from tokprune.core.errors import RunError
@@ -206,7 +206,7 @@ def crop_side(config: transformers.PretrainedConfig) -> int:
 
 def image_processor_of(config: transformers.PretrainedConfig) -> Any:
     """The family's own image processor, for crops of this configuration."""
-    return FAMILIES.load(config.model_type).image_processor(config)
+    return family_class(config).image_processor(config)
 
 
 def pictures(side: int, n: int) -> list[Image.Image]:

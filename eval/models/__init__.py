@@ -44,6 +44,7 @@ EMBEDDED = {
         (*CONTROLS[:3], *PRE_LLM, *CONTROLS[3:], "random:split=even", "uniform:split=even"),
         (0.5, 0.25, 0.1),
     ),
+    "tiny-qwen": Embedded(("findit", "watchit"), ("none", "blind", "fopru", "uniform", "random"), (0.5, 0.25, 0.1)),
 }
 DEFAULT = "tiny-llava"
 

@@ -1,4 +1,4 @@
-"""Pictures of what methods keep, made by running a model."""
+"""Drawings of what methods keep of a picture or a video, made by running a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ import torch
 from PIL import Image
 
 import tokprune
-from tokprune.core.files import write_text
+from tokprune.core.errors import RunError
+from tokprune.core.files import replacing, write_text
 from tokprune.core.layout import Layout
-from tokprune.prune.explain import dimmed, enlarged, seen, side_by_side, stacked
+from tokprune.prune.explain import (
+    below_each_other,
+    dimmed,
+    dimmed_frames,
+    enlarged,
+    row_of,
+    seen,
+    side_by_side,
+    stacked,
+)
 from tokprune.prune.report import ImageReport, Report
+from tokprune.prune.videos import Clip
 
 from ..run.runner import Runner
 
@@ -71,14 +82,14 @@ class Explained:
     """What methods keep of a picture, to draw, print or write.
 
     Args:
-        picture: the original.
-        pixels: (crops, 3, H, W), the input of the model.
+        picture: the original, a video for a clip.
+        pixels: (crops, 3, H, W), the input of the model; None where it is given patches.
         runner: the model with its processor.
         shown: one entry for each method.
     """
 
-    picture: Image.Image
-    pixels: torch.Tensor
+    picture: Image.Image | Clip
+    pixels: torch.Tensor | None
     runner: Runner
     shown: list[Shown]
 
@@ -88,25 +99,72 @@ class Explained:
         return [str(one.report) for one in self.shown]
 
     def sheet(self) -> Image.Image:
-        """The picture as the model sees it, and next to it what each method keeps."""
-        return side_by_side(self.panels())
+        """The picture as the model sees it, and next to it what each method keeps; of a video frame by frame."""
+        return (below_each_other if isinstance(self.picture, Clip) else side_by_side)(self.panels())
 
     def panels(self) -> list[tuple[str, Image.Image]]:
         """The parts of `sheet` with their titles."""
-        processor = self.runner.processor.image_processor
+        if isinstance(self.picture, Clip):
+            return [(title, row_of([enlarged(f, 112) for f in frames])) for title, frames in self._films(self.picture)]
         panels = []
         for one in self.shown:
             image = one.image
             order = list(dict.fromkeys(crop for crop in image.layout.crop if crop >= 0))
-            whole = seen(self.pixels[order.index(0) if 0 in order else 0], processor.image_mean, processor.image_std)
+            whole = self._whole(order, self.picture)
             if not panels:
                 panels.append(("as the model sees it", _both(whole, self.picture, image.layout)))
-            patch = self.runner.model.config.vision_config.patch_size
-            patch = patch if isinstance(patch, int) else patch[0]
-            cells = whole if len(order) > 1 else _covered(whole, image.layout, patch)
-            title = f"{one.spec}: {image.n_visual} -> {image.n_kept}"
-            panels.append((title, _both(cells, self.picture, image.layout, image.left)))
+            cells = whole if len(order) > 1 or self.pixels is None else _covered(whole, image.layout, self._patch)
+            panels.append((_title(one), _both(cells, self.picture, image.layout, image.left)))
         return panels
+
+    def animation(self) -> list[Image.Image]:
+        """For every frame of a video what `sheet` shows of a picture.
+
+        Raises:
+            RunError: it is a picture.
+        """
+        films = self._films(self._clip)
+        moments = zip(*(frames for _, frames in films), strict=True)
+        titles = [title for title, _ in films]
+        return [side_by_side(list(zip(titles, map(enlarged, moment), strict=True))) for moment in moments]
+
+    def write_animation(self, path: Path) -> int:
+        """`animation` as a GIF at the speed of the video; gives the number of frames.
+
+        Raises:
+            RunError: it is a picture.
+            OSError: it cannot be written.
+        """
+        first, *others = self.animation()
+        with replacing(path) as new:
+            duration = 1000 / self._clip.fps
+            first.save(new, format="GIF", save_all=True, append_images=others, loop=0, duration=duration)
+        return 1 + len(others)
+
+    @property
+    def _clip(self) -> Clip:
+        if not isinstance(self.picture, Clip):
+            raise RunError("only a video can be animated; leave --animation out, or name a video")
+        return self.picture
+
+    def _films(self, clip: Clip) -> list[tuple[str, list[Image.Image]]]:
+        """The frames of a video, and those that show what each method keeps, with their titles."""
+        films = [("as the model sees it", list(clip.frames))]
+        films += [(_title(one), dimmed_frames(clip.frames, one.image.layout, one.image.left)) for one in self.shown]
+        return films
+
+    @property
+    def _patch(self) -> int:
+        """Pixels a side of a patch."""
+        patch = self.runner.model.config.vision_config.patch_size
+        return patch if isinstance(patch, int) else patch[0]
+
+    def _whole(self, order: Sequence[int], picture: Image.Image) -> Image.Image:
+        """The thumbnail or only crop; a model that is given patches sees the picture itself."""
+        if self.pixels is None:
+            return picture
+        processor = self.runner.processor.image_processor
+        return seen(self.pixels[order.index(0) if 0 in order else 0], processor.image_mean, processor.image_std)
 
     def to_dict(self, **asked: Any) -> dict[str, Any]:
         """Plain numbers, lists and text. `asked` adds entries such as the picture, the question and the model.
@@ -147,13 +205,12 @@ Methods = Sequence[tuple[str, dict[str, Any]]]
 
 
 @torch.no_grad()
-def asked(runner: Runner, picture: Image.Image, question: str, methods: Methods, salt: int = 0) -> Explained:
-    """What each method with its budget keeps of a picture with a question.
+def asked(runner: Runner, picture: Image.Image | Clip, question: str, methods: Methods, salt: int = 0) -> Explained:
+    """What each method with its budget keeps of a picture or video with a question.
 
     Seeded methods mix in `salt`: a run has one for each question, see `tokprune.Attachment.salts`.
     """
-    inputs = runner.processor(images=[picture], text=[runner.prompt(question)], return_tensors="pt")
-    inputs = inputs.to(runner.model.device, runner.model.dtype)
+    inputs = runner.inputs([question], [picture])
     shown = []
     for spec, budget in methods:
         with tokprune.attach(runner.model, spec, **budget) as attachment:
@@ -161,13 +218,20 @@ def asked(runner: Runner, picture: Image.Image, question: str, methods: Methods,
             runner.model(**inputs)
             (kept,) = attachment.kept
             shown.append(Shown(spec, budget, kept, attachment.report))
-    return Explained(picture, inputs["pixel_values"].flatten(0, -4), runner, shown)
+    pixels = inputs.get("pixel_values")
+    return Explained(picture, None if pixels is None or pixels.ndim < 4 else pixels.flatten(0, -4), runner, shown)
 
 
-def explained(runner: Runner, picture: Image.Image, question: str, methods: Methods) -> tuple[Image.Image, list[str]]:
+def explained(
+    runner: Runner, picture: Image.Image | Clip, question: str, methods: Methods
+) -> tuple[Image.Image, list[str]]:
     """`Explained.sheet` and `Explained.lines` of a picture with a question."""
     found = asked(runner, picture, question, methods)
     return found.sheet(), found.lines
+
+
+def _title(one: Shown) -> str:
+    return f"{one.spec}: {one.image.n_visual} -> {one.image.n_kept}"
 
 
 def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.Tensor | None = None) -> Image.Image:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 import typer
-from tokprune.integrations.transformers import FAMILIES, NEWEST
+from tokprune.integrations.transformers import NEWEST, all_families
 
 import tokprune
 from tokprune.core.budget import REFERENCE_TEXT, Budget
@@ -220,14 +220,13 @@ def details(_: str) -> str:
 def families(which: str) -> str:
     """Model families, what they take, and where they can be cut; "short" leaves out towers and releases."""
     alike: dict[tuple[str, ...], list[str]] = {}
-    for name in FAMILIES.names():
-        family = FAMILIES.load(name)
+    for family in all_families():
         towers = ", ".join(dict.fromkeys(kind.name for kind in family.towers.values()))
         takes = "pictures, videos" if "get_video_features" in family.encode_functions else "pictures"
         cuts = "no" if family.no_layer_cuts else "yes"
         facts = (takes, cuts) if which == "short" else (towers, takes, cuts, f"{family.oldest} to {NEWEST}")
-        alike.setdefault(facts, []).append(f"`{name}`")
-    lines = [[", ".join(names), *facts] for facts, names in alike.items()]
+        alike.setdefault(facts, []).append(f"`{family.model_type}`")
+    lines = [[", ".join(dict.fromkeys(names)), *facts] for facts, names in alike.items()]
     if which == "short":
         return markdown(("`model_type`", "takes", "cuts between layers"), lines)
     return markdown(("`model_type`", "vision tower", "takes", "cuts between layers", "transformers"), lines)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -54,6 +54,13 @@ class Config:
         return {} if self.keep_ratio is None else {"keep_ratio": self.keep_ratio}
 
 
+class Crops(NamedTuple):
+    """What the tower encodes for a picture or video: crops (or frames), and patches of each where its size decides."""
+
+    n: int
+    n_patches: int | None = None
+
+
 @dataclass
 class Costs:
     """FLOPs of language model and prefill, and KV bytes, before and after; of one prompt without padding."""
@@ -72,7 +79,7 @@ class Costs:
         columns: tuple[int, int | Sequence[int]],
         selector: Ops,
         bytes_per_value: int,
-        crops: tuple[int, int] = (1, 1),
+        crops: tuple[Crops, Crops] = (Crops(1), Crops(1)),
     ) -> Costs:
         """Of one picture, unknown for no shape.
 
@@ -81,12 +88,13 @@ class Costs:
             columns: of the prompt before, and after in every decoder layer or by layer.
             selector: what selecting computed.
             bytes_per_value: of keys and values.
-            crops: of the tower before and after.
+            crops: that the tower encodes before and after.
         """
         if shape is None:
             return cls()
         bare, pruned = (
-            shape.prefill(n, crops=c, bytes_per_value=bytes_per_value) for n, c in zip(columns, crops, strict=True)
+            shape.prefill(n, crops=c.n, n_patches=c.n_patches, bytes_per_value=bytes_per_value)
+            for n, c in zip(columns, crops, strict=True)
         )
         return cls(
             llm_flops_before=bare.llm.flops,

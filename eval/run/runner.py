@@ -19,16 +19,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokprune.integrations.transformers import family_of, shape_from_config
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tokprune.integrations.transformers import family_of, inputs_of, load_processor, shape_from_config
+from transformers import AutoModelForImageTextToText
 
 import tokprune
 from tokprune.core.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError, why_unloadable
 from tokprune.cost.flops import Ops, Shape
+from tokprune.prune.videos import Clip
 
 from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task
-from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, SampleRow
+from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, Crops, SampleRow
 from .stopwatch import Stopwatch
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -63,7 +64,7 @@ class Runner:
         gpu, path = torch.cuda.is_available(), path_of(path)
         placed = {} if device_map is None else {"device_map": device_map}
         try:
-            processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+            processor = load_processor(path)
             model = AutoModelForImageTextToText.from_pretrained(
                 path, trust_remote_code=False, dtype="auto" if gpu else torch.float32, **placed
             )
@@ -101,7 +102,7 @@ class Runner:
         What is in reach depends on the layout of a picture, so one of every size is tried.
         """
         pictures = {s.image_id: s for s in samples}
-        sizes = {task.image(image_id).size: sample for image_id, sample in pictures.items()}
+        sizes = {_size(task.image(image_id)): sample for image_id, sample in pictures.items()}
         reasons: dict[str, str] = {}
         for sample in sizes.values():
             inputs = self.prepare(task, [sample], [sample.image_id])
@@ -119,8 +120,12 @@ class Runner:
         ids = self.processor.tokenizer(prompts)["input_ids"]
         return round(median(int((~self.placeholders(torch.tensor(row))).sum()) for row in ids))
 
-    def prompt(self, question: str) -> str:
+    def prompt(self, question: str, visual: str = "image") -> str:
         """The question in the processor's chat template, or in LLaVA 1.5's where there is none.
+
+        Args:
+            question: without placeholder.
+            visual: "image" or "video".
 
         Raises:
             RunError: it holds a placeholder of its own.
@@ -129,7 +134,7 @@ class Runner:
         if "<image>" in question:
             raise RunError(f"leave <image> out of the question {question!r}; the prompt puts it in place")
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
+            content = [{"type": visual}, {"type": "text", "text": question}]
             return self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
@@ -141,10 +146,14 @@ class Runner:
         """Left-padded inputs on the model's device; with `scale`, of pictures of other height and width."""
         return self._processed(samples, [_scaled(task.image(i), scale) for i in image_ids])
 
-    def _processed(self, samples: Sequence[Sample], pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        text = [self.prompt(s.question) for s in samples]
-        inputs = self.processor(images=[[p] for p in pictures], text=text, padding=True, return_tensors="pt")
-        return inputs.to(self.device, self.model.dtype)
+    def _processed(self, samples: Sequence[Sample], pictures: Sequence[Image.Image | Clip]) -> dict[str, torch.Tensor]:
+        return self.inputs([s.question for s in samples], pictures)
+
+    def inputs(self, questions: Sequence[str], pictures: Sequence[Image.Image | Clip]) -> dict[str, torch.Tensor]:
+        """Left-padded inputs on the model's device: questions, each about its picture or video."""
+        pairs = zip(questions, pictures, strict=True)
+        text = [self.prompt(q, "video" if isinstance(p, Clip) else "image") for q, p in pairs]
+        return inputs_of(self.processor, text, [[p] for p in pictures]).to(self.device, self.model.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -239,8 +248,10 @@ class Runner:
     def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], selector: Ops) -> Costs:
         if len(columns[1]) == 1:  # the bare model: the same in every layer
             columns = columns[0], columns[1] * self.n_layers
-        before, after = (a.crops[i] if a.crops else 0 for a in asked)
-        return Costs.of(self.shape if before else None, columns, selector, self.model.dtype.itemsize, (before, after))
+        if not all(a.crops for a in asked):
+            return Costs()
+        before, after = (a.crops[i] for a in asked)
+        return Costs.of(self.shape, columns, selector, self.model.dtype.itemsize, (before, after))
 
     def asked_about(self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1) -> Asked:
         """Prepared questions about pictures, at another scale where that is given."""
@@ -251,18 +262,19 @@ class Runner:
         if not self._known:
             return Asked(inputs, columns, n_visual, [])
         # Pictures of one size with equally many tokens are cut into equal crops: the model is asked once for each kind.
-        kinds = [(n, picture.size) for n, picture in zip(n_visual, pictures, strict=True)]
+        kinds = [(n, _size(picture)) for n, picture in zip(n_visual, pictures, strict=True)]
         for sample, picture, kind in zip(samples, pictures, kinds, strict=True):
             if kind not in self._crops:
                 self._crops[kind] = self._crops_of(self._processed([sample], [picture]))
         return Asked(inputs, columns, n_visual, [self._crops[kind] for kind in kinds])
 
     @torch.no_grad()
-    def _crops_of(self, inputs) -> int:
+    def _crops_of(self, inputs) -> Crops:
         """Crops of the picture of one row, asked of the model itself; also the first run, which is always slow."""
         with tokprune.attach(self.model, "uniform", keep_ratio=1) as attachment:
             self.model(**inputs, logits_to_keep=1)
-            return attachment.report.encoded[0].layout.n_crops
+            (image,) = attachment.report.encoded
+            return Crops(image.layout.n_crops, image.n_patches)
 
     def placeholders(self, ids: torch.Tensor) -> torch.Tensor:
         """Which ids stand for visual tokens, bool."""
@@ -279,7 +291,7 @@ class Runner:
         return self.model.config.model_type in tokprune.list_models()
 
     @functools.cached_property
-    def _crops(self) -> dict[tuple, int]:
+    def _crops(self) -> dict[tuple, Crops]:
         return {}
 
     def run(
@@ -332,7 +344,7 @@ class Asked:
     inputs: Any
     columns: list[int]
     n_visual: list[int]
-    crops: list[int]
+    crops: list[Crops]
 
 
 def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -354,11 +366,16 @@ def _stop_ids(model: torch.nn.Module) -> set[int]:
     return set(stop) if isinstance(stop, list) else {stop}
 
 
-def _scaled(picture: Image.Image, scale: float) -> Image.Image:
+def _scaled(picture: Image.Image | Clip, scale: float) -> Image.Image | Clip:
     if scale == 1:
         return picture
-    size = (max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(tuple(size), Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _size(picture: Image.Image | Clip) -> tuple[int, ...]:
+    """Width and height, and of a video the number of frames."""
+    return (*picture.size, len(picture.frames)) if isinstance(picture, Clip) else picture.size
 
 
 def _other_pictures(samples: Sequence[Sample]) -> list[str]:

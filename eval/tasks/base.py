@@ -1,4 +1,4 @@
-"""What a task is: samples with a question and an answer, and the pictures they ask about."""
+"""What a task is: samples with a question and an answer, and the pictures or videos they ask about."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Protocol
 
 from PIL import Image
 
+from tokprune.prune.videos import Clip
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture.
+    """One question about one picture or video.
 
     Args:
         id: unique within its task; resuming and pairing go by it.
@@ -55,8 +57,8 @@ class Task(Protocol):
     def samples(self) -> list[Sample]:
         """The test samples, always in the same order."""
 
-    def image(self, image_id: str) -> Image.Image:
-        """The picture of a sample, RGB, as `tokprune.pictures.open_picture` gives it."""
+    def image(self, image_id: str) -> Image.Image | Clip:
+        """The picture of a sample, RGB, as `tokprune.prune.pictures.open_picture` gives it; or its video."""
 
     def train_samples(self) -> list[Sample] | None:
         """Samples for the question-only floor, or None."""

@@ -1,4 +1,4 @@
-"""A local folder of pictures with a `metadata.jsonl`: what the `datasets` library calls imagefolder."""
+"""A local folder of pictures or videos with a `metadata.jsonl`: what the `datasets` library calls imagefolder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from tokprune.core.errors import TaskError
 from tokprune.prune.pictures import open_picture
+from tokprune.prune.videos import N_FRAMES, Clip, frame_files, is_video, open_clip
 
 from ..run.lines import Damaged, parsed, shortened
 from .base import Sample, normalise
@@ -17,7 +18,7 @@ from .base import Sample, normalise
 FIELDS = ("file_name", "question", "answer")
 REPLACE = "replace it or remove its lines"
 TEXT = {
-    "file_name": 'write the name of a picture, as "a.png"',
+    "file_name": 'write the name of a picture or video, as "a.png"',
     "question": 'write a text, as "what is it?"',
     "answer": 'write a text, as "a cat", or a list of texts of which any is right, as ["cat", "a cat"]',
     "kind": 'write a text, as "colour", or leave the field out',
@@ -27,17 +28,17 @@ TEXT = {
 class ImageFolder:
     """The task: one question a line, {"file_name": ..., "question": ..., "answer": ..., "kind": optional}.
 
-    These are texts with something in them. An answer may be a list of texts, of which any is right; a whole number,
-    alone or in a list, is taken as the text of its digits. Other numbers are refused: 1.5 could be "1.5", "1.50" or
-    "1,5". Other fields are let be.
+    A file is a picture, a video, or a folder of frames. The fields are texts with something in them. An answer may be a
+    list of texts, of which any is right; a whole number, alone or in a list, is taken as the text of its digits. Other
+    numbers are refused: 1.5 could be "1.5", "1.50" or "1,5". Other fields are ignored.
 
     Raises:
         TaskError: no metadata.jsonl; a line that is no JSON object, lacks a field or names one twice; a field of
-            another type, or with nothing in it; or a missing picture.
+            another type, or with nothing in it; or a missing file.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.name = folder, folder.resolve().name
+    def __init__(self, folder: Path, n_frames: int = N_FRAMES):
+        self.folder, self.name, self.n_frames = folder, folder.resolve().name, n_frames
         self._samples = _read(folder)
 
     def samples(self) -> list[Sample]:
@@ -47,16 +48,19 @@ class ImageFolder:
         """None: a folder has no training split."""
         return
 
-    def image(self, image_id: str) -> Image.Image:
-        return open_picture(self.folder / image_id, REPLACE)
+    def image(self, image_id: str) -> Image.Image | Clip:
+        path = self.folder / image_id
+        return open_clip(path, self.n_frames, REPLACE) if is_video(path) else open_picture(path, REPLACE)
 
     def checksum(self, image_id: str) -> int:
-        """Of the file: a run that goes on must see the pictures that it saw."""
-        path = self.folder / image_id
+        """Of the file or the frames: a run that goes on must see the pictures that it saw."""
+        path, total = self.folder / image_id, 0
         try:
-            return zlib.crc32(path.read_bytes())
+            for file in frame_files(path) if path.is_dir() else [path]:
+                total = zlib.crc32(file.read_bytes(), total)
         except OSError as error:
             raise TaskError(f"cannot read the picture {path}: {error.strerror}; {REPLACE}") from error
+        return total
 
 
 def _read(folder: Path) -> list[Sample]:
@@ -93,7 +97,7 @@ def _sample(folder: Path, path: Path, number: int, line: str) -> Sample:
         raise TaskError(f"{path} line {number} {damaged}") from damaged
     if "<image>" in question:
         raise TaskError(f"{path} line {number}: leave <image> out of the question; the prompt puts it in place")
-    if not _is_file(folder / name):
+    if name.strip("./") == "" or not _exists(folder / name):
         raise TaskError(f"{path} line {number} names {shortened(name)}, which is not in {folder}")
     return Sample(str(number), name, question, answer, kind, tuple(also))
 
@@ -123,8 +127,8 @@ def _answer(value: Any) -> str:
     return value
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
-        return path.is_file()
+        return path.is_file() or (path.is_dir() and bool(frame_files(path)))
     except OSError:  # too long for a name
         return False

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from PIL import Image
-from tokprune.integrations.transformers import as_cache, cache_of
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tokprune.integrations.transformers import as_cache, cache_of, inputs_of, load_processor
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 import tokprune
 from tokprune.core.errors import RunError, TokPruneError, why_unloadable
+from tokprune.prune.videos import Clip
 
 from .options import Options, Until, cut, generation, merged, split_arguments
-from .prompts import pictures, prompt
+from .prompts import Visual, pictures, prompt
 from .record import Recorder, Stopwatch, conditions, seen, world
 
 
@@ -33,14 +33,19 @@ class Request:
     Args:
         key: task, split and number of the document.
         text: the task's text.
-        images: its pictures.
+        images: its pictures and videos.
         is_padding: whether it only pads a rank, so that its answer is not used.
     """
 
     key: tuple[str, str, int]
     text: str
-    images: list[Image.Image]
+    images: list[Visual]
     is_padding: bool = False
+
+    @property
+    def kinds(self) -> list[str]:
+        """For each visual "image" or "video"."""
+        return ["video" if isinstance(v, Clip) else "image" for v in self.images]
 
     @property
     def salts(self) -> list[int]:
@@ -99,7 +104,7 @@ class TokPrune(lmms):
         loading |= {"device_map": options.device_map} if options.device_map else {}
         loading |= {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
         try:
-            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **more)
+            processor = load_processor(name, **more)
             model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **loading).eval()
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
             raise RunError(
@@ -129,9 +134,9 @@ class TokPrune(lmms):
     def batch_size(self) -> int:
         return self.options.batch_size
 
-    def prompt(self, text: str, n_images: int) -> str:
-        """The prompt for a task's text and a number of pictures."""
-        return prompt(self.processor, text + self.options.suffix, n_images, self.system)
+    def prompt(self, text: str, kinds: Sequence[str]) -> str:
+        """The prompt for a task's text and its visuals, each "image" or "video"."""
+        return prompt(self.processor, text + self.options.suffix, kinds, self.system)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; those of one task and one kind of generation share batches."""
@@ -199,15 +204,13 @@ class TokPrune(lmms):
 
     def _request(self, instance: Instance, doc_to_visual: Any) -> Request:
         text, doc_id, task, split = instance.args[0], *instance.args[3:6]
-        images = pictures(doc_to_visual(self.task_dict[task][split][doc_id]), task)
+        images = pictures(doc_to_visual(self.task_dict[task][split][doc_id]), task, self.options.frames)
         return Request((task, split, doc_id), text, images, bool(instance.metadata.get("__padding_only__")))
 
     def _inputs(self, batch: Sequence[Request]) -> Any:
-        """Left-padded; pictures in lists by request, requests without one left out."""
-        text = [self.prompt(r.text, len(r.images)) for r in batch]
-        images = [r.images for r in batch if r.images]
-        inputs = self.processor(text=text, padding=True, return_tensors="pt", **({"images": images} if images else {}))
-        return inputs.to(self.device, self.model.dtype)
+        """Left-padded."""
+        text = [self.prompt(r.text, r.kinds) for r in batch]
+        return inputs_of(self.processor, text, [r.images for r in batch]).to(self.device, self.model.dtype)
 
     @torch.no_grad()
     def _answered(self, batch: Sequence[Request], wanted: dict[str, Any], attachment: Any) -> list[str]:
@@ -257,7 +260,7 @@ class TokPrune(lmms):
         Raises:
             RunError: the answer is empty.
         """
-        asked = self.prompt(request.text, len(request.images))
+        asked = self.prompt(request.text, request.kinds)
         head = self.tokenizer(asked)["input_ids"]
         whole = self.tokenizer(asked + target)["input_ids"]
         joined = whole[: len(head)] == head

@@ -41,6 +41,7 @@ class Options:
         attn_implementation: sdpa, eager or flash_attention_2.
         batch_size: requests per batch.
         max_new_tokens: maximum length of an answer, for tasks that set none.
+        frames: frames to take of a video, evenly spaced.
         suffix: text added to every question, such as " Answer with a single word or phrase."
         system_prompt: a text, or a file that holds it.
         record: a file for one JSON line per request.
@@ -64,6 +65,7 @@ class Options:
     attn_implementation: str | None = None
     batch_size: int = field(default=1, metadata={"example": "8"})
     max_new_tokens: int = field(default=1024, metadata={"example": "16"})
+    frames: int = field(default=8, metadata={"example": "8"})
     suffix: str = ""
     system_prompt: str = ""
     record: str | None = None
@@ -90,7 +92,7 @@ class Options:
         return options
 
     def _check(self) -> None:
-        for name in ("batch_size", "max_new_tokens"):
+        for name in ("batch_size", "max_new_tokens", "frames"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)} is too small: use {name}=1 or more")
         if self.dtype not in (None, "auto") and not isinstance(getattr(torch, self.dtype or "", None), torch.dtype):

@@ -1,35 +1,39 @@
-"""The model's prompt from a task's text and pictures."""
+"""The model's prompt from a task's text, pictures and videos."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from tokprune.core.errors import RunError
 from tokprune.prune.pictures import as_rgb
+from tokprune.prune.videos import Clip, is_video, open_clip
 
+Visual = Image.Image | Clip
 MARK = "<image>"  # what tasks write where a picture belongs
 
 
-def prompt(processor: Any, text: str, n_images: int, system: str = "") -> str:
+def prompt(processor: Any, text: str, kinds: Sequence[str], system: str = "") -> str:
     """The text in the processor's chat template, or in LLaVA 1.5's if it has none.
 
-    Pictures go where the text has `<image>`, or before the text. If there are not as many `<image>` marks as pictures,
-    the marks become plain text, like every other placeholder of the processor.
+    Pictures and videos go where the text has `<image>`, or before the text. If there are not as many `<image>` marks as
+    visuals, the marks become plain text, like every other placeholder of the processor.
 
     Args:
         processor: of the model.
         text: as the task asks, without any template.
-        n_images: pictures of the request.
+        kinds: "image" or "video" for each visual of the request.
         system: system prompt; empty for none.
     """
-    parts = _parts(processor, text, n_images)
+    parts = _parts(processor, text, len(kinds))
     if getattr(processor, "chat_template", None):
-        said = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        left = iter(kinds)
+        said = [{"type": next(left)} if part is None else {"type": "text", "text": part} for part in parts]
         turns = [{"role": "user", "content": said}]
         if system:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
@@ -54,20 +58,24 @@ def _plain(processor: Any, text: str) -> str:
     return re.sub("|".join(map(re.escape, sorted(tokens))), lambda match: match[0].strip("<|>"), text)
 
 
-def pictures(visuals: Any, task: str) -> list[Image.Image]:
-    """The pictures of a document, as RGB.
+def pictures(visuals: Any, task: str, n_frames: int = 8) -> list[Visual]:
+    """The pictures, as RGB, and videos of a document.
 
     Args:
-        visuals: what the task's doc_to_visual returned: pictures, None or nothing, in lists or not.
+        visuals: what the task's doc_to_visual returned: pictures, paths of videos, None or nothing, in lists or not.
         task: its name, for messages.
+        n_frames: to take of a video, evenly spaced.
 
     Raises:
-        RunError: one is a video, a sound, a path, or a picture that cannot be read.
+        RunError: one is a sound, another path, or a picture that cannot be read.
+        TaskError: a video that cannot be read.
     """
     if visuals is None:
         return []
     if isinstance(visuals, Sequence) and not isinstance(visuals, str):
-        return [picture for visual in visuals for picture in pictures(visual, task)]
+        return [picture for visual in visuals for picture in pictures(visual, task, n_frames)]
+    if isinstance(visuals, str) and is_video(Path(visuals)):
+        return [open_clip(Path(visuals), n_frames, f"leave the task {task} out")]
     if not isinstance(visuals, Image.Image):
         raise RunError(
             f"the task {task} gives {type(visuals).__name__} instead of pictures, which is not supported; "

@@ -110,8 +110,10 @@ def _costs(
 ) -> dict[str, float | None]:
     if shape is None:
         return dict.fromkeys(COSTS)
-    crops = sum(image.layout.n_crops for image in images)
-    bare, pruned = (shape.prefill(n, crops=crops, bytes_per_value=bytes_per_value) for n in columns)
+    bare, pruned = (shape.read(n, bytes_per_value=bytes_per_value) for n in columns)
+    for image in images:
+        encoded = shape.encode(image.layout.n_crops, image.n_patches)
+        bare, pruned = bare + encoded, pruned + encoded
     selector = sum((image.selector for image in images), Ops())
     values = (
         bare.llm.flops,

@@ -16,9 +16,10 @@ from .compat import (
     is_newer_than_tested,
     torchvision_fault,
 )
-from .families import FAMILIES, family_of, shape_from_config
+from .families import FAMILIES, all_families, family_class, family_of, shape_from_config
 from .families.base import ModelFamily
-from .families.sizes import Sizes
+from .families.sizes import Sizes, pil_image_processor
+from .processing import inputs_of, load_processor, without_videos
 from .support import Support, list_support
 
 __all__ = [
@@ -29,14 +30,20 @@ __all__ = [
     "ModelFamily",
     "Sizes",
     "Support",
+    "all_families",
     "as_cache",
     "attach",
     "attention_implementation",
     "cache_of",
+    "family_class",
     "family_of",
     "features_of",
+    "inputs_of",
     "is_newer_than_tested",
     "list_support",
+    "load_processor",
+    "pil_image_processor",
     "shape_from_config",
     "torchvision_fault",
+    "without_videos",
 ]

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -300,6 +301,30 @@ def rotate_by_place(attention: Any, x: Tensor, entered: Mapping) -> Tensor:
     """Queries or keys (crops, patches, H, d) of Gemma 4's vision tower, turned by the columns and rows of patches."""
     turn = sys.modules[type(attention).__module__].apply_multidimensional_rope
     return turn(x, *entered["position_embeddings"], entered["position_ids"])
+
+
+def rotate_pixtral(attention: Any, q: Tensor, k: Tensor, entered: Mapping) -> tuple[Tensor, Tensor]:
+    """Queries and keys (1, H, patches, d) of a Pixtral tower, turned by its own rotary embedding."""
+    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return turn(q, k, *entered["position_embeddings"], unsqueeze_dim=0)
+
+
+def segments_of_pixtral(entered: Mapping) -> list[int]:
+    """Patches of every picture in the sequence of a Pixtral tower, from its mask or what flash attention is told.
+
+    Raises:
+        UnsupportedModelError: nothing says where a picture ends.
+    """
+    if entered.get("cu_seq_lens_q") is not None:
+        return entered["cu_seq_lens_q"].diff().tolist()
+    mask = entered.get("attention_mask")
+    if mask is None:
+        raise UnsupportedModelError(
+            "attention scores of a Pixtral tower need its mask; load the model with attn_implementation='sdpa'"
+        )
+    starts = (mask[0, 0].diagonal(-1) != 0).nonzero()[:, 0] + 1  # a first patch does not see the one before it
+    places = [0, *starts.tolist(), mask.shape[-1]]
+    return [end - start for start, end in itertools.pairwise(places)]
 
 
 def window_index(tower: Any, grids: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class Encoded:
 
 
 @span("select")
-def by_image(family: ModelFamily, encoded: Encoded, runs: Sequence[int] | None = None) -> list[Picture]:
-    """Rows, layout and packed signals of every image.
+def by_image(family: ModelFamily, encoded: Encoded, runs: Sequence[Any] | None = None) -> list[Picture]:
+    """Rows, layout and packed signals of every image; `runs` as `ModelFamily.layouts` takes them.
 
     Raises:
         UnsupportedModelError: the layouts do not have as many rows as there are features.

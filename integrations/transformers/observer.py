@@ -25,7 +25,7 @@ from .hooks import Hooks
 from .layers.select import LayerSelector
 from .layers.shorten import LayerShortener
 from .passes import BASE, DECODER, HEAD, Call, Context, Pass, Passes, Pauses
-from .prompt import matching_rows, placeholders, places_of, same_places, text_of
+from .prompt import Place, joined_runs, matching_rows, numbers_of, placeholders, places_of, same_places, text_of
 from .shorten import Ran, Shortener
 from .tower_taps import TowerTap, split_features
 
@@ -146,7 +146,7 @@ class Observer(NotCopyable):
             this.n_again, args, kwargs = again.n, again.args, again.kwargs
             this.asked = kwargs
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        this.by_hand = ids is None
+        this.by_hand, this.ids = ids is None, ids
         this.masks = placeholders(ids, embeds, self.family.placeholder_ids, self.family.base)
         if ids is not None and this.generation is not None and this.generation.n_rows not in (None, len(ids)):
             # generate() of older releases repeats the pictures of every beam and encodes them here.
@@ -175,7 +175,10 @@ class Observer(NotCopyable):
             out, collected = self._collect(name, functools.partial(original, *args, **kwargs))
             features, put_back = split_features(out)
             bound = signature.bind(*args, **kwargs).arguments
-            encoded = Encoded(name, {**bound, **bound.get("kwargs", {})}, features, collected)
+            arguments = {**bound, **bound.get("kwargs", {})}
+            if self.family.images_from_prompt:
+                features = self.family.pieces(name, arguments, features)
+            encoded = Encoded(name, arguments, features, collected)
             if self._reads_prompt and not (self.pruner.keeps_all and not self.family.images_from_prompt):
                 call.pending.append(encoded)
                 return out
@@ -256,8 +259,8 @@ class Observer(NotCopyable):
         for encoded in call.pending:
             mask, n_encoded = masks[encoded.name], sum(map(len, encoded.features))
             if self.family.images_from_prompt:
-                places = places_of(mask, n_encoded, None)
-                pictures = by_image(self.family, encoded, [len(p.columns) for p in places])
+                places, told = self._images(this, places_of(mask, n_encoded, None), embeds)
+                pictures = by_image(self.family, encoded, told)
             else:
                 pictures = by_image(self.family, encoded)
                 places = places_of(mask, n_encoded, [len(p.features) for p in pictures])
@@ -276,6 +279,12 @@ class Observer(NotCopyable):
             call.by_name[encoded.name] = range(start, len(call.images))
             call.marks += zip(places, marked, (p.features for p in pictures), strict=True)
         call.pending, call.masks = [], masks
+
+    def _images(self, this: Pass, runs: list[Place], embeds: Tensor) -> tuple[list[Place], list[Any]]:
+        """Places of images from those of runs of placeholders, and what the family says of each."""
+        if not self.family.joins_runs:
+            return runs, [len(run.columns) for run in runs]
+        return joined_runs(runs, numbers_of(this.ids, embeds), self.family.images_in)
 
     # ------------------------------------------------------------------------------- the language model
 

@@ -85,6 +85,7 @@ class Pass:
         inside: calls of what hooks run inside of it.
         masks: placeholders by encode function, (B, S) bool.
         rows: input_ids whose rows may be beam copies.
+        ids: input_ids of the pass; None where the caller passed embeddings.
         asked: keywords that the base model was called with.
         facts: read from the device in the one synchronisation of a prefill.
         by_hand: whether the caller made the embeddings.
@@ -100,6 +101,7 @@ class Pass:
     inside: Context = field(default_factory=Context)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
+    ids: Tensor | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, int] = field(default_factory=dict)
     by_hand: bool = False

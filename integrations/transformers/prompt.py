@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,34 @@ def places_of(mask: Tensor, n_encoded: int, lengths: Sequence[int] | None) -> li
         for part in _runs(own) if lengths is None else _pieces(own, left):
             places.append(Place(rows, tuple(part)))
     return places
+
+
+def joined_runs(
+    runs: Sequence[Place], numbers: Tensor, images_in: Callable[[Sequence[int], Sequence[range]], list[tuple[int, Any]]]
+) -> tuple[list[Place], list[Any]]:
+    """The place of every image that may be several runs of placeholders; reads the prompt from the device.
+
+    Args:
+        runs: places of runs of placeholders.
+        numbers: (B, S) ids of the prompt, or other numbers that are the same where ids are.
+        images_in: from a row's numbers and runs to the number of runs of every image, and what else is known of it.
+    """
+    host, places, about = numbers.cpu(), [], []
+    for rows, own_ in itertools.groupby(runs, key=lambda place: place.rows):
+        own = list(own_)
+        columns = [range(run.columns[0], run.columns[-1] + 1) for run in own]
+        for n, told in images_in(host[rows[0]].tolist(), columns):
+            mine, own = own[:n], own[n:]
+            places.append(Place(rows, tuple(itertools.chain.from_iterable(run.columns for run in mine))))
+            about.append(told)
+    return places, about
+
+
+def numbers_of(ids: Tensor | None, embeds: Tensor) -> Tensor:
+    """(B, S) ids of a prompt, or from its embeddings other numbers that are the same where ids are."""
+    if ids is not None:
+        return ids
+    return torch.unique(embeds.flatten(0, 1), dim=0, return_inverse=True)[1].view(embeds.shape[:2])
 
 
 def same_places(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:

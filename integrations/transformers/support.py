@@ -39,11 +39,10 @@ class Support:
 
 def list_support() -> list[Support]:
     """Every method on every model family, from what methods need and families supply."""
-    from .families import FAMILIES
+    from .families import all_families
 
     pairs = []
-    for model in FAMILIES.names():
-        family = FAMILIES.load(model)
+    for family in all_families():
         for kind in dict.fromkeys(family.towers.values()):
             tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=family.one_patch_a_row)
             supplied = family.supplies_of(tower)

@@ -150,6 +150,7 @@ def kill_at(out: Path, n_lines: int) -> None:
     process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_compare_killed_at_a_random_moment_goes_on(seed, uninterrupted, tmp_path):
     moment = random.Random(seed).randrange(1, N_ANSWERS)
@@ -212,6 +213,7 @@ def test_compare_overwrites_when_told_to(uninterrupted, tmp_path):
     assert len(jsonl(tmp_path / "samples.jsonl")) == 2 * 4
 
 
+@pytest.mark.slow
 def test_compare_on_a_full_disk_loses_nothing(uninterrupted, tmp_path):
     limit = (uninterrupted / "samples.jsonl").stat().st_size // 2
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -505,6 +507,7 @@ def test_doctor_sees_that_pruning_does_not_work(monkeypatch, what):
     assert "do not trust a number" in done.stderr
 
 
+@pytest.mark.slow
 def test_doctor_exits_with_1_as_a_process():
     code = "import tokprune.integrations.transformers.shorten as c; c.Shortener.install = lambda self, stack: None; "
     code += "import sys; sys.argv = ['tokprune', 'doctor']; from tokprune.cli import main; main()"

@@ -22,6 +22,8 @@ class Interrupting:
 
 sys.meta_path.insert(0, Interrupting())
 """
+pytestmark = pytest.mark.slow
+
 SCRIPT = [str(Path(sys.executable).with_name("tokprune"))]
 MODULE = [sys.executable, "-m", "tokprune.cli"]
 SHARED = [sys.executable, "-u", "-m", "tokprune.eval"]

@@ -234,7 +234,7 @@ def flex():
 
 def unknown_tower():
     model = tiny.fresh_model()
-    model.config.vision_config.model_type = "pixtral"
+    model.config.vision_config.model_type = "dinov2"
     return model
 
 

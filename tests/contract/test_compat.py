@@ -201,6 +201,24 @@ def test_crops_and_packing_of_any_resolution(kind):
     assert (packed == newline).all(1).sum() in (12, 13), changed("newlines of pack_image_features")
 
 
+@pytest.mark.skipif(tiny.RELEASE.release < (5, 18), reason="attach refuses these families there")
+def test_a_pixtral_tower_says_where_pictures_end_and_how_it_turns_queries():
+    tower, seen = tiny.fresh_model("mistral3").model.vision_tower, {}
+    attention = tower.transformer.layers[0].attention
+    attention.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    given = tiny.pixels("mistral3", [[0, 1]])
+    tower(given["pixel_values"], image_sizes=given["image_sizes"])
+    assert compat.segments_of_pixtral(seen) == [4 * 8, 6 * 10], changed("the mask of a Pixtral tower")
+    lengths = torch.tensor([0, 3, 7])
+    assert compat.segments_of_pixtral({"cu_seq_lens_q": lengths}) == [3, 4]
+    with pytest.raises(UnsupportedModelError, match="attn_implementation='sdpa'"):
+        compat.segments_of_pixtral({"attention_mask": None})
+    q = torch.randn(1, 4, 92, 8)
+    turned, _ = compat.rotate_pixtral(attention, q, q, seen)
+    assert torch.equal(turned[:, :, 0], q[:, :, 0]), changed("apply_rotary_pos_emb")  # at (0, 0)
+    assert (turned[:, :, 1] - q[:, :, 1]).abs().max() > 1e-3, changed("apply_rotary_pos_emb")
+
+
 # ---- releases
 
 

@@ -102,6 +102,7 @@ def _forget():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "method", "way", "order"), EVERY if os.environ.get("COMPILED") == "all" else SOME)
 @torch.no_grad()
 def test_compiling_in_any_order_changes_nothing(backend, method, way, order):

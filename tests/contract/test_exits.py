@@ -544,6 +544,7 @@ def test_observed_features_are_what_gates_read_and_labels_are_of_masked_columns(
 ARGUMENTS = ("--task", "findit", "--samples", "8", "--steps", "30", "--hidden", "8", "--batch-size", "4")
 
 
+@pytest.mark.slow
 def test_fit_exit_through_the_command_line_and_again_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr("tokprune.eval.tasks.findit.FindIt", Few)
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"

@@ -74,6 +74,7 @@ def assert_same_rows(out: Path, single: Path) -> None:
     assert not [p for p in out.iterdir() if p.name.count(".") > 1]  # no part is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_give_the_rows_of_one(launcher, single, tmp_path):
     done = launch(LAUNCHERS[launcher], tmp_path)
@@ -86,6 +87,7 @@ def test_two_processes_give_the_rows_of_one(launcher, single, tmp_path):
     assert "one of 2 processes" in jsonl(tmp_path / "rows.jsonl")[-1]["device"]
 
 
+@pytest.mark.slow
 def test_accelerate_that_launches_one_process_is_told(single, tmp_path):
     done = launch([*ACCELERATE, "--cpu", "--num_processes", "2"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -99,6 +101,7 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "n_after"), [(0, 1), (1, 3)])
 def test_a_process_killed_in_the_middle_loses_nothing(victim, n_after, single, tmp_path):
     """Killed with SIGKILL while answers are in files of both; it goes on with another number of processes."""
@@ -121,6 +124,7 @@ def test_a_process_killed_in_the_middle_loses_nothing(victim, n_after, single, t
     assert_same_rows(tmp_path, single)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused_once(single, tmp_path):
     done = launch(LAUNCHERS["torchrun"], single, "--suffix", " now")
     assert done.returncode != 0

@@ -340,6 +340,7 @@ def points(out, whole=None) -> dict[str, Point]:
     return Trials(study, path).points
 
 
+@pytest.mark.slow
 def test_search_killed_goes_on(tmp_path, answered):
     run, path = [*changed(SEARCH, "--tolerance", "0.1", "--trials", "4"), "--out"], tmp_path / "a.json.trials.jsonl"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -6,8 +6,10 @@ import io
 import json
 import random
 
+import processors
 import prompt_snapshot
 import pytest
+import tiny
 import torch
 from folders import write_folder, write_model
 from lmms_eval.models import get_model
@@ -84,24 +86,24 @@ def test_prompts_are_those_of_the_snapshot(model, load, tmp_path):
     for name, want in snapshot.items():
         task = load_task(str(write_folder(tmp_path)) if name == "folder" else name)
         token = lm.model.config.image_token_id
-        assert prompt_snapshot.of(lm.processor, token, lambda question: lm.prompt(question, 1), task) == want
+        assert prompt_snapshot.of(lm.processor, token, lambda question: lm.prompt(question, ["image"]), task) == want
 
 
 def test_without_a_template_the_prompt_is_that_of_llava(load):
     lm = load()
     lm.processor.chat_template = None
-    assert lm.prompt("why?", 1) == "USER: <image>\nwhy? ASSISTANT:"
-    assert lm.prompt("why?", 2) == "USER: <image>\n<image>\nwhy? ASSISTANT:"
-    assert lm.prompt("why?", 0) == "USER: why? ASSISTANT:"
-    assert lm.prompt("is <image> like <image>?", 2) == "USER: is <image>\n like <image>\n? ASSISTANT:"
-    assert prompts.prompt(lm.processor, "why?", 1, "Be kind.") == "Be kind. USER: <image>\nwhy? ASSISTANT:"
+    assert lm.prompt("why?", ["image"]) == "USER: <image>\nwhy? ASSISTANT:"
+    assert lm.prompt("why?", ["image", "image"]) == "USER: <image>\n<image>\nwhy? ASSISTANT:"
+    assert lm.prompt("why?", []) == "USER: why? ASSISTANT:"
+    assert lm.prompt("is <image> like <image>?", ["image", "image"]) == "USER: is <image>\n like <image>\n? ASSISTANT:"
+    assert prompts.prompt(lm.processor, "why?", ["image"], "Be kind.") == "Be kind. USER: <image>\nwhy? ASSISTANT:"
 
 
 def test_a_literal_placeholder_is_text_where_it_marks_no_picture(load, docs):
     lm = load()
-    assert lm.prompt("what does <image> mean?", 0) == lm.prompt("what does image mean?", 0)
-    assert lm.prompt("an <image> of <image>?", 1) == lm.prompt("an image of image?", 1)
-    assert lm.prompt("what is in <image>?", 1).count("<image>") == 1
+    assert lm.prompt("what does <image> mean?", []) == lm.prompt("what does image mean?", [])
+    assert lm.prompt("an <image> of <image>?", ["image"]) == lm.prompt("an image of image?", ["image"])
+    assert lm.prompt("what is in <image>?", ["image"]).count("<image>") == 1
     (answer,) = lm.generate_until(instances(lm, [{**docs[0], "text": "<image> <image> what?"}], max_new_tokens=2))
     assert isinstance(answer, str)
 
@@ -110,14 +112,48 @@ def test_suffix_and_system_prompt(load, tmp_path):
     (tmp_path / "system.txt").write_text("be kind\n")
     for system in ("be kind", str(tmp_path / "system.txt")):
         lm = load(suffix=" one word", system_prompt=system)
-        assert lm.prompt("why?", 1) == "SYSTEM: be kind USER: <image>\nwhy? one word ASSISTANT:"
+        assert lm.prompt("why?", ["image"]) == "SYSTEM: be kind USER: <image>\nwhy? one word ASSISTANT:"
 
 
-@pytest.mark.parametrize("visual", ["video.mp4", {"array": [0.0]}])
+@pytest.mark.parametrize("visual", ["sound.wav", {"array": [0.0]}])
 def test_other_media_are_refused_by_name(load, visual):
     lm = load()
     with pytest.raises(RunError, match="the task own gives .*leave the task out"):
         lm.generate_until(instances(lm, [{"text": "why?", "images": [visual]}]))
+
+
+@pytest.mark.parametrize("kind", ["llava_onevision", "internvl"])
+def test_families_whose_video_part_needs_torchvision_take_pictures(kind, load, docs, tmp_path):
+    tiny.model(kind).save_pretrained(tmp_path)
+    processors.processor(kind).save_pretrained(tmp_path)
+    said = [{"text": "what is it ?", "images": doc["images"]} for doc in docs[:3]]
+    record = tmp_path / "record.jsonl"
+    lm = load(pretrained=str(tmp_path), method="fopru", keep_ratio="0.5", batch_size="3", record=str(record))
+    assert len(lm.generate_until(instances(lm, said, max_new_tokens=2))) == 3
+    seen = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [s["n_images"] for s in seen] == [1, 2, 0]
+    for row in seen[:2]:
+        assert 0 < row["n_visual_after"] < row["n_visual_before"]
+
+
+def test_videos_are_answered_and_pruned(load, tmp_path):
+    task = load_task("watchit")
+    samples = task.samples()[:6]
+    for sample in samples:
+        folder = tmp_path / sample.image_id
+        folder.mkdir(exist_ok=True)
+        for i, frame in enumerate(task.image(sample.image_id).frames):
+            frame.save(folder / f"{i}.png")
+    docs = [{"text": s.question, "images": [str(tmp_path / s.image_id)]} for s in samples]
+    record = tmp_path / "record.jsonl"
+    lm = load(pretrained=path_of("tiny-qwen"), batch_size="6", frames="8")
+    bare = lm.generate_until(instances(lm, docs, max_new_tokens=2))
+    assert sum(s.is_right(answer) for s, answer in zip(samples, bare, strict=True)) >= 4
+    lm = load(pretrained=path_of("tiny-qwen"), batch_size="6", method="fopru", keep_ratio="0.5", record=str(record))
+    lm.generate_until(instances(lm, docs, max_new_tokens=2))
+    for line in map(json.loads, record.read_text().splitlines()):
+        assert (line["n_visual_before"], line["n_visual_after"]) == (64, 32)
+        assert line["llm_flops_after"] < line["llm_flops_before"]
 
 
 # ---- answers
@@ -263,7 +299,7 @@ def test_loglikelihood_is_the_loss_of_labels(load, docs):
     doc = {**docs[0], "target": " top left"}
     (request,) = instances(lm, [doc], "loglikelihood")
     own = lm._request(request, request.args[2])
-    text = lm.prompt(doc["text"], 1)
+    text = lm.prompt(doc["text"], ["image"])
     inputs = lm.processor(images=[doc["images"]], text=[text + doc["target"]], return_tensors="pt")
     labels = inputs["input_ids"].clone()
     labels[:, : -lm._continuation(own, doc["target"]).shape[1]] = -100

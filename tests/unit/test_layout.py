@@ -64,6 +64,7 @@ def run(code: str, cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False)
 
 
+@pytest.mark.slow
 def test_import_patches_nothing_and_loads_no_method():
     code = """
 import sys, warnings, logging, torch, transformers
@@ -80,6 +81,7 @@ assert {m for m in loaded if m.startswith("tokprune.methods.")} == shared, loade
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [("typer", "rich"), ("rich",), ()])
 def test_only_the_command_line_needs_its_extra(missing):
     code = f"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,8 @@ from ..core.errors import RunError
 from ..core.files import replacing
 from ..cost.flops import Ledger, Ops
 from ..prune.pictures import open_picture
+from ..prune.videos import is_video as is_video_file
+from ..prune.videos import open_clip
 from . import estimate, runs, tables
 from .arguments import App, check_most, run
 from .extras import eval_module, load_runner
@@ -48,12 +50,23 @@ def flops(
     visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture. Default: one crop's.")] = None,
     text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
     keep: Annotated[float, typer.Option(help="Fraction of the visual tokens to keep.")] = 0.25,
-    crops: Annotated[int | None, typer.Option(help="Crops encoded. Default: as many as --visual fills.")] = None,
+    crops: Annotated[
+        int | None, typer.Option(help="Crops encoded (of a video: frames). Default: as many as --visual fills.")
+    ] = None,
+    pixels: Annotated[
+        str,
+        typer.Option(help="Width and height of the picture, as 1500x2000, for models that take any size."),
+    ] = "",
+    frames: Annotated[int, typer.Option(min=0, help="Frames of a video of that size.")] = 0,
     method: Annotated[str, typer.Option(help="Include the cost of this method's selection.")] = "",
     layers: Annotated[bool, typer.Option("--layers", help="Show every decoder layer.")] = False,
 ) -> None:
     """Show the cost of a prefill by part, before and after pruning. A known shape needs no download."""
     shape = estimate.shape_of(model)
+    if pixels or frames:
+        if visual is not None or crops is not None:
+            raise RunError("--pixels and --frames decide the tokens: leave --visual and --crops out")
+        visual, crops = estimate.tokens_of(shape, pixels, frames)
     visual = shape.n_visual if visual is None else visual
     if min(visual, text, 1 if crops is None else crops) < 1:
         raise RunError("invalid --visual, --text or --crops: use a whole number of at least 1")
@@ -65,9 +78,10 @@ def flops(
     after = shape.picture(visual, crops, found.signals) + shape.read(columns)
     after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=found.products)
     tables.console().print(tables.ledger_table(shape, (before, after), (visual + text, columns), layers))
-    n_crops = crops or -(-visual // shape.n_visual)
+    n_crops = crops or (1 if shape.any_size else -(-visual // shape.n_visual))
+    what = "frame group" if frames else "picture" if shape.any_size else "crop"
     typer.echo(
-        f"{visual} visual tokens ({n_crops} crop{'s' * (n_crops > 1)}; change it with --visual)"
+        f"{visual} visual tokens ({n_crops} {what}{'s' * (n_crops > 1)}; change it with --visual)"
         + (f", keep {keep:g}." if found.budgeted else ", how many are kept is up to the method.")
     )
     share = before.before_llm.flops / before.prefill.flops
@@ -76,7 +90,7 @@ def flops(
 
 @app.command()
 def explain(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
+    image: Annotated[Path, typer.Argument(help="A picture, a video, or a folder of frames.")],
     method: Annotated[
         list[str] | None, typer.Option(help="Name or specification; repeatable, or separated by commas.")
     ] = None,
@@ -85,15 +99,17 @@ def explain(
         Path | None, typer.Option(help="The PNG to write. Default: kept.png, unless --json is given.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="The JSON file to write, with indices of kept tokens.")] = None,
+    animation: Annotated[Path | None, typer.Option(help="The GIF to write, for a video.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video, evenly spaced.")] = 8,
     model: Annotated[
-        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
     question: Annotated[str, typer.Option(help="The question to ask about the picture.")] = "what is in the image?",
 ) -> None:
     """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
     explained = eval_module("report.explained", needs=())
-    out = Path("kept.png") if out is None and json is None else out
-    _check_apart(image, out, json)
+    out = Path("kept.png") if out is None and json is None and animation is None else out
+    _check_apart({"the picture": image, "--out": out, "--json": json, "--animation": animation})
     specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
     ratio = 0.25 if keep is None else keep
     Budget(keep_ratio=ratio)
@@ -103,7 +119,10 @@ def explain(
             f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
         )
     budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
-    picture = open_picture(image)
+    is_video = is_video_file(image)
+    picture = open_clip(image, frames) if is_video else open_picture(image)
+    if animation is not None and not is_video:
+        raise RunError(f"{image} is a picture, which cannot be animated; leave --animation out, or name a video")
     found = explained.asked(load_runner(model), picture, question, list(zip(specs, budgets, strict=True)))
     if json is not None:
         from . import doctor as checks
@@ -118,17 +137,21 @@ def explain(
             sheet = found.sheet()
             with replacing(out) as new:
                 sheet.save(new, format="PNG")
+    if animation is not None:
+        with _writing(animation, "--animation"):
+            n_frames = found.write_animation(animation)
     for line in found.lines:
         typer.echo(line)
     if json is not None:
         typer.echo(f"{json}: kept indices of {len(specs)} method{'s' * (len(specs) > 1)}")
     if out is not None:
         typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
+    if animation is not None:
+        typer.echo(f"{animation}: {n_frames} frames")
 
 
-def _check_apart(image: Path, out: Path | None, json: Path | None) -> None:
+def _check_apart(named: Mapping[str, Path | None]) -> None:
     """Raise if two of the files are the same."""
-    named = {"the picture": image, "--out": out, "--json": json}
     given = [(name, os.path.realpath(path)) for name, path in named.items() if path is not None]
     for (one, first), (other, second) in itertools.combinations(given, 2):
         if first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)):

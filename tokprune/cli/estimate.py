@@ -87,6 +87,19 @@ def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> 
     return n_keep, signals, cost.selector(layout, n_keep, collected=False)
 
 
+def tokens_of(shape: Shape, pixels: str, n_frames: int) -> tuple[int, int]:
+    """Visual tokens and crops of a picture or video of so many pixels, such as "1500x2000".
+
+    Raises:
+        RunError: no size.
+        UnsupportedModelError: a model whose tokens the size does not decide.
+    """
+    sides = pixels.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise RunError(f"invalid --pixels {pixels!r}: use width and height, as 1500x2000")
+    return shape.tokens_of(int(sides[0]), int(sides[1]), n_frames)
+
+
 def with_budget(spec: str) -> str:
     """The option that makes a method take a budget, as the end of a message."""
     option = tokprune.get_method(spec).if_budget

@@ -19,11 +19,11 @@ app = App()
 @app.command()
 def compare(
     model: Annotated[
-        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
     task: Annotated[
         list[str] | None,
-        typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl; repeatable."),
+        typer.Option(help="easyvqa, findit, findit_hd, watchit, or a folder with metadata.jsonl; repeatable."),
     ] = None,
     methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas.")] = "",
     keep: Annotated[
@@ -33,6 +33,7 @@ def compare(
     limit: Annotated[int | None, typer.Option(help="Limit the questions per task, for a quick look.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Use all questions instead of the fixed 800 per task.")] = False,
     batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video in a folder, evenly spaced.")] = 8,
     suffix: Annotated[str, typer.Option(help="Text added to every question, such as ' Answer with one word.'")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
     match: Annotated[
@@ -56,12 +57,13 @@ def compare(
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
     configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
-    chosen = compared.chosen_tasks(task or usual.tasks, limit, full)
+    chosen = compared.chosen_tasks(task or usual.tasks, limit, full, frames)
     processes = eval_module("run.processes").Processes.started()
     console = tables.console(quiet=not processes.is_main)
     runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix)
     configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
-    settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size)
+    more = {} if frames == 8 else {"frames": frames}
+    settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size, **more)
     questions = compared.questions(chosen, batch_size)
     with contextlib.closing(
         eval_module("run.folder").RunFolder(out, settings, overwrite, processes, questions)
@@ -80,7 +82,7 @@ def fit_exit(
     task: Annotated[str, typer.Option(help="The task to take training questions from: findit, findit_hd or easyvqa.")],
     out: Annotated[Path, typer.Option(help="The gate file to write, for dyvte:gate=FILE.")],
     model: Annotated[
-        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
     steps: Annotated[int, typer.Option(help="Training steps, each at one layer.")] = 2000,
     hidden: Annotated[int, typer.Option(help="Hidden width of a gate. The paper uses 2048 for 7B.")] = 256,
@@ -105,7 +107,7 @@ def fit_exit(
 @app.command()
 def search(
     model: Annotated[
-        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
     task: Annotated[str, typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl.")] = "findit",
     tolerance: Annotated[
@@ -158,7 +160,7 @@ def eval_(
     ],
     suite: Annotated[str, typer.Option(help="Only lmms-eval for now.")] = "lmms-eval",
     model: Annotated[
-        str, typer.Option(help="tiny-llava or tiny-llava-next (embedded), a local folder, or a hub id.")
+        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
     ] = "tiny-llava",
     methods: Annotated[
         str, typer.Option(help="Names or specifications, separated by commas; the unpruned run (none) is included.")

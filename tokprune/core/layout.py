@@ -115,6 +115,27 @@ def frames_layout(n_frames: int, height: int, width: int, n_newlines: int = 0) -
 
 
 @functools.lru_cache(maxsize=64)
+def tiles_layout(side: int, grid: tuple[int, int], thumbnail: int) -> Layout:
+    """Square tiles one after the other: those of a mosaic in raster order, and a thumbnail among them.
+
+    Args:
+        side: tokens along a side of a tile.
+        grid: rows and columns of the mosaic; (0, 0) with a thumbnail alone.
+        thumbnail: its place among the tiles; -1 where there is none.
+    """
+    places, crop = [], 0
+    for tile in range(grid[0] * grid[1] + (thumbnail >= 0)):
+        if tile == thumbnail:
+            top = left = number = 0
+        else:
+            number, (top, left) = crop + 1, (side * v for v in divmod(crop, grid[1]))
+            crop += 1
+        places += [(number, top + r, left + c) for r in range(side) for c in range(side)]
+    crops, row, column = zip(*places, strict=True)
+    return Layout(crops, row, column, grid)
+
+
+@functools.lru_cache(maxsize=64)
 def grid_layout(height: int, width: int, n_leading: int = 0) -> Layout:
     """One crop in raster order, after `n_leading` special tokens."""
     rows = [r for r in range(height) for _ in range(width)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..core.errors import UnsupportedModelError
 from ..core.signals import Kind, Signal
 
 PARTS = ("vision", "projector", "selector", "decoder", "lm_head")
@@ -208,6 +209,8 @@ class Shape:
         text: the decoder layers of the language model.
         vocabulary: rows of the LM head.
         any_size: the tower takes a picture of any size as one crop; numbers per crop are those of one size.
+        token_side: pixels a side of what a visual token shows, if `any_size`; 0 where it is not known.
+        frames_a_step: frames of a video that share their tokens.
         gated_projector: half of the projector's last inner width gates the other half (SwiGLU).
         n_projectors: projectors that run on every row; several if features of several tower layers are used.
     """
@@ -220,6 +223,8 @@ class Shape:
     text: Stack
     vocabulary: int
     any_size: bool = False
+    token_side: int = 0
+    frames_a_step: int = 1
     n_projectors: int = 1
     gated_projector: bool = False
 
@@ -273,26 +278,45 @@ class Shape:
         )
 
     def picture(self, n_visual: int, crops: int | None = None, signals: Iterable[Signal] = ()) -> Ledger:
-        """Encoding a picture of `n_visual` tokens: that many crops, or one picture of that size."""
+        """Encoding a picture of `n_visual` tokens: that many crops (or frames), or one picture of that size."""
         if self.any_size:
-            crops, n_patches = 1, round(self.vision.n_patches * n_visual / self.n_visual)
+            crops = crops or 1
+            n_patches: int | None = round(self.vision.n_patches * n_visual / (self.n_visual * crops))
         else:
             crops, n_patches = crops or -(-n_visual // self.n_visual), None
         selector = self.vision.signals(signals, n_patches) * crops
         return self.encode(crops, n_patches, selector)
+
+    def tokens_of(self, width: int, height: int, n_frames: int = 0) -> tuple[int, int]:
+        """Visual tokens of a picture, or of a video with so many frames, and the crops (or steps of time) they are in.
+
+        The processor's limits on the number of pixels are not known here: give the size that it resizes to.
+
+        Raises:
+            UnsupportedModelError: the size is not what decides.
+        """
+        if not self.token_side:
+            raise UnsupportedModelError(
+                f"{self.name} cuts pictures into crops of one size: use --crops or --visual instead of --pixels"
+            )
+        steps = -(-n_frames // self.frames_a_step) if n_frames else 1
+        rows, columns = (max(1, round(side / self.token_side)) for side in (height, width))
+        return steps * rows * columns, steps
 
     def prefill(
         self,
         columns: int | Sequence[int],
         *,
         crops: int = 1,
+        n_patches: int | None = None,
         signals: Iterable[Signal] = (),
         rows: int = 1,
         bytes_per_value: int = 2,
     ) -> Ledger:
         """One picture and its prompt, up to the first token; arguments as in `encode` and `read`."""
-        selector = self.vision.signals(signals) * crops
-        return self.encode(crops, selector=selector) + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
+        selector = self.vision.signals(signals, n_patches) * crops
+        encoded = self.encode(crops, n_patches, selector)
+        return encoded + self.read(columns, rows=rows, bytes_per_value=bytes_per_value)
 
     def decode(self, past: int | Sequence[int], rows: int = 1) -> Ops:
         """One decoded token after `past` tokens in the KV cache, LM head included."""

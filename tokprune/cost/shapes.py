@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Any
 
 from ..core.errors import UnknownNameError, UnsupportedModelError
@@ -31,7 +32,13 @@ TEXT_FAMILIES = {
 }
 GATED_ATTENTION = ("qwen3_5_text",)  # whose queries come with a gate
 # model_type of a vision tower -> its special tokens ([CLS])
-VISION_FAMILIES = {"clip_vision_model": 1, "siglip_vision_model": 0, "internvl_vision": 1}
+VISION_FAMILIES = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "internvl_vision": 1,
+    "smolvlm_vision": 0,
+    "idefics3_vision": 0,
+}
 
 
 def text_of(config: Any) -> Stack:
@@ -126,6 +133,13 @@ _INTERNVIT_300M_448 = Vision(Stack(24, 1024, 4096, 16, 16, 64, gated=False), 102
 _QWEN2_5_VIT_1008 = Vision(
     Stack(32, 1280, 3420, 16, 16, 80, gated=True, n_windowed=28, window=64), 5184, 0, 2 * 3 * 14 * 14
 )
+_QWEN3_VIT_300M = Vision(Stack(24, 1024, 4096, 16, 16, 64, gated=False), 3844, 0, 2 * 3 * 16 * 16)  # 992 x 992
+_QWEN3_VIT_400M = Vision(Stack(27, 1152, 4304, 16, 16, 72, gated=False), 3844, 0, 2 * 3 * 16 * 16)
+_GLM_VIT_1008 = Vision(Stack(24, 1536, 4096, 12, 12, 128), 5184, 0, 2 * 3 * 14 * 14)
+_PIXTRAL_1008 = Vision(Stack(24, 1024, 4096, 16, 16, 64), 5184, 0, 3 * 14 * 14)
+_SIGLIP_B_512 = Vision(Stack(12, 768, 3072, 12, 12, 64, gated=False), 1024, 0, 3 * 16 * 16)
+_SIGLIP_27_384 = Vision(Stack(27, 1152, 4304, 16, 16, 72, gated=False), 729, 0, 3 * 14 * 14)
+_SIGLIP_27_896 = Vision(Stack(27, 1152, 4304, 16, 16, 72, gated=False), 4096, 0, 3 * 14 * 14)
 _VICUNA_7B = Stack(32, 4096, 11008, 32, 32, 128)
 _VICUNA_13B = Stack(40, 5120, 13824, 40, 40, 128)
 _MISTRAL_7B = Stack(32, 4096, 14336, 32, 8, 128)
@@ -140,6 +154,20 @@ def _clip_llava(name: str, text: Stack) -> Shape:
 
 def _onevision(name: str, text: Stack) -> Shape:
     return Shape(name, _SIGLIP_SO400M_384, (1152, text.width, text.width), 729, 729, text, 152000)
+
+
+def _any_size(
+    name: str, tower: Vision, widths: tuple[int, ...], text: Stack, vocabulary: int, side: int = 28, **more: Any
+) -> Shape:
+    """Four patches a token, two frames a step of time."""
+    n = tower.n_patches // 4
+    shape = Shape(name, tower, (*widths, text.width), n, n, text, vocabulary, any_size=True, token_side=side)
+    return replace(shape, **{"frames_a_step": 2, **more})
+
+
+def _smolvlm2(name: str, tower: Vision, folded: int, text: Stack) -> Shape:
+    n = tower.n_patches * tower.stack.width // folded
+    return Shape(name, tower, (folded, text.width), n, n, text, 49280)
 
 
 def _internvl3(name: str, text: Stack) -> Shape:
@@ -159,7 +187,33 @@ KNOWN: dict[str, Shape] = {
         _internvl3("internvl3-1b", _QWEN2_HALF_B),
         _internvl3("internvl3-2b", _QWEN2_1_5B),
         _internvl3("internvl3-8b", _QWEN2_7B),
-        Shape("qwen2.5-vl-7b", _QWEN2_5_VIT_1008, (5120, 5120, 3584), 1296, 1296, _QWEN2_7B, 152064, any_size=True),
+        _any_size("qwen2.5-vl-3b", _QWEN2_5_VIT_1008, (5120, 5120), Stack(36, 2048, 11008, 16, 2, 128), 151936),
+        _any_size("qwen2.5-vl-7b", _QWEN2_5_VIT_1008, (5120, 5120), _QWEN2_7B, 152064),
+        _any_size(
+            "qwen3-vl-2b", _QWEN3_VIT_300M, (4096, 4096), Stack(28, 2048, 6144, 16, 8, 128), 151936, 32, n_projectors=4
+        ),
+        _any_size(
+            "qwen3-vl-8b", _QWEN3_VIT_400M, (4608, 4608), Stack(36, 4096, 12288, 32, 8, 128), 151936, 32, n_projectors=4
+        ),
+        _any_size(
+            "glm4v-9b",
+            _GLM_VIT_1008,
+            (6144, 4096, 4096, 27392),
+            Stack(40, 4096, 13696, 32, 2, 128),
+            151552,
+            gated_projector=True,
+        ),
+        _any_size(
+            "mistral3-24b",
+            _PIXTRAL_1008,
+            (4096, 1024, 5120),
+            Stack(40, 5120, 32768, 32, 8, 128),
+            131072,
+            frames_a_step=1,
+        ),
+        Shape("gemma3-4b", _SIGLIP_27_896, (1152, 2560), 256, 256, Stack(34, 2560, 10240, 8, 4, 256), 262208),
+        _smolvlm2("smolvlm2-500m", _SIGLIP_B_512, 12288, Stack(32, 960, 2560, 15, 5, 64)),
+        _smolvlm2("smolvlm2-2.2b", _SIGLIP_27_384, 10368, Stack(24, 2048, 8192, 32, 32, 64)),
     )
 }
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..core.layout import Layout, Region
+from ..core.layout import Layout, Region, grid_layout
 from .pictures import as_rgb
 
 DIM = 0.3  # brightness left to a dropped token
@@ -52,6 +52,35 @@ def dimmed(
     return Image.fromarray(pixels.numpy())
 
 
+def frames_of(layout: Layout) -> list[tuple[int, ...]]:
+    """The tokens of every frame of a video, in raster order."""
+    return [tuple(i for i in layout.visual if layout.crop[i] == crop) for crop in layout.crops]
+
+
+def dimmed_frames(
+    frames: Sequence[Image.Image], layout: Layout, kept: Tensor | None, dim: float = DIM
+) -> list[Image.Image]:
+    """The frames of a video with the cells of dropped tokens darkened; whole ones where `kept` is None.
+
+    Args:
+        frames: of the video; as many in a row share tokens as there are for each of the layout's frames.
+        layout: of the video, one crop a frame.
+        kept: (K,) indices of the kept rows.
+        dim: brightness left to a dropped cell, 0..1.
+    """
+    if kept is None:
+        return list(frames)
+    tokens = frames_of(layout)
+    per_step, left, found = -(-len(frames) // len(tokens)), set(kept.tolist()), []
+    for number, frame in enumerate(frames):
+        own = tokens[number // per_step]
+        n_columns = 1 + max(layout.column[i] for i in own)
+        grid = grid_layout(len(own) // n_columns, n_columns)
+        there = torch.tensor([place for place, i in enumerate(own) if i in left], dtype=torch.int64)
+        found.append(dimmed(frame, grid, there, dim))
+    return found
+
+
 def _span(index: int, n_cells: int, n_pixels: int) -> tuple[int, int]:
     return index * n_pixels // n_cells, (index + 1) * n_pixels // n_cells
 
@@ -69,6 +98,28 @@ def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
     sheet = Image.new("RGB", (width, upper.height + _GAP + lower.height), "white")
     sheet.paste(upper, (0, 0))
     sheet.paste(lower, (0, upper.height + _GAP))
+    return sheet
+
+
+def row_of(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Pictures of one size in one row, on white."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", (len(pictures) * (width + gap) - gap, height), "white")
+    for place, picture in enumerate(pictures):
+        row.paste(picture, (place * (width + gap), 0))
+    return row
+
+
+def below_each_other(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Titled pictures in one column, on white."""
+    font = ImageFont.load_default(size=13)
+    width = max(p.width for _, p in panels) + 2 * _GAP
+    sheet = Image.new("RGB", (width, sum(p.height + _TITLE + _GAP for _, p in panels) + _GAP), "white")
+    draw, top = ImageDraw.Draw(sheet), _GAP
+    for title, panel in panels:
+        draw.text((_GAP, top), title, fill="black", font=font)
+        sheet.paste(panel, (_GAP, top + _TITLE))
+        top += panel.height + _TITLE + _GAP
     return sheet
 
 

@@ -24,6 +24,7 @@ FAMILIES = Registry(
         "gemma4": "tokprune.integrations.transformers.families.gemma4:Gemma4",
         "glm46v": "tokprune.integrations.transformers.families.glm4v:Glm46V",
         "glm4v": "tokprune.integrations.transformers.families.glm4v:Glm4V",
+        "idefics3": "tokprune.integrations.transformers.families.idefics3:Idefics3",
         "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
         "llava": "tokprune.integrations.transformers.families.llava:Llava",
         "llava_next": "tokprune.integrations.transformers.families.llava_next:LlavaNext",
@@ -31,17 +32,44 @@ FAMILIES = Registry(
         "llava_onevision": "tokprune.integrations.transformers.families.llava_onevision:LlavaOnevision",
         "ovis2": "tokprune.integrations.transformers.families.ovis2:Ovis2",
         "paddleocr_vl": "tokprune.integrations.transformers.families.paddleocr_vl:PaddleOCRVL",
+        "mistral3": "tokprune.integrations.transformers.families.pixtral:Mistral3",
         "paligemma": "tokprune.integrations.transformers.families.paligemma:PaliGemma",
         "qwen2_5_vl": "tokprune.integrations.transformers.families.qwen2_vl:Qwen25VL",
         "qwen2_vl": "tokprune.integrations.transformers.families.qwen2_vl:Qwen2VL",
         "qwen3_5": "tokprune.integrations.transformers.families.qwen3_5:Qwen35",
         "qwen3_vl": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VL",
         "qwen3_vl_moe": "tokprune.integrations.transformers.families.qwen3_vl:Qwen3VLMoE",
+        "smolvlm": "tokprune.integrations.transformers.families.idefics3:SmolVLM",
         "video_llava": "tokprune.integrations.transformers.families.video_llava:VideoLlava",
         "vipllava": "tokprune.integrations.transformers.families.vipllava:VipLlava",
     },
     listing="tokprune.list_models()",
 )
+
+# Families of models whose vision tower packs pictures in its own way, by model_type and vision_config.model_type.
+VARIANTS = Registry(
+    what="model family",
+    table={"llava/pixtral": "tokprune.integrations.transformers.families.pixtral:LlavaPixtral"},
+)
+
+
+def all_families() -> list[type[ModelFamily]]:
+    """Every family, and behind it its variants."""
+    return [
+        found
+        for name in FAMILIES.names()
+        for found in (FAMILIES.load(name), *(VARIANTS.load(v) for v in VARIANTS.names() if v.startswith(f"{name}/")))
+    ]
+
+
+def family_class(config: Any) -> type[ModelFamily]:
+    """The family of a configuration.
+
+    Raises:
+        UnknownNameError: there is none for its model_type.
+    """
+    variant = f"{config.model_type}/{getattr(getattr(config, 'vision_config', None), 'model_type', '')}"
+    return VARIANTS.load(variant) if variant in VARIANTS.names() else FAMILIES.load(config.model_type)
 
 
 def family_of(model: Any) -> ModelFamily:
@@ -51,7 +79,8 @@ def family_of(model: Any) -> ModelFamily:
         UnsupportedModelError: no family, or a wrapping that hooks cannot follow.
     """
     model = _unwrapped(model)
-    family = FAMILIES.load(_model_type(model))
+    _checked_type(model)
+    family = family_class(model.config)
     _checked_release(family)
     return family(model)
 
@@ -76,7 +105,7 @@ def shape_from_config(config: Any) -> Shape:
             f"cannot count the FLOPs of model_type {model_type!r}; use one of {', '.join(FAMILIES.names())}, "
             f"or a shape by name: {', '.join(KNOWN)}"
         )
-    return FAMILIES.load(model_type).shape_of(config)
+    return family_class(config).shape_of(config)
 
 
 def _unwrapped(model: Any) -> nn.Module:
@@ -101,7 +130,7 @@ def _unwrapped(model: Any) -> nn.Module:
     return model
 
 
-def _model_type(model: nn.Module) -> str:
+def _checked_type(model: nn.Module) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no config.model_type: not a transformers model")
@@ -110,4 +139,3 @@ def _model_type(model: nn.Module) -> str:
             f"no model family for model_type {model_type!r} ({type(model).__name__}). "
             f"Supported: {', '.join(FAMILIES.names())} (tokprune.list_models())"
         )
-    return model_type

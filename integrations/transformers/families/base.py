@@ -56,8 +56,11 @@ class ModelFamily:
         oldest: the oldest release of transformers that the laws hold on for this family.
         encode_functions: functions of the base model that turn pictures into rows for the language model, each
             with the field of the configuration that names its placeholder id.
+        language_model_name: attribute of the base model that holds its language model.
         images_from_prompt: whether only the prompt tells which crops make up an image; then tokens are selected
             when the language model runs, not when pictures are encoded.
+        joins_runs: whether an image may be several runs of placeholders with text between them; then `images_in` is
+            asked, which reads the prompt.
         default_positions: what positions="auto" means here.
         towers: the vision towers it knows, by `vision_config.model_type`.
         one_patch_a_row: whether the projector takes one patch a row (no pixel shuffle).
@@ -71,13 +74,18 @@ class ModelFamily:
         recurrent_caches: whether layers may hold a state of all that they have read, which cannot be taken back, in
             place of keys.
         no_layer_cuts: why nothing can be cut between decoder layers; empty where it can.
+        picture_processor: class of its processor that is loaded for pictures alone where torchvision is missing, which
+            video processors need; empty if it needs none.
+        patches_clips: whether clips are then cut into patches by the image processor, two frames a step of time.
         visual_inputs: keywords with a list of (visual columns, D), selected by the mask that `visual_mask` names.
     """
 
     model_type: ClassVar[str] = ""
     oldest: ClassVar[str] = OLDEST
     encode_functions: ClassVar[Mapping[str, str]] = {"get_image_features": "image_token_id"}
+    language_model_name: ClassVar[str] = "language_model"
     images_from_prompt: ClassVar[bool] = False
+    joins_runs: ClassVar[bool] = False
     default_positions: ClassVar[str] = "contiguous"
     towers: ClassVar[Mapping[str, TowerKind]] = {}
     one_patch_a_row: ClassVar[bool] = True
@@ -90,12 +98,15 @@ class ModelFamily:
     ready_masks: ClassVar[bool] = False
     column_types: ClassVar[str] = ""
     sliding_caches: ClassVar[bool] = False
+    picture_processor: ClassVar[str] = ""
+    patches_clips: ClassVar[bool] = False
     recurrent_caches: ClassVar[bool] = False
     no_layer_cuts: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.base: Any = model if hasattr(model, "language_model") and not hasattr(model, "lm_head") else model.model
+        is_base = hasattr(model, self.language_model_name) and not hasattr(model, "lm_head")
+        self.base: Any = model if is_base else model.model
         kind = self.base.config.vision_config.model_type
         if kind not in self.towers:
             raise UnsupportedModelError(
@@ -106,7 +117,7 @@ class ModelFamily:
     @property
     def language_model(self) -> nn.Module:
         """The decoder that takes `inputs_embeds`."""
-        return self.base.language_model
+        return getattr(self.base, self.language_model_name)
 
     @property
     def placeholder_ids(self) -> dict[str, int]:
@@ -292,8 +303,21 @@ class ModelFamily:
         """From states of the tower to rows for the language model."""
         return self.base.multi_modal_projector
 
+    def images_in(self, ids: Sequence[int], runs: Sequence[range]) -> list[tuple[int, Any]]:
+        """Images in a row of a prompt: of how many runs of placeholders each is, and what `layouts` is told of it.
+
+        Args:
+            ids: of the row, or other numbers that are the same where ids are.
+            runs: columns of its runs of placeholders.
+        """
+        return [(1, len(run)) for run in runs]
+
+    def pieces(self, name: str, arguments: Mapping[str, Any], features: list[Tensor]) -> list[Tensor]:
+        """What was encoded, (N, D) an entry that is one run of placeholders; only where `images_from_prompt`."""
+        return features
+
     def layouts(
-        self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
+        self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[Any] = ()
     ) -> list[Layout]:
         """Where the rows of every encoded image lie.
 
@@ -301,7 +325,8 @@ class ModelFamily:
             name: the encode function.
             arguments: of the call.
             features: what it returned, one (N, D) an entry.
-            runs: placeholders of every image in the prompt; only where `images_from_prompt`.
+            runs: placeholders of every image in the prompt, or what `images_in` tells of it; only where
+                `images_from_prompt`.
         """
         raise NotImplementedError
 

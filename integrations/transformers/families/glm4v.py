@@ -22,6 +22,8 @@ class Glm4V(Qwen2VL):
     """
 
     model_type = "glm4v"
+    picture_processor: ClassVar[str] = ""
+    patches_clips: ClassVar[bool] = False
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "image_token_id"}
     towers: ClassVar = {"glm4v_vision": TowerKind("GLM-ViT", False)}
     partial_rotary: ClassVar[float] = 0.5  # the part of a head of the language model that is turned

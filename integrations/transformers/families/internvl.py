@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokprune.core.errors import TokPruneError
-from tokprune.core.layout import Layout
+from tokprune.core.layout import Layout, tiles_layout
 from tokprune.cost.flops import Shape
 from tokprune.cost.shapes import text_of, vision_of
 
@@ -31,6 +31,7 @@ class InternVL(ModelFamily):
     """
 
     model_type = "internvl"
+    picture_processor: ClassVar[str] = "InternVLProcessor"
     images_from_prompt: ClassVar[bool] = True
     one_patch_a_row: ClassVar[bool] = False
     towers: ClassVar = {"internvl_vision": TowerKind("InternViT", True)}
@@ -90,7 +91,7 @@ class InternVL(ModelFamily):
             )
         tiles = arguments["pixel_values"].split([run // n_tile for run in runs])
         arranged = _arranged(tiles)
-        return [_layout(len(t), side, *a) for t, a in zip(tiles, arranged, strict=True)]
+        return [tiles_layout(side, *a) for a in arranged]
 
     def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
         """Through `pixel_shuffle`, then the mean over the patches of a token."""
@@ -134,16 +135,3 @@ def _difference(tiles: Tensor, grid: tuple[int, int], thumbnail: int) -> Tensor:
     pooled = F.adaptive_avg_pool2d(mosaic[None], POOLED)
     alone = F.adaptive_avg_pool2d(tiles[thumbnail][None].float(), POOLED)
     return (pooled - alone).square().mean() / pooled.var().clamp(min=1e-6)
-
-
-def _layout(n_tiles: int, side: int, grid: tuple[int, int], thumbnail: int) -> Layout:
-    places, crop = [], 0
-    for tile in range(n_tiles):
-        if tile == thumbnail:
-            top = left = number = 0
-        else:
-            number, (top, left) = crop + 1, (side * v for v in divmod(crop, grid[1]))
-            crop += 1
-        places += [(number, top + r, left + c) for r in range(side) for c in range(side)]
-    crops, row, column = zip(*places, strict=True)
-    return Layout(crops, row, column, grid)

@@ -23,6 +23,7 @@ class LlavaOnevision(LlavaNext):
     """
 
     model_type = "llava_onevision"
+    picture_processor: ClassVar[str] = "LlavaOnevisionProcessor"
     towers: ClassVar = {"siglip_vision_model": TowerKind("SigLIP", False)}
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
 

@@ -33,6 +33,8 @@ class Qwen2VL(ModelFamily):
 
     model_type = "qwen2_vl"
     oldest: ClassVar[str] = "5.18.0"
+    picture_processor: ClassVar[str] = "Qwen2VLProcessor"
+    patches_clips: ClassVar[bool] = True
     m_rope: ClassVar[bool] = True
     default_positions: ClassVar[str] = "original"
     one_patch_a_row: ClassVar[bool] = False
@@ -46,14 +48,15 @@ class Qwen2VL(ModelFamily):
     def shape_of(cls, config: Any) -> Shape:
         """Blocks over all patches of a picture, then a two-layer MLP on groups of patches."""
         vision, text = config.vision_config, text_of(config.text_config)
-        n_patches = (REFERENCE_SIDE // vision.patch_size) ** 2
-        folds = vision.spatial_merge_size**2
+        side, folds = vision.patch_size * vision.spatial_merge_size, vision.spatial_merge_size**2
+        n_patches = (REFERENCE_SIDE // side) ** 2 * folds
         stack = cls.tower_stack(vision)
         tower = Vision(stack, n_patches, 0, cls.patch_values(vision))
         widths = (stack.width * folds, stack.width * folds, text.width)
         n_rows = n_patches // folds
         vocabulary = config.text_config.vocab_size
-        return Shape(config.model_type, tower, widths, n_rows, n_rows, text, vocabulary, any_size=True)
+        shape = Shape(config.model_type, tower, widths, n_rows, n_rows, text, vocabulary, any_size=True)
+        return replace(shape, token_side=side, frames_a_step=getattr(vision, "temporal_patch_size", 1))
 
     @classmethod
     def tower_stack(cls, vision: Any) -> Stack:
@@ -206,6 +209,7 @@ class Qwen25VL(Qwen2VL):
     """Qwen2_5_VLForConditionalGeneration. Most tower layers attend within windows; signals come from the others."""
 
     model_type = "qwen2_5_vl"
+    picture_processor: ClassVar[str] = "Qwen2_5_VLProcessor"
     towers: ClassVar = {
         "qwen2_5_vl_vision": TowerKind("Qwen2.5-ViT", False),
         "qwen2_5_vl": TowerKind("Qwen2.5-ViT", False),

@@ -24,6 +24,8 @@ class Qwen3VL(Qwen2VL):
     """
 
     model_type = "qwen3_vl"
+    picture_processor: ClassVar[str] = "Qwen3VLProcessor"
+    patches_clips: ClassVar[bool] = False  # its frames stand between timestamps
     nested_encoders: ClassVar = {"get_video_features": "get_image_features"}
     visual_inputs: ClassVar = ("deepstack_visual_embeds",)
     visual_mask: ClassVar[str] = "visual_pos_masks"
