@@ -36,10 +36,12 @@ QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 GLM = ("glm4v", "glm46v")  # pictures or videos in a call: a frame is placeholders of pictures
 M_ROPE = (*QWEN, *GLM, "paddleocr_vl", "qwen3_5")
 FIXED = ("gemma3", "paligemma", "cohere2_vision", "aya_vision")  # one size of picture, before the language model alone
+GEMMA4 = ("gemma4", "gemma4-e2b")  # pictures that see themselves; per-layer inputs and shared keys
 CROPPED = ("idefics3", "smolvlm")  # a picture is crops and a thumbnail, each a run of placeholders
 PIXTRAL = ("mistral3", "llava_pixtral")  # pictures of any size, a token of text behind every row of placeholders
 MORE = CROPPED + PIXTRAL
 KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2")  # of LLaVA
+ONE_SIZE = (*TOWERS, *FIXED, *(kind for kind in KIN if kind != "llava_next_video"))
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
 # Height and width in pixels: wide, tall and padded, square and padded, wide and padded, tiny.
@@ -79,10 +81,20 @@ OTHERWISE = {
     **{kind: dict(tower_type=f"{kind}_vision", tower_options={}, grids=()) for kind in CROPPED},
     **{kind: dict(tower_type="pixtral", tower_options={}, text_type="mistral", grids=(), side=48) for kind in PIXTRAL},
     "deepseek_vl": SIGLIP,
+    "gemma4": dict(tower_options={}),
     "ovis2": dict(tower_options=dict(vocab_size=1024), text_type="qwen2"),
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
     ),
+}
+
+TEXT_OPTIONS = {
+    "gemma4-e2b": dict(
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        num_kv_shared_layers=2,
+        use_bidirectional_attention=None,
+    )
 }
 
 
@@ -90,12 +102,13 @@ def family(kind: str):
     """The class of the family of a kind of model."""
     if kind == "llava_pixtral":
         return VARIANTS.load("llava/pixtral")
-    return FAMILIES.load("llava" if kind in TOWERS else kind)
+    return FAMILIES.load("llava" if kind in TOWERS else kind.split("-")[0])
 
 
 def config(kind: str = "clip"):
     """A model in small, as its family builds it."""
-    return family(kind).config_of(replace(SIZES_OF_A_MODEL, **OTHERWISE.get(kind, {})))
+    sizes = replace(SIZES_OF_A_MODEL, **OTHERWISE.get(kind.split("-")[0], {}))
+    return family(kind).config_of(replace(sizes, text_options={**sizes.text_options, **TEXT_OPTIONS.get(kind, {})}))
 
 
 def fresh_model(kind="clip", attn="sdpa", dtype=torch.float32):
@@ -161,17 +174,28 @@ def video_inputs(videos: list[int], dtype=torch.float32) -> dict[str, torch.Tens
     return {"pixel_values_videos": values.to(dtype), "video_grid_thw": torch.tensor(grids)}
 
 
+def padded_patches(images: list[int], dtype=torch.float32, n: int = 72) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images, n, values), and (images, n, 2) columns and rows or -1 for padding, as Gemma 4's processor gives."""
+    values, places = [], torch.full((len(images), n, 2), -1)
+    for place, image in zip(places, images, strict=True):
+        _, h, w = GRIDS[image % len(GRIDS)]
+        place[: h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1)
+        own = torch.rand(n, 3 * PATCH**2, generator=torch.Generator().manual_seed(50 + image))
+        values.append(own.masked_fill((place < 0).any(1, keepdim=True), 0))
+    return torch.stack(values).to(dtype), places
+
+
 def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, torch.Tensor]:
     """What a processor gives for the pictures of every row of a batch."""
     images = [image for row in rows for image in row]
     if not images:
         return {}
-    if kind in TOWERS or (kind in KIN and kind != "llava_next_video"):
+    if kind in ONE_SIZE:
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind == "internvl":
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
-    if kind in FIXED:
-        return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
+    if kind in GEMMA4:
+        return dict(zip(("pixel_values", "image_position_ids"), padded_patches(images, dtype), strict=True))
     if kind in M_ROPE:
         grids = [GRIDS[i % len(GRIDS)] for i in images]
         values = torch.cat([patches(grid, 50 + i) for grid, i in zip(grids, images, strict=True)])
@@ -233,7 +257,7 @@ def shown(kind: str, image: int, alone: bool = True) -> list[int]:
         height, width = pixtral_grid(kind, image)
         return ([*[IMAGE] * width, BREAK] * height)[:-1] + [END_OF_PICTURE]
     rows = [IMAGE] * n_rows(kind, image, alone)
-    return [START, *rows, END] if kind in M_ROPE else rows
+    return [START, *rows, END] if kind in (*M_ROPE, *GEMMA4) else rows
 
 
 def shown_crops(image: int) -> list[int]:
@@ -254,7 +278,7 @@ def n_rows(kind: str, image: int, alone: bool = True) -> int:
         return N_VISUAL
     if kind in FIXED:
         return N_VISUAL if kind == "paligemma" else N_VISUAL // 4
-    if kind in M_ROPE:
+    if kind in (*M_ROPE, *GEMMA4):
         return math.prod(GRIDS[image % len(GRIDS)]) // MERGED
     if kind in CROPPED:
         return shown_crops(image).count(IMAGE)
@@ -294,7 +318,7 @@ def typed(kind: str, inputs: dict[str, torch.Tensor], pictures: int = 1) -> dict
     ids = inputs["input_ids"]
     if kind in ("gemma3", "paligemma"):
         return {**inputs, "token_type_ids": (ids == IMAGE).long() if kind == "gemma3" else torch.zeros_like(ids)}
-    if kind not in M_ROPE or RELEASE.major < 5:
+    if kind not in (*M_ROPE, *GEMMA4) or RELEASE.major < 5:
         return inputs
     return {**inputs, "mm_token_type_ids": pictures * (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 

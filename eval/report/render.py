@@ -218,19 +218,18 @@ def details(_: str) -> str:
 
 
 def families(which: str) -> str:
-    """Model families, what they take, and where they can be cut; "brief" leaves the vision towers out."""
+    """Model families, what they take, and where they can be cut; "short" leaves out towers and releases."""
     alike: dict[tuple[str, ...], list[str]] = {}
-    brief, named = which == "brief", set()
     for family in all_families():
         towers = ", ".join(dict.fromkeys(kind.name for kind in family.towers.values()))
         takes = "pictures, videos" if "get_video_features" in family.encode_functions else "pictures"
-        facts = (takes, "no" if family.no_layer_cuts else "yes", f"{family.oldest} to {NEWEST}")
-        variant = f" ({towers})" if brief and family.model_type in named else ""
-        alike.setdefault(facts if brief else (towers, *facts), []).append(f"`{family.model_type}`{variant}")
-        named.add(family.model_type)
-    lines = [[", ".join(names), *facts] for facts, names in alike.items()]
-    tower = () if brief else ("vision tower",)
-    return markdown(("`model_type`", *tower, "takes", "cuts between layers", "transformers"), lines)
+        cuts = "no" if family.no_layer_cuts else "yes"
+        facts = (takes, cuts) if which == "short" else (towers, takes, cuts, f"{family.oldest} to {NEWEST}")
+        alike.setdefault(facts, []).append(f"`{family.model_type}`")
+    lines = [[", ".join(dict.fromkeys(names)), *facts] for facts, names in alike.items()]
+    if which == "short":
+        return markdown(("`model_type`", "takes", "cuts between layers"), lines)
+    return markdown(("`model_type`", "vision tower", "takes", "cuts between layers", "transformers"), lines)
 
 
 def exits(name: str) -> str:

@@ -151,7 +151,8 @@ def _kind_of_mask(mask: Any) -> str:
 def _refuse_cache(cache: Any, sliding: bool, recurrent: bool) -> None:
     if cache is None:
         return
-    allowed = {"DynamicCache", "DynamicLayer", *(["DynamicSlidingWindowLayer"] if sliding else [])}
+    # A DummyLayer holds nothing: its layer reads the keys of another one.
+    allowed = {"DynamicCache", "DynamicLayer", "DummyLayer", *(["DynamicSlidingWindowLayer"] if sliding else [])}
     allowed |= {"LinearAttentionLayer"} if recurrent else set()
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
     layers.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
@@ -294,6 +295,12 @@ def rotate_vision(attention: Any, q: Tensor, k: Tensor, entered: Mapping) -> tup
     """Queries and keys (patches, H, d) of a vision tower with two-dimensional rotary positions, turned by its own."""
     turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
     return turn(q, k, *entered["position_embeddings"])
+
+
+def rotate_by_place(attention: Any, x: Tensor, entered: Mapping) -> Tensor:
+    """Queries or keys (crops, patches, H, d) of Gemma 4's vision tower, turned by the columns and rows of patches."""
+    turn = sys.modules[type(attention).__module__].apply_multidimensional_rope
+    return turn(x, *entered["position_embeddings"], entered["position_ids"])
 
 
 def rotate_pixtral(attention: Any, q: Tensor, k: Tensor, entered: Mapping) -> tuple[Tensor, Tensor]:

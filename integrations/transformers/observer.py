@@ -217,7 +217,8 @@ class Observer(NotCopyable):
         if call.pending:
             try:
                 self._find_pictures(this, call, embeds)
-                self._select_late(this, call, embeds, kwargs.get("attention_mask"))
+                asked = this.asked if self.family.ready_masks else kwargs  # which columns are padding
+                self._select_late(this, call, embeds, asked.get("attention_mask"))
             except BaseException as error:
                 keeps_all = self.pruner.keeps_all and (self.cutter is None or self.cutter.keeps_all)
                 if keeps_all and isinstance(error, TokPruneError):

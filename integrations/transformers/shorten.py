@@ -273,10 +273,13 @@ class Shortener(NotCopyable):
             note_columns(cache, this.columns)
         if this.new is None:
             return None
+        states = out[0] if isinstance(out, tuple) else out["last_hidden_state"]
+        if states.shape[1] != this.new.source.shape[1]:
+            return None  # the last columns alone, as it was asked for with logits_to_keep
         fill = forward_fill(this.new.source, this.new.valid, this.new.n_outer)
         if isinstance(out, tuple):
-            return (gather_columns(out[0], fill, 1), *out[1:])
-        out["last_hidden_state"] = gather_columns(out["last_hidden_state"], fill, 1)
+            return (gather_columns(states, fill, 1), *out[1:])
+        out["last_hidden_state"] = gather_columns(states, fill, 1)
         return out
 
 

@@ -14,7 +14,7 @@ from tokprune.integrations.transformers import compat, family_of
 import tokprune
 from tokprune.core.errors import UnsupportedModelError
 
-NEWER = (*tiny.GLM, "paddleocr_vl", "qwen3_5", *tiny.KIN)
+NEWER = ("gemma3", "paligemma", *tiny.GLM, "paddleocr_vl", "qwen3_5", *tiny.GEMMA4, *tiny.KIN)
 KINDS = [kind for kind in NEWER if compat.is_at_least(tiny.family(kind).oldest)]  # attach refuses the others
 TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves
 kinds = pytest.mark.parametrize("kind", KINDS)

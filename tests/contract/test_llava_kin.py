@@ -43,9 +43,9 @@ def method_of(kind, name):
     return name if has_cls or not option else f"{name}:{option}"
 
 
-def batch_of(kind):
-    inputs = tiny.batch(dtype=DTYPE, kind=kind)
-    return inputs, [tiny.row(inputs, r, kind=kind) for r in range(3)]
+def batch_of(kind, layout=tiny.MIXED):
+    inputs = tiny.batch(layout, DTYPE, kind=kind)
+    return inputs, [tiny.row(inputs, r, layout, kind) for r in range(3)]
 
 
 def video_row(kind, seed=0, words=2):
@@ -167,11 +167,13 @@ def test_generation_equals_recomputing_and_rows_alone(kind, positions):
 @pytest.mark.parametrize("options", [dict(num_beams=3), dict(do_sample=True, top_k=5)], ids=["beams", "sampling"])
 @torch.no_grad()
 def test_beams_and_sampling_repeat_themselves(kind, options):
-    model, (inputs, singles) = model_of(kind), batch_of(kind)
+    # Before, beams without cache mix up the pictures of a prompt in transformers itself.
+    layout = tiny.MIXED if tiny.RELEASE.release >= (5, 23) else ((0,), (1,), ())
+    model, (inputs, singles) = model_of(kind), batch_of(kind, layout)
     with tokprune.attach(model, "uniform", keep_ratio=0.3) as attachment:
         torch.manual_seed(0)
         together = generate(model, inputs, max_new_tokens=4, **options)
-        assert len(attachment.report.images) == 3
+        assert len(attachment.report.images) == sum(map(len, layout))
         torch.manual_seed(0)
         assert torch.equal(together, generate(model, inputs, max_new_tokens=4, use_cache=False, **options))
         if "num_beams" in options:

@@ -21,6 +21,7 @@ FAMILIES = Registry(
         "cohere2_vision": "tokprune.integrations.transformers.families.cohere2_vision:Cohere2Vision",
         "deepseek_vl": "tokprune.integrations.transformers.families.deepseek_vl:DeepSeekVL",
         "gemma3": "tokprune.integrations.transformers.families.gemma3:Gemma3",
+        "gemma4": "tokprune.integrations.transformers.families.gemma4:Gemma4",
         "glm46v": "tokprune.integrations.transformers.families.glm4v:Glm46V",
         "glm4v": "tokprune.integrations.transformers.families.glm4v:Glm4V",
         "idefics3": "tokprune.integrations.transformers.families.idefics3:Idefics3",

@@ -22,7 +22,7 @@ class LlavaNextVideo(LlavaNext):
     """
 
     model_type = "llava_next_video"
-    oldest: ClassVar[str] = "5.18.0"
+    oldest: ClassVar[str] = "5.23.0"
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
 
     @classmethod
