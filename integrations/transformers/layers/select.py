@@ -18,6 +18,7 @@ from tokprune.core.signals import Decoder, Kind
 from tokprune.core.tokens import Count, VisualTokens
 from tokprune.cost.flops import Ops
 from tokprune.cost.selection import cut_ops
+from tokprune.methods.base import checked_selection, wrong_count
 from tokprune.methods.decoder import ExitMethod
 from tokprune.prune.copies import same_as_before
 from tokprune.prune.report import by_layer
@@ -253,7 +254,8 @@ class LayerSelector:
         signals = {s: seen.signal(s, rows, columns, group) for s in self.reads[layer]}
         salts = tuple(i.salt for i in group)
         tokens = replace(VisualTokens.of(features, layout, signals, salts), index=index)
-        selected = self.method.select(tokens, target)
+        selected = checked_selection(self.method, self.method.select(tokens, target), tokens)
+        self._check_count(selected.keep, target)
         if selected.features is not features:
             hidden = hidden.index_put((rows[:, None], columns), selected.features.to(hidden.dtype))
         if isinstance(self.method, ExitMethod):
@@ -263,6 +265,12 @@ class LayerSelector:
         if group[0].n_special:
             full = self._with_specials(full, layout)
         return hidden, full
+
+    def _check_count(self, keep: Tensor, target: int) -> None:
+        """Raise where an exact method keeps another number; only where reading it costs no synchronisation."""
+        exact = self.budget is not None and self.method.count is Count.EXACT
+        if exact and keep.device.type == "cpu" and bool((keep.sum(1) != target).any()):
+            raise wrong_count(self.method)
 
     def _with_specials(self, full: Tensor, layout: Layout) -> Tensor:
         """Rows that show no patch stay with the tokens of their image, newlines by the policy."""
