@@ -22,6 +22,7 @@ from tokprune.core.signals import Tower
 from tokprune.cost.flops import Shape
 from tokprune.cost.selection import SelectionCost
 from tokprune.cost.shapes import known_shape
+from tokprune.methods import METHODS
 from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 
 from ..bench import tables as bench_tables
@@ -32,6 +33,7 @@ from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, int
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md")))
+N_METHODS = re.compile(r"(?<=\bAll )\d+(?= methods\b)")  # in running text
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
 
@@ -128,14 +130,15 @@ def kinds(names: str) -> str:
 def models(_: str) -> str:
     """Which method runs on which model; models with the same answers share a column."""
     answers: dict[tuple[str, str], dict[str, str]] = {}
+    names = METHODS.own_names()
     for p in tokprune.list_support():
         answers.setdefault((p.model, p.tower), {})[p.method] = f"`{p.answer}`" if p.instead else p.answer
     alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for (model, tower), cells in answers.items():
-        column = alike.setdefault(tuple(cells[name] for name in tokprune.list_methods()), {})
+        column = alike.setdefault(tuple(cells[name] for name in names), {})
         column.setdefault(tower, []).append(f"`{model}`")
     heads = ["; ".join(f"{tower}: {', '.join(names)}" for tower, names in column.items()) for column in alike.values()]
-    lines = [[f"`{name}`", *row] for name, *row in zip(tokprune.list_methods(), *alike, strict=True)]
+    lines = [[f"`{name}`", *row] for name, *row in zip(names, *alike, strict=True)]
     return markdown(("method", *heads), lines)
 
 
@@ -217,16 +220,20 @@ def details(_: str) -> str:
     return method_pages.sections()
 
 
-def families(_: str) -> str:
-    """Model families, what they take, and where they can be cut."""
+def families(which: str) -> str:
+    """Model families, what they take, and where they can be cut; "brief" leaves the vision towers out."""
     alike: dict[tuple[str, ...], list[str]] = {}
+    brief, named = which == "brief", set()
     for family in all_families():
         towers = ", ".join(dict.fromkeys(kind.name for kind in family.towers.values()))
         takes = "pictures, videos" if "get_video_features" in family.encode_functions else "pictures"
-        facts = (towers, takes, "no" if family.no_layer_cuts else "yes", f"{family.oldest} to {NEWEST}")
-        alike.setdefault(facts, []).append(f"`{family.model_type}`")
+        facts = (takes, "no" if family.no_layer_cuts else "yes", f"{family.oldest} to {NEWEST}")
+        variant = f" ({towers})" if brief and family.model_type in named else ""
+        alike.setdefault(facts if brief else (towers, *facts), []).append(f"`{family.model_type}`{variant}")
+        named.add(family.model_type)
     lines = [[", ".join(names), *facts] for facts, names in alike.items()]
-    return markdown(("`model_type`", "vision tower", "takes", "cuts between layers", "transformers"), lines)
+    tower = () if brief else ("vision tower",)
+    return markdown(("`model_type`", *tower, "takes", "cuts between layers", "transformers"), lines)
 
 
 def exits(name: str) -> str:
@@ -282,7 +289,8 @@ BLOCKS: dict[str, Callable[[str], str]] = {
 
 
 def rendered(text: str) -> str:
-    """A text with its generated blocks filled in."""
+    """A text with its generated blocks, and the number of methods, filled in."""
+    text = N_METHODS.sub(str(len(METHODS.own_names())), text)
     return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](match[3])}\n{match[4]}", text)
 
 
