@@ -166,12 +166,10 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
     images = [image for row in rows for image in row]
     if not images:
         return {}
-    if kind in TOWERS or (kind in KIN and kind != "llava_next_video"):
+    if kind in TOWERS + FIXED or (kind in KIN and kind != "llava_next_video"):
         return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind == "internvl":
         return {"pixel_values": torch.cat([tiles(i) for i in images]).to(dtype)}
-    if kind in FIXED:
-        return {"pixel_values": pictures(max(images) + 1)[images].to(dtype)}
     if kind in M_ROPE:
         grids = [GRIDS[i % len(GRIDS)] for i in images]
         values = torch.cat([patches(grid, 50 + i) for grid, i in zip(grids, images, strict=True)])
@@ -182,6 +180,8 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
         return cropped(rows, dtype)
     if kind in PIXTRAL:
         return sized(images, dtype)
+    if kind not in (*TILED, "llava_next_video"):
+        raise ValueError(f"no pictures for kind {kind!r}: add them here, in pixels() of tests/tiny.py")
     sizes = [SIZES[i % len(SIZES)] for i in images]
     several = [len(row) > 1 and kind == "llava_onevision" for row in rows for _ in row]
     counts = [1 if s else image_size_to_num_patches(z, PINPOINTS, SIDE) for z, s in zip(sizes, several, strict=True)]

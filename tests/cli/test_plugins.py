@@ -6,11 +6,12 @@ import sys
 import warnings
 
 import pytest
-from commands import refusal, tokprune_cli
+from commands import jsonl, refusal, tokprune_cli
 from plugins import write_package
+from tokprune.eval.tasks import TASKS, load_task
 
 import tokprune
-from tokprune.core.errors import PluginError
+from tokprune.core.errors import PluginError, UnknownNameError
 from tokprune.core.registry import Registry
 from tokprune.methods import METHODS
 from tokprune.methods.base import Method
@@ -95,3 +96,62 @@ def test_an_entry_point_with_the_name_of_a_method_is_warned_about_once(installed
         warnings.simplefilter("error")
         assert methods.load("uniform").__name__ == "Uniform"
         methods.names()
+
+
+# ---- tasks
+
+TASK = """
+from PIL import Image
+from tokprune.eval.tasks import Sample
+
+class Colours:
+    name = "colours"
+
+    def samples(self):
+        return [Sample(name, name, "what color is the circle?", name) for name in ("red", "green", "blue")]
+
+    def image(self, image_id):
+        return Image.new("RGB", (96, 96), image_id)
+
+    def train_samples(self):
+        return None
+
+class Other(Colours):
+    def __init__(self):
+        raise OSError("no such disk")
+"""
+
+
+def test_a_task_of_a_package_is_compared_by_its_name(installed, tmp_path):
+    installed({"colours": "norms:Colours"}, TASK, "tasks")
+    done = tokprune_cli("compare", "--task", "colours", "--methods", "none", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    rows = jsonl(tmp_path / "out" / "rows.jsonl")
+    assert {r["task"] for r in rows} == {"colours"}
+    assert {s["sample"] for s in jsonl(tmp_path / "out" / "samples.jsonl")} == {"red", "green", "blue"}
+    with pytest.raises(UnknownNameError, match="Did you mean 'colours'.*colours, easyvqa, findit"):
+        load_task("colors")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "use"),
+    [
+        ("mine", "my_packag:Task", "my_packag.*correct the entry point"),
+        ("mine", "norms:Colours", "name = 'mine'"),
+        ("mine", "norms:Other", "no such disk"),
+        ("mine", "pathlib:Path", "has no samples, image, train_samples; write what tokprune.eval.tasks.base.Task"),
+    ],
+)
+def test_a_broken_task_is_one_line(name, place, use, installed, tmp_path):
+    installed({name: place}, TASK, "tasks")
+    with pytest.raises(PluginError, match=f"task '{name}' .*{use}"):
+        load_task(name)
+    assert f"task '{name}'" in refusal(tokprune_cli("compare", "--task", name, "--out", str(tmp_path / "out")))
+
+
+def test_a_task_named_like_an_embedded_one_is_warned_about(installed, monkeypatch):
+    installed({"findit": "norms:Colours"}, TASK, "tasks")
+    monkeypatch.setattr(TASKS, "_hidden", set())
+    monkeypatch.setattr(TASKS, "_looked", False)
+    with pytest.warns(UserWarning, match="task 'findit' of norms"):
+        assert type(load_task("findit")).__name__ == "FindIt"

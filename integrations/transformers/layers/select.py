@@ -255,7 +255,8 @@ class LayerSelector:
         salts = tuple(i.salt for i in group)
         tokens = replace(VisualTokens.of(features, layout, signals, salts), index=index)
         selected = checked_selection(self.method, self.method.select(tokens, target), tokens)
-        self._check_count(selected.keep, target)
+        if self.budget is not None and self.method.count is Count.EXACT:
+            prompt.miscounted.append((selected.keep.sum(1) != target).any())
         if selected.features is not features:
             hidden = hidden.index_put((rows[:, None], columns), selected.features.to(hidden.dtype))
         if isinstance(self.method, ExitMethod):
@@ -265,12 +266,6 @@ class LayerSelector:
         if group[0].n_special:
             full = self._with_specials(full, layout)
         return hidden, full
-
-    def _check_count(self, keep: Tensor, target: int) -> None:
-        """Raise where an exact method keeps another number; only where reading it costs no synchronisation."""
-        exact = self.budget is not None and self.method.count is Count.EXACT
-        if exact and keep.device.type == "cpu" and bool((keep.sum(1) != target).any()):
-            raise wrong_count(self.method)
 
     def _with_specials(self, full: Tensor, layout: Layout) -> Tensor:
         """Rows that show no patch stay with the tokens of their image, newlines by the policy."""
@@ -307,6 +302,9 @@ class LayerSelector:
         """Tell the report what ran."""
         call, prompt = self.now.call, self.now.prompt
         self.tap.open(frozenset())
+        flags = prompt.miscounted if prompt else []
+        if flags and flags[0].device.type == "cpu" and bool(torch.stack(flags).any()):
+            raise wrong_count(self.method)  # elsewhere reading it would be a synchronisation
         for copy, report in prompt.copies if prompt else ():
             copy.cuts.update(report.cuts)
             copy.cut_ops.update(report.cut_ops)
