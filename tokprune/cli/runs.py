@@ -23,7 +23,9 @@ def compare(
     ] = "tiny-llava",
     task: Annotated[
         list[str] | None,
-        typer.Option(help="easyvqa, findit, findit_hd, watchit, or a folder with metadata.jsonl; repeatable."),
+        typer.Option(
+            help="easyvqa, findit, findit_hd, watchit, a package's task, or a folder with metadata.jsonl; repeatable."
+        ),
     ] = None,
     methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas.")] = "",
     keep: Annotated[
