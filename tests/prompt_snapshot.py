@@ -45,7 +45,7 @@ def by_harness(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     found = {}
     for model in EMBEDDED:
         runner = Runner.load(model)
-        tasks = {**{name: load_task(name) for name in TASKS}, "folder": load_task(str(folder))}
+        tasks = {**{name: load_task(name) for name in TASKS.own_names()}, "folder": load_task(str(folder))}
         token = runner.model.config.image_token_id
         found[model] = {name: of(runner.processor, token, runner.prompt, task) for name, task in tasks.items()}
     return found

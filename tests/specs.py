@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-import tokprune
 from tokprune.core.layout import Layout, grid_layout
 from tokprune.core.signals import Decoder, Kind, Signal, Tower
 from tokprune.core.tokens import Stage, VisualTokens
@@ -60,7 +59,7 @@ DECODER_VARIANTS = [
 
 
 def _of(stage: Stage, filters: bool) -> list[str]:
-    built = {n: METHODS.build(n) for n in tokprune.list_methods()}
+    built = {n: METHODS.build(n) for n in METHODS.own_names()}
     shown = {n: m for n, m in built.items() if not m.needs_file}  # those have tests of their own
     return [n for n, m in shown.items() if m.stage is stage and isinstance(m, Filter) == filters]
 

@@ -206,6 +206,14 @@ def pixels(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, t
         return cropped(rows, dtype)
     if kind in PIXTRAL:
         return sized(images, dtype)
+    if kind in (*TILED, "llava_next_video"):
+        return any_resolution(kind, rows, dtype)
+    raise ValueError(f"no pictures for kind {kind!r}: add them here, in pixels() of tests/tiny.py")
+
+
+def any_resolution(kind: str, rows: list[list[int]], dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """What the processors of LLaVA-NeXT and LLaVA-OneVision give: crops, and the sizes of the pictures."""
+    images = [image for row in rows for image in row]
     sizes = [SIZES[i % len(SIZES)] for i in images]
     several = [len(row) > 1 and kind == "llava_onevision" for row in rows for _ in row]
     counts = [1 if s else image_size_to_num_patches(z, PINPOINTS, SIDE) for z, s in zip(sizes, several, strict=True)]

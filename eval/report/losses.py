@@ -144,7 +144,7 @@ class Artist:
                     f"{settings.get(name)}; leave --pictures out, or compare again"
                 )
         names = list(settings.get("tasks", {}))
-        unknown = [name for name in names if name not in TASKS]
+        unknown = [name for name in names if name not in TASKS.names()]
         if unknown:
             raise RunError(
                 f"the run does not store the path of the task {unknown[0]!r}; type the same tokprune compare again to "

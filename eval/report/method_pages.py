@@ -56,4 +56,4 @@ def section(name: str) -> str:
 
 def sections() -> str:
     """All methods, by name."""
-    return "\n".join(map(section, METHODS.names()))
+    return "\n".join(map(section, METHODS.own_names()))

@@ -22,6 +22,7 @@ from tokprune.core.signals import Tower
 from tokprune.cost.flops import Shape
 from tokprune.cost.selection import SelectionCost
 from tokprune.cost.shapes import known_shape
+from tokprune.methods import METHODS
 from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 
 from ..bench import tables as bench_tables
@@ -32,6 +33,7 @@ from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, int
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md")))
+N_METHODS = re.compile(r"(?<=\bAll )\d+(?= methods\b)")  # in running text
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
 
@@ -128,14 +130,15 @@ def kinds(names: str) -> str:
 def models(_: str) -> str:
     """Which method runs on which model; models with the same answers share a column."""
     answers: dict[tuple[str, str], dict[str, str]] = {}
+    names = METHODS.own_names()
     for p in tokprune.list_support():
         answers.setdefault((p.model, p.tower), {})[p.method] = f"`{p.answer}`" if p.instead else p.answer
     alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for (model, tower), cells in answers.items():
-        column = alike.setdefault(tuple(cells[name] for name in tokprune.list_methods()), {})
+        column = alike.setdefault(tuple(cells[name] for name in names), {})
         column.setdefault(tower, []).append(f"`{model}`")
     heads = ["; ".join(f"{tower}: {', '.join(names)}" for tower, names in column.items()) for column in alike.values()]
-    lines = [[f"`{name}`", *row] for name, *row in zip(tokprune.list_methods(), *alike, strict=True)]
+    lines = [[f"`{name}`", *row] for name, *row in zip(names, *alike, strict=True)]
     return markdown(("method", *heads), lines)
 
 
@@ -285,7 +288,8 @@ BLOCKS: dict[str, Callable[[str], str]] = {
 
 
 def rendered(text: str) -> str:
-    """A text with its generated blocks filled in."""
+    """A text with its generated blocks, and the number of methods, filled in."""
+    text = N_METHODS.sub(str(len(METHODS.own_names())), text)
     return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](match[3])}\n{match[4]}", text)
 
 

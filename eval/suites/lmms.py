@@ -75,7 +75,7 @@ class Suite:
 
     def __post_init__(self):
         for name in self.tasks:
-            if name in TASKS or _is_folder(name):
+            if name in TASKS.names() or _is_folder(name):
                 task = load_task(name)
                 self.own[name] = task, chosen_samples(task, self.limit)
         names = [self.name_of(name) for name in self.tasks]

@@ -2,46 +2,70 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from pathlib import Path
 
-from tokprune.core.errors import UnknownNameError
+from tokprune.core.errors import PluginError, UnknownNameError
+from tokprune.core.registry import Registry, nearest
 from tokprune.prune.videos import N_FRAMES
 
 from .base import Sample, Task, normalise
 from .subset import stratified
 
-TASKS = {
-    "easyvqa": "tokprune.eval.tasks.easyvqa:EasyVQA",
-    "findit": "tokprune.eval.tasks.findit:FindIt",
-    "findit_hd": "tokprune.eval.tasks.findit_hd:FindItHD",
-    "watchit": "tokprune.eval.tasks.watchit:WatchIt",
-}
+TASKS = Registry(
+    what="task",
+    table={
+        "easyvqa": "tokprune.eval.tasks.easyvqa:EasyVQA",
+        "findit": "tokprune.eval.tasks.findit:FindIt",
+        "findit_hd": "tokprune.eval.tasks.findit_hd:FindItHD",
+        "watchit": "tokprune.eval.tasks.watchit:WatchIt",
+    },
+    group="tokprune.tasks",
+)
 
 
 def load_task(name: str, n_frames: int = N_FRAMES) -> Task:
-    """A task by its name, or a local folder with pictures or videos and a `metadata.jsonl`.
+    """A task by its name, from another package too, or a local folder with pictures or videos and a `metadata.jsonl`.
 
     Of a video in a folder up to `n_frames` frames are taken, evenly spaced.
 
     Raises:
         UnknownNameError: neither a name nor a folder.
         TaskError: the folder is no task.
+        PluginError: another package's task cannot be imported, built or used.
     """
-    if name in TASKS:
-        module, _, attribute = TASKS[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)()
+    if name in TASKS.table:
+        return TASKS.load(name)()
+    if name in TASKS.names():
+        return _built(name)
     if name.strip() and Path(name).is_dir():
         from .imagefolder import ImageFolder
 
         return ImageFolder(Path(name), n_frames)
-    near = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, TASKS.names())
+    hint = f" Did you mean {near!r}?" if near else ""
     raise UnknownNameError(
-        f"no task named {name!r} and no such folder.{hint} Type {', '.join(sorted(TASKS))}, "
+        f"no task named {name!r} and no such folder.{hint} Type {', '.join(TASKS.names())}, "
         "or a folder with pictures or videos and a metadata.jsonl"
     )
+
+
+def _built(name: str) -> Task:
+    """A task of another package, checked."""
+    cls = TASKS.load(name)
+    try:
+        task = cls()
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        raise PluginError(f"task {name!r} ({cls.__module__}) cannot be built: {said}") from error
+    missing = [part for part in ("name", "samples", "image", "train_samples") if not hasattr(task, part)]
+    if missing:
+        raise PluginError(
+            f"task {name!r} ({cls.__module__}.{cls.__name__}) has no {', '.join(missing)}; write what "
+            "tokprune.eval.tasks.base.Task lists"
+        )
+    if task.name != name:
+        raise PluginError(f"task {name!r} calls itself {task.name!r}; use name = {name!r}, by which results go")
+    return task
 
 
 __all__ = ["TASKS", "Sample", "Task", "load_task", "normalise", "stratified"]

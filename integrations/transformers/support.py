@@ -38,15 +38,18 @@ class Support:
 
 
 def list_support() -> list[Support]:
-    """Every method on every model family, from what methods need and families supply."""
+    """Every method on every model family, from what methods need and families supply.
+
+    Methods of other packages that cannot be built are left out; `tokprune methods` says what is wrong with them.
+    """
     from .families import all_families
 
-    pairs = []
+    names, pairs = METHODS.working(), []
     for family in all_families():
         for kind in dict.fromkeys(family.towers.values()):
             tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=family.one_patch_a_row)
             supplied = family.supplies_of(tower)
-            pairs += [_pair(family, kind.name, name, tower, supplied) for name in METHODS.names()]
+            pairs += [_pair(family, kind.name, name, tower, supplied) for name in names]
     return pairs
 
 
@@ -67,7 +70,7 @@ def checked_signals(method: Method, label: str, family) -> frozenset[Signal]:
     signals = method.needs(family.tower)
     if not family.supplies_all(signals):
         missing = sorted({s.kind.name for s in signals if s.kind not in family.supplies})
-        works = [n for n in METHODS.names() if family.supplies_all(METHODS.build(n).needs(family.tower))]
+        works = [n for n in METHODS.working() if family.supplies_all(METHODS.build(n).needs(family.tower))]
         tower = "has no [CLS] token" if not family.tower.has_cls else "does not supply it"
         typed = label in METHODS.names() and method.if_missing
         option = f" (or {label}:{method.if_missing})" if typed else ""

@@ -28,6 +28,7 @@ import tokprune
 from tokprune.core.budget import Budget
 from tokprune.core.layout import grid_layout
 from tokprune.core.tokens import Stage
+from tokprune.methods import METHODS
 
 
 def test_console_script_starts_as_a_process():
@@ -72,13 +73,14 @@ def test_cli_lists():
 BAD_COMMANDS = {
     "method": (["--methods", "vtc_csl"], "Did you mean 'vtc_cls'"),
     "option of a method": (["--methods", "fopru:rows=1"], "has no option 'rows'"),
-    "ratio": (["--keep", "25"], "keep_ratio=0.25"),
+    "ratio": (["--keep", "25"], "did you mean --keep 0.25?"),
     "no ratio": (["--keep", "half"], "--keep 0.5,0.25"),
     "task": (["--task", "findt"], "Did you mean 'findit'"),
     "model": (["--model", "/no/such/folder"], "cannot load '/no/such/folder'"),
-    "limit": (["--limit", "0"], "at least 1"),
+    "limit": (["--limit", "0"], "invalid --limit 0: use a whole number of at least 1"),
     "unknown flag": (["--keeep", "0.5"], "--keep"),
-    "flag without a value": (["--limit", "many"], "--limit"),
+    "no number": (["--limit", "many"], "integer. See tokprune compare --help"),
+    "flag without a value": (["--limit"], "See tokprune compare --help"),
     "match": (["--match", "tokenz"], "use tokens or flops"),
     "folder": (["--out", "/proc/no/out", "--limit", "1"], "name another folder with --out"),
 }
@@ -351,8 +353,8 @@ def test_flops_of_a_folder_is_that_of_its_configuration():
 
 BAD_FLOPS = {
     "shape": (["--model", "llava-1.5-7"], "Did you mean 'llava-1.5-7b'"),
-    "ratio": (["--model", "llava-1.5-7b", "--keep", "25"], "keep_ratio=0.25"),
-    "tokens": (["--model", "llava-1.5-7b", "--visual", "0"], "at least 1"),
+    "ratio": (["--model", "llava-1.5-7b", "--keep", "25"], "did you mean --keep 0.25?"),
+    "tokens": (["--model", "llava-1.5-7b", "--visual", "0"], "invalid --visual 0: use a whole number of at least 1"),
     "method": (["--model", "llava-1.5-7b", "--method", "vtc"], "vtc_cls"),
     "folder": (["--model", "/no/such"], "cannot read the configuration of '/no/such'"),
     "no [CLS] token": (["--model", "onevision-7b", "--method", "vtc_cls"], "needs a [CLS] token"),
@@ -430,7 +432,7 @@ def test_explain_writes_a_picture(scene, tmp_path):
 BAD_EXPLAIN = {
     "picture": (["nothing.png"], "cannot read the picture nothing.png"),
     "method": (["SCENE", "--method", "vtc"], "vtc_cls"),
-    "ratio": (["SCENE", "--keep", "2"], "keep_ratio=0.02"),
+    "ratio": (["SCENE", "--keep", "2"], "did you mean --keep 0.02?"),
     "out": (["SCENE", "--out", "/proc/no.png"], "use another file for --out"),
     "placeholder": (["SCENE", "--question", "<image> what?"], "leave <image> out"),
     "header alone": (["HEADER"], "cannot read the picture"),
@@ -470,7 +472,7 @@ def test_doctor_finds_a_healthy_installation():
     done = tokprune_cli("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
-    for name in tokprune.list_methods():
+    for name in METHODS.own_names():
         built = tokprune.get_method(name)
         if built.needs_file:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 
 import oracle
 import pytest
@@ -15,13 +16,15 @@ from specs import BUDGETED, PRUNING, build, scaled
 import tokprune
 
 TOWERS, KINDS = tiny.TOWERS, tiny.KINDS
-METHOD = {
-    "clip": "vtc_cls",
-    "siglip": "fopru",
-    "llava_next": "globalcom2",
-    "llava_onevision": "globalcom2",
-    "internvl": "globalcom2",
-}
+# What is attached by kind; "divprune" reads features alone, which every family has.
+METHOD = defaultdict(
+    lambda: "divprune",
+    clip="vtc_cls",
+    siglip="fopru",
+    llava_next="globalcom2",
+    llava_onevision="globalcom2",
+    internvl="globalcom2",
+)
 POSITIONS = ("contiguous", "original")
 # Half precision arithmetic of double: exact. Eager masks overflow in double, so eager runs in single.
 NUMERICS = {"sdpa": (torch.float64, 1e-9), "eager": (torch.float32, 5e-5)}

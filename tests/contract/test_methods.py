@@ -12,9 +12,9 @@ from specs import BUDGETED, CUTTING, FILTERS, LAYOUTS, PRUNING, SPECS, TOWER, bu
 from tokprune.integrations.transformers.families import family_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import tokprune
 from tokprune.core.layout import Layout, grid_layout
 from tokprune.core.tokens import Count, VisualTokens
+from tokprune.methods import METHODS
 from tokprune.methods.base import ScoreMethod
 
 SCORING = [s for s in SPECS if isinstance(build(s), ScoreMethod)]
@@ -247,7 +247,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("name", tokprune.list_methods())
+@pytest.mark.parametrize("name", METHODS.own_names())
 def test_minimum_support_table(name, kind):
     adapter = family_of(tiny.model(kind))
     supported = adapter.supplies_all(build(name).needs(adapter.tower))

@@ -7,6 +7,7 @@ import typing
 from dataclasses import fields
 
 import pytest
+import tiny
 import torch
 from specs import CUTTING, PRUNING, build, cut_tokens_for, mosaic_layout, n_keeps, tokens_for
 
@@ -124,3 +125,8 @@ def test_options_are_enumerated():
     assert tokprune.get_method("hired:faithful=True:without_cls=received") == build(
         next(s for s in ALL if s.startswith("hired") and "faithful=True" in s and "received" in s)
     )
+
+
+def test_a_kind_without_pictures_says_where_they_are_added():
+    with pytest.raises(ValueError, match=r"'new_family': add them here, in pixels\(\) of tests/tiny.py"):
+        tiny.pixels("new_family", [[0]])

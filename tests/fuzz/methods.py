@@ -29,7 +29,7 @@ NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", 
 
 def names() -> list[str]:
     """Methods before the language model."""
-    return [n for n in tokprune.list_methods() if n not in (*CUTTING, *FILTERS, *CUT_FILTERS)]
+    return [n for n in METHODS.own_names() if n not in (*CUTTING, *FILTERS, *CUT_FILTERS)]
 
 
 def sometimes(random: Random, chance: float = 0.35) -> bool:
@@ -241,4 +241,4 @@ def registered_options() -> dict[str, set[str]]:
     """What the registry has, for the test that nothing is left out here."""
     from dataclasses import fields
 
-    return {name: {f.name for f in fields(METHODS.build(name)) if f.init} for name in METHODS.names()}
+    return {name: {f.name for f in fields(METHODS.build(name)) if f.init} for name in METHODS.own_names()}

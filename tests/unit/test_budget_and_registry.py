@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 import pytest
 import torch
 
 import tokprune
 from tokprune.core import ops
 from tokprune.core.budget import Budget
-from tokprune.core.errors import BudgetError, MissingSignalError, OptionError
+from tokprune.core.errors import BudgetError, MethodError, MissingSignalError, OptionError
 from tokprune.core.layout import grid_layout
-from tokprune.core.registry import Registry
+from tokprune.core.registry import Registry, check, nearest
 from tokprune.core.signals import Decoder, Kind, Signal, Tower
 from tokprune.core.tokens import VisualTokens
 from tokprune.methods import METHODS
+from tokprune.methods.base import ScoreMethod
 from tokprune.prune.request import request_of
 
 
@@ -88,7 +92,7 @@ def test_layout_knows_rows_that_show_no_patch():
 
 
 def test_every_method_loads_and_prints_its_options():
-    for name in tokprune.list_methods():
+    for name in METHODS.own_names():
         assert str(METHODS.build(name)).endswith(")")
     assert str(tokprune.get_method("fastervlm")) == "VTCCLS(split=even, start_layer=-2)"
     assert str(tokprune.get_method("fopru:strategy=row", layer=3)) == "FoPru(strategy=row, layer=3)"
@@ -113,11 +117,66 @@ def test_registry_without_a_near_name_offers_none():
         Registry("fruit", {"apple": "a:A"}).load("xyz")
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("nrm", ""), ("vtc", "vtc_cls"), ("vtc_csl", "vtc_cls"), ("unifrm", "uniform"), ("u", "")]
+)
+def test_only_a_name_that_is_near_is_offered(typed, meant):
+    assert nearest(typed, METHODS.own_names()) == meant
+
+
 def test_unscored_method_must_be_written():
-    from tokprune.methods.base import Method, ScoreMethod
+    from tokprune.methods.base import Method
 
     tokens = VisualTokens.of(torch.zeros(1, 4, 2), grid_layout(2, 2))
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(MethodError, match=r"Method does not write select\(.*\): return tokens.keeping"):
         Method().select(tokens, 2)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(MethodError, match=r"ScoreMethod does not write score\(.*\): return \(images, tokens\)"):
         ScoreMethod().select(tokens, 2)
+
+
+# ---- options that are not declared as they have to be
+
+
+class Undecorated(ScoreMethod):
+    """Its option is no dataclass field."""
+
+    power: int = 2
+    source: ClassVar[str] = "nowhere"
+
+
+@dataclass(frozen=True)
+class Demanding(ScoreMethod):
+    """Its option has no default."""
+
+    power: int = field(kw_only=True)
+
+
+def test_an_option_without_the_decorator_is_named_with_what_to_write():
+    with pytest.raises(OptionError, match=r"power of Undecorated .*@dataclass\(frozen=True\)") as raised:
+        check(Undecorated, "power", 3)
+    assert "source" not in str(raised.value)
+    with pytest.raises(OptionError) as raised:
+        check(Demanding, "powr", 3)
+    assert "dataclass" not in str(raised.value)
+
+
+def test_an_option_without_a_default_is_asked_for():
+    class One(Registry):
+        def load(self, name):
+            return Demanding
+
+    with pytest.raises(OptionError, match="demanding:power=VALUE"):
+        One("method", {}).build("demanding")
+    assert One("method", {}).build("demanding:power=3").power == 3
+
+
+@pytest.mark.parametrize(
+    ("keyword", "meant"), [("keep_ration", "keep_ratio"), ("keep_token", "keep_tokens"), ("position", "positions")]
+)
+def test_a_misspelt_argument_of_attach_is_told_from_an_option(keyword, meant):
+    with pytest.raises(OptionError, match=f"{meant}, an argument of attach"):
+        request_of("vtc_cls", {keyword: 0.2})
+    with pytest.raises(OptionError) as raised:
+        request_of("vtc_cls", {"start_layr": 2}, keep_ratio=0.5)
+    assert "argument of attach" not in str(raised.value)
+    assert "Did you mean 'start_layer'" in str(raised.value)

@@ -61,13 +61,35 @@ def run(app: typer.Typer) -> None:
         # Usage errors of the command-line library, which may be vendored: told apart by what they carry.
         if not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()} See tokprune --help or tokprune COMMAND --help")
+        said = error.format_message()
+        _fail(f"{said}{'' if said.endswith(('.', '?')) else '.'} See {_command(error)} --help")
 
 
 def check_most(option: str, number: int, most: int = MOST) -> None:
     """Raise RunError if the absolute value of a whole number is above `most`."""
     if abs(number) > most:
         raise RunError(f"invalid {option} of {len(str(abs(number)))} digits: use a whole number of at most {most}")
+
+
+def check_least(**numbers: int | None) -> None:
+    """Raise RunError for the first option below 1; None is not given. Options as names of variables."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise RunError(f"invalid --{name.replace('_', '-')} {number}: use a whole number of at least 1")
+
+
+def check_fraction(option: str, ratio: float) -> None:
+    """Raise RunError unless a number is in (0, 1]."""
+    if not 0 < ratio <= 1:
+        meant = f"did you mean {option} {ratio / 100:g}?" if 2 <= ratio <= 100 else f"use {option} 0.25"
+        raise RunError(f"{option} {ratio:g} is not a fraction in (0, 1]: {meant}")
+
+
+def _command(error: Any) -> str:
+    """The command that an error of usage is about, as it is typed."""
+    context = getattr(error, "ctx", None)
+    name = context.info_name if context is not None and context.parent is not None else ""
+    return f"tokprune {name}".strip()
 
 
 def _check_once(order: list[Any]) -> None:

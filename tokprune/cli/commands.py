@@ -13,7 +13,6 @@ import typer
 
 import tokprune
 
-from ..core.budget import Budget
 from ..core.errors import RunError
 from ..core.files import replacing
 from ..cost.flops import Ledger, Ops
@@ -21,7 +20,7 @@ from ..prune.pictures import open_picture
 from ..prune.videos import is_video as is_video_file
 from ..prune.videos import open_clip
 from . import estimate, runs, tables
-from .arguments import App, check_most, run
+from .arguments import App, check_fraction, check_least, check_most, run
 from .extras import eval_module, load_runner
 
 app = App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -68,8 +67,8 @@ def flops(
             raise RunError("--pixels and --frames decide the tokens: leave --visual and --crops out")
         visual, crops = estimate.tokens_of(shape, pixels, frames)
     visual = shape.n_visual if visual is None else visual
-    if min(visual, text, 1 if crops is None else crops) < 1:
-        raise RunError("invalid --visual, --text or --crops: use a whole number of at least 1")
+    check_least(visual=visual, text=text, crops=crops)
+    check_fraction("--keep", keep)
     for option, n in (("--visual", visual), ("--text", text), ("--crops", crops or 1)):
         check_most(option, n, estimate.MOST)
     found = estimate.kept(shape, method, keep, visual, text)
@@ -112,7 +111,7 @@ def explain(
     _check_apart({"the picture": image, "--out": out, "--json": json, "--animation": animation})
     specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
     ratio = 0.25 if keep is None else keep
-    Budget(keep_ratio=ratio)
+    check_fraction("--keep", ratio)
     decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
     if keep is not None and decides:
         raise RunError(

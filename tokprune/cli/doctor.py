@@ -20,6 +20,7 @@ from tokprune.integrations.transformers import (
 )
 
 from ..core.tokens import Count, Stage
+from ..methods import METHODS
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lmms-eval", "flash-attn")
 QUESTIONS = ("is there a red ring?", "what color is the shape that is not in the top left of the image?")
@@ -70,7 +71,10 @@ def findings(runner: Any) -> Iterator[Finding]:
         same, _ = _watched(model, lambda: model(**inputs).logits)
     yield Finding("keeping all tokens leaves logits bit-identical", torch.equal(same, bare), f"{before[0]} columns")
     for method in tokprune.list_methods():
-        if tokprune.get_method(method).needs_file:
+        fault = METHODS.fault(method)
+        if fault:
+            yield Finding(method, False, fault)
+        if fault or tokprune.get_method(method).needs_file:
             continue
         try:
             yield _prunes(model, inputs, method)

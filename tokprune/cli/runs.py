@@ -10,7 +10,7 @@ import typer
 
 from ..core.errors import RunError
 from . import tables
-from .arguments import App, check_most
+from .arguments import App, check_fraction, check_least, check_most
 from .extras import EVAL_NEEDS, eval_module, load_runner
 
 app = App()
@@ -23,7 +23,9 @@ def compare(
     ] = "tiny-llava",
     task: Annotated[
         list[str] | None,
-        typer.Option(help="easyvqa, findit, findit_hd, watchit, or a folder with metadata.jsonl; repeatable."),
+        typer.Option(
+            help="easyvqa, findit, findit_hd, watchit, a package's task, or a folder with metadata.jsonl; repeatable."
+        ),
     ] = None,
     methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas.")] = "",
     keep: Annotated[
@@ -50,8 +52,7 @@ def compare(
     torchrun --nproc_per_node 2 -m tokprune.eval compare ...
     """
     compared, embedded = eval_module("compare"), eval_module("models")
-    if batch_size < 1 or max_new_tokens < 1 or (limit is not None and limit < 1):
-        raise RunError("invalid --batch-size, --max-new-tokens or --limit: use a whole number of at least 1")
+    check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
     names = methods.split(",") if methods else usual.methods
     if match not in ("tokens", "flops"):
@@ -145,8 +146,7 @@ def search(
     Interrupted runs resume: run the same command again.
     """
     searched = eval_module("search.search", needs=(*EVAL_NEEDS, "optuna"))
-    if max_new_tokens < 1:
-        raise RunError("invalid --max-new-tokens: use a whole number of at least 1")
+    check_least(max_new_tokens=max_new_tokens)
     wanted = searched.Wanted(tolerance, budget, score, samples, seed, trials, batch_size, single)
     questions = searched.calibration_task(task, calibration)
     runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix)
@@ -183,8 +183,7 @@ def eval_(
     """
     if suite != "lmms-eval":
         raise RunError(f"invalid --suite {suite!r}: use lmms-eval")
-    if min(batch_size, processes, 1 if limit is None else limit) < 1:
-        raise RunError("invalid --batch-size, --processes or --limit: use a whole number of at least 1")
+    check_least(batch_size=batch_size, processes=processes, limit=limit)
     check_most("--processes", processes, 256)
     lmms = eval_module("suites.lmms", needs=("easy_vqa", "filelock"))
     lmms.check_installed()
@@ -298,9 +297,12 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _ratios(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        ratios = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise RunError(f"--keep {_short(text)} is not a list of fractions: use --keep 0.5,0.25") from error
+    for ratio in ratios:
+        check_fraction("--keep", ratio)
+    return ratios
 
 
 def _short(text: str) -> str:

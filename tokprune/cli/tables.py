@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 
 from rich.console import Console
@@ -11,6 +13,7 @@ import tokprune
 
 from ..core.tokens import Stage
 from ..cost.flops import COMPAT, PARTS, Ledger, Ops, Shape
+from ..methods import METHODS
 
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
 
@@ -23,14 +26,35 @@ def console(quiet: bool = False) -> Console:
 def methods_table() -> Table:
     """What each method keeps, where it acts, and its source."""
     table = Table("method", "keeps", "where", "count", "source", title="Methods", title_justify="left")
-    for name in tokprune.list_methods():
-        method = tokprune.get_method(name)
-        first = (type(method).__doc__ or "").strip().partition("\n")[0]
+    own = METHODS.own_names()
+    for name in METHODS.names():
+        fault = "" if name in own else METHODS.fault(name)
+        if fault:
+            table.add_row(name, fault, "-", "-", "-")
+            continue
+        method = METHODS.build(name)
         preset = "" if str(method).endswith("()") else f" As {method}."
         count = "filter" if method.is_filter else "none" if name == "blind" else method.count.value
         where = "between layers" if method.stage is Stage.DECODER else "before the LLM"
-        table.add_row(name, first + preset, where, count, method.source or "control")
+        source = method.source or ("control" if name in own else _said_source(type(method)))
+        table.add_row(name, _first_line(type(method)) + preset, where, count, source)
     return table
+
+
+def _written(cls: type) -> str:
+    """The docstring of a class; dataclasses without one get a signature, which is none."""
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    return "" if doc.startswith(f"{cls.__name__}(") else doc
+
+
+def _first_line(cls: type) -> str:
+    return _written(cls).partition("\n")[0] or "(no docstring)"
+
+
+def _said_source(cls: type) -> str:
+    """What the docstring has after "Source:", or "-"."""
+    found = re.search(r"^Source:[ \t]*(.+)$", _written(cls), re.MULTILINE)
+    return found[1].strip() if found else "-"
 
 
 def support_table() -> Table:
@@ -42,7 +66,8 @@ def support_table() -> Table:
     for model, tower in columns:
         table.add_column(f"{model}\n{tower}", overflow="fold")
     for name in tokprune.list_methods():
-        table.add_row(name, *(cell[(*column, name)].removeprefix(f"{name}:") for column in columns))
+        answers = [cell.get((*column, name)) for column in columns]
+        table.add_row(name, *("broken" if a is None else a.removeprefix(f"{name}:") for a in answers))
     return table
 
 

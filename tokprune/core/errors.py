@@ -17,6 +17,18 @@ class OptionError(TokPruneError):
     """A method has no such option, or the option's value is not allowed."""
 
 
+class UnknownOptionError(OptionError):
+    """A method has no such option."""
+
+
+class PluginError(TokPruneError):
+    """What another package offers through an entry point cannot be used."""
+
+
+class MethodError(TokPruneError, RuntimeError):
+    """The class of a method does not return what it has to: nothing, or a wrong shape, type or count."""
+
+
 class UnsupportedModelError(TokPruneError):
     """The model has no adapter, or is wrapped in a way that hooks cannot follow."""
 

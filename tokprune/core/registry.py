@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import importlib
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
-from importlib.metadata import entry_points
-from typing import Any, Literal
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Literal
 
-from .errors import OptionError, UnknownNameError, shown
+from .errors import OptionError, PluginError, TokPruneError, UnknownNameError, UnknownOptionError, shown
 
 
 class Registry:
@@ -24,8 +24,9 @@ class Registry:
         what: the kind of thing that is named, used in messages.
         table: name to "module:Class".
         aliases: name to another spelling of a whole specification ("vtc_cls:start_layer=-2").
-        group: entry-point group through which other packages add names.
+        group: entry-point group through which other packages add names; names of the table come first.
         listing: the call that lists all names, used in messages.
+        base: what classes of other packages have to be subclasses of; None for no such check.
     """
 
     def __init__(
@@ -35,25 +36,36 @@ class Registry:
         aliases: Mapping[str, str] | None = None,
         group: str | None = None,
         listing: str = "",
+        base: type | None = None,
     ):
         self.what, self.table, self.aliases = what, dict(table), dict(aliases or {})
-        self.group, self.listing = group, listing
+        self.group, self.listing, self.base = group, listing, base
+        self._looked = False  # entry points take milliseconds to read
+        self._hidden: set[str] = set()  # names of other packages that were warned about
 
     def names(self) -> list[str]:
-        return sorted({*self.table, *self.aliases, *self._plugins()})
+        """All names, those of other packages among them, whether these can be imported or not."""
+        return sorted({*self.own_names(), *self._plugins()})
+
+    def own_names(self) -> list[str]:
+        """Names without those of other packages."""
+        return sorted({*self.table, *self.aliases})
 
     def load(self, name: str) -> type:
         """The class of a name.
 
         Raises:
             UnknownNameError: no such name; the message offers the nearest.
+            PluginError: another package has this name, and it cannot be imported.
         """
         if name in self.table:
+            if not self._looked:
+                self._plugins()  # warns about a name that is taken
             module, _, attribute = self.table[name].partition(":")
             return getattr(importlib.import_module(module), attribute)
         plugins = self._plugins()
         if name in plugins:
-            return plugins[name].load()
+            return self._imported(plugins[name])
         raise UnknownNameError(self._unknown(name))
 
     def name_of(self, cls: type) -> str | None:
@@ -63,17 +75,79 @@ class Registry:
         """
         written = f"{cls.__module__}:{cls.__qualname__}"
         found = [name for name, place in self.table.items() if place == written]
-        for name, entry in self._plugins().items():
-            with contextlib.suppress(Exception):
-                found += [name] if entry.load() is cls else []
+        found += [name for name in self._plugins() if self._class_or_none(name) is cls]
         return next((name for name in found if self.load(name) is cls), None)
 
-    def _plugins(self) -> dict[str, Any]:
-        return {e.name: e for e in entry_points(group=self.group)} if self.group else {}
+    def fault(self, name: str) -> str:
+        """Why a name cannot be built without options, in one line; empty if it can.
+
+        What another package does when it is imported or built is its own affair, so that any exception is a fault.
+        """
+        try:
+            self.build(name)
+        except TokPruneError as error:
+            return str(error)
+        except Exception as error:
+            if name in self.own_names():
+                raise
+            return f"{self.what} {name!r} cannot be built: {type(error).__name__}: {error}"
+        return ""
+
+    def working(self) -> list[str]:
+        """Names without those of other packages that cannot be built."""
+        own = self.own_names()
+        return [name for name in self.names() if name in own or not self.fault(name)]
+
+    def _class_or_none(self, name: str) -> type | None:
+        try:
+            return self.load(name)
+        except PluginError:
+            return None
+
+    def _imported(self, entry: EntryPoint) -> type:
+        """The class of an entry point, checked."""
+        package = f", of {entry.dist.name}" if entry.dist else ""
+        head = f"{self.what} {entry.name!r} ({entry.value}{package})"
+        try:
+            found = entry.load()
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise PluginError(
+                f"{head} cannot be imported: {said}; correct the entry point or uninstall the package"
+            ) from error
+        if not isinstance(found, type) or (self.base and not issubclass(found, self.base)):
+            wanted = f"a subclass of {self.base.__module__}.{self.base.__name__}" if self.base else "a class"
+            raise PluginError(f"{head} is not {wanted}; correct the entry point or uninstall the package")
+        return found
+
+    def _plugins(self) -> dict[str, EntryPoint]:
+        """Entry points by name; a name that is taken is left out, with a warning."""
+        self._looked = True
+        found: dict[str, EntryPoint] = {}
+        for entry in entry_points(group=self.group) if self.group else ():
+            taken = "tokprune itself" if entry.name in self.own_names() else ""
+            if not taken and entry.name in found and found[entry.name].value != entry.value:
+                taken = "another package"
+            if taken:
+                self._warn_once(entry, taken)
+            else:
+                found.setdefault(entry.name, entry)
+        return found
+
+    def _warn_once(self, entry: EntryPoint, taken: str) -> None:
+        if entry.name in self._hidden:
+            return
+        self._hidden.add(entry.name)
+        package = entry.dist.name if entry.dist else entry.value
+        warnings.warn(
+            f"{self.what} {entry.name!r} of {package} ({entry.value}) is ignored: {taken} has this name; "
+            "rename the entry point",
+            stacklevel=4,
+        )
 
     def _unknown(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.names(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, self.names())
+        hint = f" Did you mean {near!r}?" if near else ""
         listing = f" ({self.listing})" if self.listing else ""
         return f"no {self.what} named {name!r}.{hint} Available: {', '.join(self.names())}{listing}"
 
@@ -82,7 +156,9 @@ class Registry:
 
         Raises:
             UnknownNameError: no such name.
-            OptionError: no such option, an option twice, or a value that does not fit its declared type.
+            PluginError: it is another package's and cannot be imported.
+            OptionError: no such option, an option twice, one without a value, or a value that does not fit its
+                declared type.
         """
         name, *parts = spec.split(":")
         own: list[str] = []
@@ -94,7 +170,22 @@ class Registry:
         given = {**{key: parse(cls, key, text) for key, text in texts.items()}, **(options or {})}
         for key, value in given.items():
             check(cls, key, value)
+        _check_complete(cls, given, name)
         return cls(**given)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name that was probably meant: one that begins with what was typed, or one of few other letters; or ""."""
+    known = sorted(names)
+    begun = [other for other in known if len(name) > 1 and other.startswith(name)]
+    return next(iter([*begun, *difflib.get_close_matches(name, known, n=1, cutoff=0.7)]), "")
+
+
+def _check_complete(cls: type, given: Mapping[str, Any], name: str) -> None:
+    """Raise if an option without a default is not given."""
+    for option in fields(cls):
+        if option.init and option.name not in given and option.default is option.default_factory is MISSING:
+            raise OptionError(f"{_shown_as(cls)}: {option.name} has no default; use {name}:{option.name}=VALUE")
 
 
 def _split(part: str, spec: str) -> tuple[str, str]:
@@ -123,16 +214,27 @@ def _shown_as(cls: type) -> str:
 def _option_type(cls: type, key: str) -> Any:
     known = _option_types(cls)
     if key not in known:
-        raise OptionError(unknown_option(cls, key))
+        raise UnknownOptionError(unknown_option(cls, key))
     return known[key]
 
 
 def unknown_option(cls: type, key: str) -> str:
     """The message for an option that a class does not have."""
     known = _option_types(cls)
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(key, known)
+    hint = f" Did you mean {near!r}?" if near else ""
+    lost = ", ".join(_no_fields(cls))
+    if lost:
+        hint += f" {lost} of {cls.__name__} is no option yet: decorate the class with @dataclass(frozen=True)."
     return f"{_shown_as(cls)} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}"
+
+
+def _no_fields(cls: type) -> list[str]:
+    """Annotated attributes that are no dataclass fields, because a decorator is missing."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    classwide = [name for name, hint in hints.items() if ClassVar in (hint, typing.get_origin(hint))]
+    return [name for name in hints if name not in known and name not in classwide]
 
 
 def _alternatives(declared: Any) -> Iterable[Any]:

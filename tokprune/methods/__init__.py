@@ -43,6 +43,7 @@ METHODS = Registry(
     aliases={"fastervlm": "vtc_cls:start_layer=-2:split=even"},
     group="tokprune.methods",
     listing="tokprune.list_methods()",
+    base=Method,
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import ops
-from ..core.errors import OptionError
+from ..core.errors import MethodError, OptionError
 from ..core.layout import Layout
 from ..core.registry import check
 from ..core.signals import Form, Heads, Kind, Signal, Tower
@@ -99,7 +99,7 @@ class Method:
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """The tokens with `keep` set, and `features` changed where the method merges."""
-        raise NotImplementedError
+        raise unwritten(self, "select", "return tokens.keeping(index) for the (images, n_keep) indices that stay")
 
     def write_file(self, path: Path) -> None:
         """Write a copy of the file that `needs_file` names.
@@ -127,7 +127,7 @@ class ScoreMethod(Method):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(G, N) float32, finite; higher is kept."""
-        raise NotImplementedError
+        raise unwritten(self, "score", "return (images, tokens), higher is kept")
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
         """(G, N) bool: what is kept; scores of filtered tokens are -inf."""
@@ -135,7 +135,7 @@ class ScoreMethod(Method):
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Keep high scores; ties go to the lower index, filtered tokens come last."""
-        scores = self.score(tokens)
+        scores = checked_scores(self, self.score(tokens), tokens)
         ranked = scores.masked_fill(~tokens.keep, -torch.inf)
         return replace(tokens, keep=self.chosen(ranked, tokens, n_keep), scores=scores)
 
@@ -169,7 +169,62 @@ class Filter(Method):
 
     def passes(self, tokens: VisualTokens) -> Tensor:
         """(G, N) bool: what is left."""
-        raise NotImplementedError
+        raise unwritten(self, "passes", "return (images, tokens) bool, true for what is left")
+
+
+def unwritten(method: object, function: str, use: str) -> MethodError:
+    """The error for a function that a subclass has to write."""
+    return MethodError(f"{type(method).__name__} does not write {function}(self, tokens, ...): {use}")
+
+
+def checked_scores(method: Method, scores: Tensor, tokens: VisualTokens) -> Tensor:
+    """What `score` returned; nothing is read from the device.
+
+    Raises:
+        MethodError: it is no tensor of one number a token, or not on their device.
+    """
+    where = f"{type(method).__name__}.score must return (images, tokens)"
+    shape = tuple(tokens.keep.shape)
+    if not isinstance(scores, Tensor):
+        raise MethodError(f"{where}, a tensor of shape {shape} here, not {type(scores).__name__}")
+    if tuple(scores.shape) != shape:
+        raise MethodError(f"{where}, here {shape}; it returned {tuple(scores.shape)}")
+    if not scores.is_floating_point() or scores.device != tokens.keep.device:
+        raise MethodError(
+            f"{where} as float32 on {tokens.keep.device}; it returned {scores.dtype} on {scores.device}: use "
+            "scores.float(), and make tensors on tokens.features.device"
+        )
+    return scores
+
+
+def checked_selection(method: Method, selected: VisualTokens, tokens: VisualTokens) -> VisualTokens:
+    """What `select` returned, by type and shape; nothing is read from the device.
+
+    Raises:
+        MethodError: it is not these tokens with `keep` set.
+    """
+    where = f"{type(method).__name__}.select must return the tokens that it was given, with keep set"
+    use = "use tokens.keeping(index) with (images, n_keep) indices"
+    if not isinstance(selected, VisualTokens):
+        raise MethodError(f"{where}, not {type(selected).__name__}: {use}")
+    keep, shape = selected.keep, tuple(tokens.keep.shape)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != shape:
+        found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise MethodError(f"{where} as bool {shape}; keep is {found}: {use}")
+    if tuple(selected.features.shape) != tuple(tokens.features.shape):
+        raise MethodError(
+            f"{where}; features became {tuple(selected.features.shape)} and were {tuple(tokens.features.shape)}: write "
+            "merged tokens to rows that are kept"
+        )
+    return selected
+
+
+def wrong_count(method: Method) -> MethodError:
+    """The error for a selection that keeps another number of tokens than was asked for."""
+    return MethodError(
+        f"{type(method).__name__}.select kept another number of tokens than n_keep: keep exactly n_keep of each image, "
+        "or let its property count return Count.AT_MOST or Count.CONTENT (tokprune.core)"
+    )
 
 
 def cls_signal(

@@ -15,7 +15,7 @@ from ..core.layout import Layout
 from ..core.schedules import Explicit, Schedule, Single, half_up
 from ..core.signals import Decoder, Signal
 from ..core.tokens import Count, Stage, VisualTokens
-from .base import Method, ScoreMethod
+from .base import Method, ScoreMethod, unwritten
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DecoderMethod(ScoreMethod):
 
     def reads(self, layer: int) -> frozenset[Signal]:
         """Signals for the cut before a layer: of the layer before it, or of its own projections at its input."""
-        raise NotImplementedError
+        raise unwritten(self, "reads", "return frozenset({Signal(Kind.LM_ROW, (layer - 1,))}) or other signals")
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
         """The `uniform` part spread evenly over the picture, then the highest scores."""
@@ -140,7 +140,7 @@ class ExitMethod(Method):
 
     def layers(self, decoder: Decoder) -> tuple[int, ...]:
         """Layers before which it decides, ascending."""
-        raise NotImplementedError
+        raise unwritten(self, "layers", "return the layers before which it decides")
 
     def cuts(self, decoder: Decoder, n_visual: int, n_keep: int) -> dict[int, int]:
         """Nothing is left after an exit; whether one happens is not known in advance."""
@@ -148,11 +148,11 @@ class ExitMethod(Method):
 
     def reads(self, layer: int) -> frozenset[Signal]:
         """Signals for the decision before a layer."""
-        raise NotImplementedError
+        raise unwritten(self, "reads", "return frozenset({Signal(Kind.LM_ROW, (layer - 1,))}) or other signals")
 
     def exits(self, tokens: VisualTokens) -> Tensor:
         """(G,) bool: whether these exit; the same for all images of a prompt."""
-        raise NotImplementedError
+        raise unwritten(self, "exits", "return (images,) bool")
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         return replace(tokens, keep=tokens.keep & ~self.exits(tokens)[:, None])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.budget import REFERENCE_TEXT, Budget, Scope
-from ..core.errors import BudgetError, OptionError, TokPruneError
+from ..core.errors import BudgetError, OptionError, TokPruneError, UnknownOptionError
+from ..core.registry import nearest
 from ..core.signals import Decoder
 from ..core.tokens import Stage
 from ..cost.flops import Shape
@@ -20,6 +21,16 @@ from ..methods.base import Method
 from ..methods.compose import Pair
 
 Given = tuple[Any, Any, Any]  # keep_ratio, keep_tokens, flops_ratio
+ARGUMENTS = (
+    "keep_ratio",
+    "keep_tokens",
+    "flops_ratio",
+    "flops_scope",
+    "flops_text",
+    "positions",
+    "newlines",
+    "replay",
+)
 Positions = Literal["auto", "contiguous", "original"]
 Newlines = Literal["keep_rows_with_tokens", "keep", "drop"]
 
@@ -128,7 +139,10 @@ def request_of(
     options = dict(options or {})
     if "keep" in options:
         raise OptionError("unknown option 'keep': did you mean keep_ratio=0.25 or keep_tokens=64?")
-    built, label = build_method(method, options)
+    try:
+        built, label = build_method(method, options)
+    except UnknownOptionError as error:
+        raise UnknownOptionError(f"{error}{_meant(options)}") from None
     if isinstance(built, Method) and built.is_filter:
         after = "fastv" if built.stage is Stage.DECODER else "vtc_cls"
         raise TokPruneError(
@@ -155,6 +169,12 @@ def request_of(
         positions=positions,
         newlines=newlines,
     )
+
+
+def _meant(options: Mapping[str, Any]) -> str:
+    """The argument of attach() that an unknown keyword probably is, for a message."""
+    near = [name for name in (nearest(key, set(ARGUMENTS) - {key}) for key in options) if name]
+    return f". Did you mean {near[0]}, an argument of attach()?" if near else ""
 
 
 def _split(given: Given, n: int, built: Any, label: str) -> list[Given]:

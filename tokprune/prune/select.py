@@ -17,7 +17,7 @@ from ..core.layout import NEWLINE, Layout
 from ..core.signals import Signal
 from ..core.tokens import Count, VisualTokens
 from ..methods import Spec
-from ..methods.base import Method
+from ..methods.base import Method, checked_selection, wrong_count
 from .copies import salts_of
 from .request import Newlines, request_of
 
@@ -64,12 +64,15 @@ class Group:
         given: (G, N, D), their rows as they were.
         features: (G, N, D), changed where the method merges.
         keep: (G, N) bool.
+        miscounted: scalar bool on the device: whether an image keeps another number than its method promised; None
+            where it promised none.
     """
 
     members: list[int]
     given: Tensor
     features: Tensor
     keep: Tensor
+    miscounted: Tensor | None
 
 
 class Selector:
@@ -114,13 +117,15 @@ class Selector:
             members = [i for i, p in enumerate(pictures) if p.layout == layout]
             group = [pictures[i] for i in members]
             rows = stacked([p.features for p in group])
-            features, keep = self._select(group, rows, tuple(salts[i] for i in members), n_keep)
-            yield Group(members, rows, features, keep)
+            yield Group(members, rows, *self._select(group, rows, tuple(salts[i] for i in members), n_keep))
 
     def _select(
         self, group: Sequence[Picture], rows: Tensor, salts: tuple[int, ...], n_keep: int
-    ) -> tuple[Tensor, Tensor]:
-        """Features and keep of pictures of one layout; special tokens (newlines, [CLS]) never reach the method."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features, keep and whether a count is wrong, of pictures of one layout.
+
+        Special tokens (newlines, [CLS]) never reach the method.
+        """
         first = group[0]
         layout = first.layout
         visual = ops.on_device(layout.visual, rows.device)
@@ -129,13 +134,21 @@ class Selector:
         signals = {s: stacked([p.signals[s] for p in group]) for s in first.signals}
         tokens = VisualTokens.of(own if states is None else states, layout.without_specials, signals, salts)
         with torch.autocast(rows.device.type, enabled=False):  # it would compare tokens in half precision
-            selected = self.method.select(tokens, n_keep)
+            selected = checked_selection(self.method, self.method.select(tokens, n_keep), tokens)
+        wrong = self._miscounted(selected.keep, n_keep)
         features = selected.features if states is None else self._projected(selected, own, n_keep)
         if own is rows:
-            return features, selected.keep
+            return features, selected.keep, wrong
         keep = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         keep = with_newlines(keep.index_copy(1, visual, selected.keep), layout, self.newlines)
-        return rows if features is own else rows.index_copy(1, visual, features), keep
+        return rows if features is own else rows.index_copy(1, visual, features), keep, wrong
+
+    def _miscounted(self, keep: Tensor, n_keep: int) -> Tensor | None:
+        """As in `Group`, of (G, N)."""
+        if self.budget is None or self.method.count is Count.CONTENT:
+            return None
+        counts = keep.sum(1)
+        return ((counts != n_keep) if self.method.count is Count.EXACT else (counts > n_keep)).any()
 
     def _projected(self, selected: VisualTokens, own: Tensor, n_keep: int) -> Tensor:
         """Tower states through the model's own projector: the kept ones, where their number is known."""
@@ -175,6 +188,7 @@ def select(
     Raises:
         TokPruneError: as `tokprune.attach`.
         MissingSignalError: a picture lacks a signal that the method needs.
+        MethodError: the method's class does not return what it has to.
     """
     request = request_of(method, options, keep_ratio=keep_ratio, keep_tokens=keep_tokens, newlines=newlines)
     if request.before is None or request.between is not None:
@@ -188,7 +202,17 @@ def select(
         for place, i in enumerate(group.members):
             rows[i], keeps[i] = group.features[place], group.keep[place]
     index = [keep.nonzero()[:, 0] for keep in keeps]
+    _check_counts(selector, pictures, index)
     return [Kept(i, r[i]) for i, r in zip(index, rows, strict=True)]
+
+
+def _check_counts(selector: Selector, pictures: Sequence[Picture], index: Sequence[Tensor]) -> None:
+    """Raise MethodError where lengths, which the host knows by now, are not those of an exact method."""
+    exact = selector.budget is not None and selector.method.count is Count.EXACT
+    for picture, kept in zip(pictures, index, strict=True) if exact else ():
+        layout = picture.layout
+        if layout.n_visual == len(layout.crop) and len(kept) != min(selector.n_keep(layout), layout.n_visual):
+            raise wrong_count(selector.method)
 
 
 def stacked(rows: Sequence[Any]) -> Tensor:

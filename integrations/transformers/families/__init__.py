@@ -137,5 +137,6 @@ def _checked_type(model: nn.Module) -> None:
     if model_type not in FAMILIES.names():
         raise UnsupportedModelError(
             f"no model family for model_type {model_type!r} ({type(model).__name__}). "
-            f"Supported: {', '.join(FAMILIES.names())} (tokprune.list_models())"
+            f'Supported: {", ".join(FAMILIES.names())} (tokprune.list_models()); to add a family, see "Add a model '
+            'family" in CONTRIBUTING.md'
         )

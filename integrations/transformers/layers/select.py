@@ -18,6 +18,7 @@ from tokprune.core.signals import Decoder, Kind
 from tokprune.core.tokens import Count, VisualTokens
 from tokprune.cost.flops import Ops
 from tokprune.cost.selection import cut_ops
+from tokprune.methods.base import checked_selection, wrong_count
 from tokprune.methods.decoder import ExitMethod
 from tokprune.prune.copies import same_as_before
 from tokprune.prune.report import by_layer
@@ -253,7 +254,9 @@ class LayerSelector:
         signals = {s: seen.signal(s, rows, columns, group) for s in self.reads[layer]}
         salts = tuple(i.salt for i in group)
         tokens = replace(VisualTokens.of(features, layout, signals, salts), index=index)
-        selected = self.method.select(tokens, target)
+        selected = checked_selection(self.method, self.method.select(tokens, target), tokens)
+        if self.budget is not None and self.method.count is Count.EXACT:
+            prompt.miscounted.append((selected.keep.sum(1) != target).any())
         if selected.features is not features:
             hidden = hidden.index_put((rows[:, None], columns), selected.features.to(hidden.dtype))
         if isinstance(self.method, ExitMethod):
@@ -299,6 +302,9 @@ class LayerSelector:
         """Tell the report what ran."""
         call, prompt = self.now.call, self.now.prompt
         self.tap.open(frozenset())
+        flags = prompt.miscounted if prompt else []
+        if flags and flags[0].device.type == "cpu" and bool(torch.stack(flags).any()):
+            raise wrong_count(self.method)  # elsewhere reading it would be a synchronisation
         for copy, report in prompt.copies if prompt else ():
             copy.cuts.update(report.cuts)
             copy.cut_ops.update(report.cut_ops)
