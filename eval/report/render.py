@@ -231,8 +231,20 @@ def families(which: str) -> str:
         alike.setdefault(facts, []).append(f"`{family.model_type}`")
     lines = [[", ".join(dict.fromkeys(names)), *facts] for facts, names in alike.items()]
     if which == "short":
-        return markdown(("`model_type`", "takes", "cuts between layers"), lines)
+        return f"{markdown(('`model_type`', 'takes', 'cuts between layers'), lines)}\n{releases()}\n"
     return markdown(("`model_type`", "vision tower", "takes", "cuts between layers", "transformers"), lines)
+
+
+def releases() -> str:
+    """The oldest release of transformers that each family needs: most need the same one."""
+    since: dict[str, list[str]] = {}
+    for family in all_families():
+        names = since.setdefault(family.oldest, [])
+        if f"`{family.model_type}`" not in names:
+            names.append(f"`{family.model_type}`")
+    usual = max(since, key=lambda oldest: len(since[oldest]))
+    others = [f"{', '.join(names)} from {oldest}" for oldest, names in since.items() if oldest != usual]
+    return f"With transformers {usual} to {NEWEST}; {'; '.join(others)}."
 
 
 def exits(name: str) -> str:
