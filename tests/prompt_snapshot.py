@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokprune.integrations.transformers import inputs_of
+
 SNAPSHOT = Path(__file__).parent / "snapshots" / "prompts.json"
 N_SAMPLES = 3
 
@@ -24,7 +26,7 @@ def of(processor: Any, placeholder: int, prompt_of: Callable[[str], str], task: 
     found = []
     for sample in first_samples(task):
         prompt = prompt_of(sample.question)
-        inputs = processor(images=[[task.image(sample.image_id)]], text=[prompt], return_tensors="pt")
+        inputs = inputs_of(processor, [prompt], [[task.image(sample.image_id)]])
         ids = inputs["input_ids"][0].tolist()
         found.append(
             {

@@ -17,7 +17,6 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from tokprune.core.errors import RunError
@@ -37,16 +36,16 @@ def load_processor(path: str, **options: Any) -> Any:
         path: the folder or the hub id.
         **options: of `from_pretrained`, such as `revision`.
     """
-    options = {"trust_remote_code": False, **options}
     if not is_torchvision_available():
-        model_type = AutoConfig.from_pretrained(path, **options).model_type
-        if model_type in FAMILIES.names() and FAMILIES.load(model_type).picture_processor:
-            return without_videos(model_type).from_pretrained(path, **options)
-    return AutoProcessor.from_pretrained(path, **options)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+        if config.model_type in FAMILIES.names() and FAMILIES.load(config.model_type).picture_processor:
+            whole = without_videos(config.model_type)
+            return whole.from_pretrained(path, trust_remote_code=False, **options)
+    return transformers.AutoProcessor.from_pretrained(path, trust_remote_code=False, **options)
 
 
 @functools.cache
-def without_videos(model_type: str) -> type[ProcessorMixin]:
+def without_videos(model_type: str) -> type[transformers.ProcessorMixin]:
     """The processor class of a family for pictures and text alone."""
     family = FAMILIES.load(model_type)
     whole = getattr(transformers, family.picture_processor)
@@ -63,7 +62,7 @@ def without_videos(model_type: str) -> type[ProcessorMixin]:
     return WithoutVideos
 
 
-def inputs_of(processor: Any, text: Sequence[str], visuals: Sequence[Sequence[Visual]]) -> BatchFeature:
+def inputs_of(processor: Any, text: Sequence[str], visuals: Sequence[Sequence[Visual]]) -> transformers.BatchFeature:
     """Left-padded inputs of a batch: prompts with placeholders, and the pictures and clips of each in their order.
 
     Raises:
@@ -87,7 +86,7 @@ def _metadata(clip: Clip) -> dict[str, Any]:
 
 def _by_hand(
     processor: Any, text: Sequence[str], pictures: Sequence[Image.Image], clips: Sequence[Clip]
-) -> BatchFeature:
+) -> transformers.BatchFeature:
     """What a Qwen's own processor makes of pictures and clips, with its image processor alone."""
     if not getattr(processor, "patches_clips", False):
         raise RunError(
@@ -109,7 +108,7 @@ def _by_hand(
     filled = [either.sub(lambda found: found[0] * next(left[found[0]]), prompt) for prompt in text]
     ids = processor.tokenizer(filled, padding=True, return_tensors="pt")
     types = torch.tensor(processor.create_mm_token_type_ids(ids["input_ids"].tolist()))
-    return BatchFeature({**ids, "mm_token_type_ids": types, **made})
+    return transformers.BatchFeature({**ids, "mm_token_type_ids": types, **made})
 
 
 def video_inputs(processor: Any, clips: Sequence[Clip]) -> dict[str, Tensor]:

@@ -67,7 +67,15 @@ def test_cli_compares_on_a_folder_of_ones_own(folder, tmp_path):
 def test_cli_lists():
     done = tokprune_cli("methods")
     assert all(name in done.stdout for name in tokprune.list_methods())
-    assert "llava" in tokprune_cli("models").stdout
+    shown = tokprune_cli("models").stdout
+    assert all(name in shown for name in tokprune.list_models())
+
+
+def test_cli_lists_the_methods_of_one_model():
+    shown = tokprune_cli("models", "qwen2_5_vl").stdout
+    assert all(name in shown for name in tokprune.list_methods())
+    assert "without_cls=received" in shown
+    assert "Did you mean 'qwen2_5_vl'" in refusal(tokprune_cli("models", "qwen25_vl"))
 
 
 BAD_COMMANDS = {

@@ -227,7 +227,7 @@ def test_explain_draws_one_tile_of_internvl_whole():
     from tokprune.eval.run.runner import Runner
 
     runner = Runner(tiny.model("internvl"), processor("internvl"))
-    runner.prompt = lambda question: "<s> <image> what is it ?"
+    runner.prompt = lambda question, visual: "<s> <image> what is it ?"
     for size in ((20, 20), (64, 30)):
         sheet, (line,) = explained(runner, picture(size), "what?", [("uniform", {"keep_ratio": 0.5})])
         assert sheet.width > 700

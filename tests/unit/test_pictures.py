@@ -149,7 +149,6 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no columns": (lambda f: written(f / "a.ppm", b"P6\n0 4\n255\n"), "a.ppm"),
     "PNG without columns": (lambda f: png_of_no_size(f / "a.png"), "a.png"),
     "QOI without a body": (lambda f: written(f / "a.qoi", b"qoif" + struct.pack(">IIBB", 9, 9, 3, 0)), "a.qoi"),
-    "a folder": (lambda f: (f / "a.png").mkdir() or f / "a.png", "a.png"),
 }
 
 
@@ -217,9 +216,13 @@ def test_pictures_that_would_be_ruined_are_refused_in_one_line(what, tmp_path):
     line = refusal(tokprune_cli("explain", str(path)))
     assert f"cannot read the picture {path}: " in line
     assert told in line
-    if path.is_file():
-        with pytest.raises(TokPruneError, match="cannot read the picture"):
-            as_task(path)
+    with pytest.raises(TokPruneError, match="cannot read the picture"):
+        as_task(path)
+
+
+def test_a_folder_without_frames_is_refused_in_one_line(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    assert "a.png: it is a folder without frames" in refusal(tokprune_cli("explain", str(tmp_path / "a.png")))
 
 
 @pytest.mark.parametrize("what", [w for w in BAD if BAD[w][1] in ("8-bit PNG", "background")])

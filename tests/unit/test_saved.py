@@ -469,7 +469,7 @@ def test_methods_of_other_packages_come_back(package, runner, inputs, tmp_path):
     assert tokprune.load(runner.model, tmp_path / "b").method.pair == ((1, "x"), None, True)
     detach(runner.model)
     values = json.loads((tmp_path / "b" / "tokprune.json").read_text())
-    for name, said in (("broken", "mend its package"), ("nothing", "gives no method")):
+    for name, said in (("broken", "correct the entry point"), ("nothing", "is not a subclass of")):
         values["methods"][0]["name"] = name
         assert said in refused(runner.model, tmp_path / "b", json.dumps(values))
     values["methods"][0] |= {"name": "ours", "options": {"scale": 7.0}}

@@ -30,7 +30,7 @@ class Command(TyperCommand):
             RunError: an option is given twice or blank, or a number is too large.
         """
         if args or not self.no_args_is_help:
-            given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            given, _, order = self._parsed(ctx, args)
             if not any(parameter.is_eager for parameter in order):  # --help helps, whatever else is there
                 _check_once(order)
                 for parameter in order:
@@ -39,6 +39,15 @@ class Command(TyperCommand):
         for parameter in self.params:
             _check_size(parameter, ctx.params.get(str(parameter.name)))
         return rest
+
+    def _parsed(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[Any]]:
+        """What the parser makes of the arguments; its errors know the command."""
+        try:
+            return self.make_parser(ctx).parse_args(args=list(args))
+        except Exception as error:
+            if hasattr(error, "format_message"):
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
 
 
 class App(typer.Typer):

@@ -38,9 +38,11 @@ def methods() -> None:
 
 
 @app.command()
-def models() -> None:
-    """Show which method runs on which model family and vision tower."""
-    tables.console().print(tables.support_table())
+def models(
+    name: Annotated[str, typer.Argument(help="A model family, such as qwen2_5_vl, to list its methods.")] = "",
+) -> None:
+    """Show how many methods run on each model family, or which ones run on one."""
+    tables.console().print(tables.model_table(name) if name else tables.support_table())
 
 
 @app.command()

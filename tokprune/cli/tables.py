@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections import Counter
 
 from rich.console import Console
 from rich.table import Table
@@ -58,16 +59,45 @@ def _said_source(cls: type) -> str:
 
 
 def support_table() -> Table:
-    """Which method runs on which model."""
-    pairs = tokprune.list_support()
-    columns = list(dict.fromkeys((p.model, p.tower) for p in pairs))
-    cell = {(p.model, p.tower, p.method): p.answer for p in pairs}
-    table = Table("method", title="Models; an option in a cell is needed there", title_justify="left")
-    for model, tower in columns:
-        table.add_column(f"{model}\n{tower}", overflow="fold")
-    for name in tokprune.list_methods():
-        answers = [cell.get((*column, name)) for column in columns]
-        table.add_row(name, *("broken" if a is None else a.removeprefix(f"{name}:") for a in answers))
+    """How many methods run on each model family and vision tower."""
+    answers: dict[tuple[str, str], Counter] = {}
+    for pair in tokprune.list_support():
+        answers.setdefault((pair.model, pair.tower), Counter())[_kind_of(pair.answer)] += 1
+    table = Table(title="Methods by model; tokprune models NAME lists those of one", title_justify="left")
+    for name, is_number in (
+        ("model", False),
+        ("vision tower", False),
+        ("run", True),
+        ("with an option", True),
+        ("not", True),
+    ):
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_number)
+    for (model, tower), n in answers.items():
+        table.add_row(model, tower, *(str(n[kind] or "") for kind in ("yes", "option", "no")))
+    return table
+
+
+def _kind_of(answer: str) -> str:
+    return answer if answer in ("yes", "no") else "option"
+
+
+def model_table(name: str) -> Table:
+    """Which method runs on one model family, by vision tower.
+
+    Raises:
+        UnknownNameError: there is no such family.
+    """
+    from tokprune.integrations.transformers import FAMILIES
+
+    FAMILIES.load(name)
+    pairs = [pair for pair in tokprune.list_support() if pair.model == name]
+    towers = list(dict.fromkeys(pair.tower for pair in pairs))
+    table = Table("method", title=f"{name}: an option is needed where one is shown", title_justify="left")
+    for tower in towers:
+        table.add_column(tower)
+    answers = {(pair.tower, pair.method): pair.answer for pair in pairs}
+    for method in dict.fromkeys(pair.method for pair in pairs):
+        table.add_row(method, *(answers[tower, method].removeprefix(f"{method}:") for tower in towers))
     return table
 
 

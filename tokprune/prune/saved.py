@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.budget import Budget
-from ..core.errors import SavedError, TokPruneError
+from ..core.errors import PluginError, SavedError, TokPruneError
 from ..core.files import digest_of, first_line, kind_of, read_json, read_small, replacing, write_json
 from ..core.registry import check
 from ..methods import METHODS, Labelled, build_method
@@ -210,16 +210,11 @@ def _part_of(entry: Any, folder: Path) -> Method:
 
 def _class_of(name: str) -> type[Method]:
     try:
-        cls = METHODS.load(name)
+        return METHODS.load(name)
+    except PluginError as error:
+        raise SavedError(first_line(error)) from error
     except TokPruneError as error:
         raise SavedError(f"{first_line(error)}. If another package brings it, install that") from error
-    except Exception as error:  # whatever importing another package's method raises
-        raise SavedError(
-            f"the method {name[:40]!r} cannot be imported: {first_line(error)}; mend its package"
-        ) from error
-    if not isinstance(cls, type) or not issubclass(cls, Method):
-        raise SavedError(f"the package that brings {name[:40]!r} gives no method")
-    return cls
 
 
 def decoded(value: Any) -> Any:

@@ -73,7 +73,7 @@ def evenly(n_all: int, n: int) -> list[int]:
 def _of_folder(path: Path, n_frames: int, instead: str) -> Clip:
     files = frame_files(path)
     if not files:
-        raise TaskError(f"the folder {path} has no frames ({', '.join(FRAME_SUFFIXES)}); {instead}")
+        raise TaskError(f"cannot read {path}: it is a folder without frames ({', '.join(FRAME_SUFFIXES)}); {instead}")
     chosen = evenly(len(files), n_frames)
     return Clip(tuple(open_picture(files[i], instead) for i in chosen), FOLDER_FPS * len(chosen) / len(files))
 
