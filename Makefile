@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/tokprune compare --limit 100 --out runs/demo
 
-# What runs within one process; `make check` runs the rest, too: torch.compile, killed and shared runs.
+# What runs within one process and without torch.compile; `make check` runs the rest, too: killed, shared and damaged runs.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 

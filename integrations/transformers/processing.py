@@ -88,6 +88,10 @@ def _by_hand(
     processor: Any, text: Sequence[str], pictures: Sequence[Image.Image], clips: Sequence[Clip]
 ) -> transformers.BatchFeature:
     """What a Qwen's own processor makes of pictures and clips, with its image processor alone."""
+    if not hasattr(processor, "video_token"):
+        raise RunError(
+            f"{type(processor).__name__} takes no videos; use pictures, or a model that takes videos, such as a Qwen-VL"
+        )
     if not getattr(processor, "patches_clips", False):
         raise RunError(
             f"{type(processor).__name__} makes no inputs of videos here; install torchvision, which its video part "

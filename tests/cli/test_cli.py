@@ -174,6 +174,7 @@ def test_compare_killed_at_a_random_moment_goes_on(seed, uninterrupted, tmp_path
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "torn", [{"samples.jsonl": 100, "times.jsonl": 10}, {"samples.jsonl": 100}, {"times.jsonl": 10}]
 )
@@ -507,6 +508,7 @@ SABOTAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SABOTAGE)
 def test_doctor_sees_that_pruning_does_not_work(monkeypatch, what):
     owner, name, broken = SABOTAGE[what]

@@ -15,6 +15,8 @@ import torch
 import tokprune
 from tokprune.core import errors
 
+pytestmark = pytest.mark.slow  # make check runs them
+
 
 def whole(model, backend):
     model.compile(backend=backend)
@@ -102,7 +104,6 @@ def _forget():
     torch.compiler.reset()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "method", "way", "order"), EVERY if os.environ.get("COMPILED") == "all" else SOME)
 @torch.no_grad()
 def test_compiling_in_any_order_changes_nothing(backend, method, way, order):

@@ -184,6 +184,7 @@ def test_replayed_selection_generates_the_same(kind, spec):
     ]
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("spec", METHODS)

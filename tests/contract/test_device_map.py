@@ -62,11 +62,13 @@ def assert_same(spread, kind: str, parts: str, spec: str) -> None:
     assert kept == kept_there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [specs.scaled(s) for s in EVERYTHING])
 def test_every_method_selects_the_same(spread, spec):
     assert_same(spread, "clip", "all but the head", spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("spec", FEW)

@@ -211,6 +211,7 @@ def ways_to_call(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["uniform", "vtc_cls", "cdpruner", "visionzip", "fastv", "vtc_cls+fastv"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("way", ["forward", "text", "generate", "encode", "language model"])

@@ -74,6 +74,7 @@ def sweep(request, tmp_path_factory) -> tuple[list[Row], str]:
 # ---- rows
 
 
+@pytest.mark.slow
 def test_every_cell_holds_every_configuration_and_the_bare_model(sweep):
     rows, _ = sweep
     expected = configurations(METHODS, (0.5, 0.25))

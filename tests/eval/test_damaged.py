@@ -31,6 +31,8 @@ from typer.testing import CliRunner
 
 from tokprune.core.errors import RunError, TokPruneError
 
+pytestmark = pytest.mark.slow  # make check runs them
+
 RUN = ["compare", "--task", "findit", "--limit", "12", "--methods", "none,vtc_cls", "--keep", "0.11"]
 RUN += ["--batch-size", "4"]
 N_ANSWERS, N_BATCHES = 3 * 12, 3 * 3

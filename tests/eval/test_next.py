@@ -177,6 +177,7 @@ def test_model_beats_its_floors_and_needs_its_crops(runner):
     assert right["globalcom2@0.1"] > right["blind"] + 10
 
 
+@pytest.mark.slow
 def test_crops_are_counted_by_the_model(runner):
     task = load_task("findit_hd")
     samples = task.samples()[:4]

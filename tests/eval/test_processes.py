@@ -194,6 +194,7 @@ def test_copies_that_somebody_made_are_left_alone(tmp_path):
     assert len(list(tmp_path.glob("*.*.jsonl"))) == 3
 
 
+@pytest.mark.slow
 def test_answers_that_did_not_arrive_are_missed(tmp_path, monkeypatch):
     """Rows of a part of the questions would look like rows of all of them."""
     real = RunFolder.gather

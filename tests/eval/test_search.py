@@ -291,6 +291,7 @@ def answered(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_search_end_to_end_and_after_a_kill(kind, tmp_path, monkeypatch, answered):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from fuzz.cases import draw
 from fuzz.laws import Broken, check
 from fuzz.methods import OPTIONS, registered_options
@@ -18,6 +19,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("seeds", chunks, ids=[f"seeds{c.start}to{c.stop - 1}" for c in chunks])
 
 
+@pytest.mark.slow
 def test_cases(seeds):
     broken = []
     for seed in seeds:

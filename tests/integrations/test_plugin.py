@@ -85,8 +85,8 @@ def test_prompts_are_those_of_the_snapshot(model, load, tmp_path):
     snapshot = json.loads(prompt_snapshot.SNAPSHOT.read_text())[model]
     for name, want in snapshot.items():
         task = load_task(str(write_folder(tmp_path)) if name == "folder" else name)
-        token = lm.model.config.image_token_id
-        assert prompt_snapshot.of(lm.processor, token, lambda question: lm.prompt(question, ["image"]), task) == want
+        found = prompt_snapshot.of(lm.model, lm.processor, lambda question, kind: lm.prompt(question, [kind]), task)
+        assert found == want
 
 
 def test_without_a_template_the_prompt_is_that_of_llava(load):

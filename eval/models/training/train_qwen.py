@@ -151,7 +151,9 @@ def align(work: Path, steps: int = 800, lr: float = 2e-3, batch: int = 16, seed:
     trainer.load_state_dict(torch.load(work / "tower.pt")["weights"], strict=False)
     trainer.requires_grad_(False)
     trainer.model.visual.merger.requires_grad_(True)
-    teacher = LlavaForConditionalGeneration.from_pretrained(LLAVA.parent, dtype=torch.float32).eval()
+    teacher = LlavaForConditionalGeneration.from_pretrained(
+        LLAVA.parent, trust_remote_code=False, dtype=torch.float32
+    ).eval()
     valid = validation_batches(100)
 
     def loss(rng: np.random.Generator, step: int) -> Tensor:
