@@ -98,6 +98,7 @@ LISTED = dict.fromkeys(("method", "methods", "score"), "blind, cdpruner, ")
 LISTED |= {"task": "findit", "tasks": "findit", "model": "llava", "shape": "llava-1.5-7b, "}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blank", ["", "  ", "\t", ","], ids=repr)
 @pytest.mark.parametrize(("name", "option"), NAMING, ids=ids(NAMING))
 def test_a_blank_name_is_one_line_that_lists_what_exists(name, option, blank, tmp_path, monkeypatch):
@@ -159,6 +160,7 @@ def small(folder, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES, ids=lambda v: v[:4] + str(len(v)))
 @pytest.mark.parametrize(("name", "option"), NUMBERS, ids=ids(NUMBERS))
 def test_a_number_is_one_line_or_works(name, option, value, small):

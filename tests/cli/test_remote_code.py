@@ -68,6 +68,7 @@ def test_code_of_an_unknown_family_is_refused_in_one_line_and_not_asked_about(co
     assert "[y/N]" not in done.stdout + done.stderr + "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c in ("explain", "flops", "compare")])
 @pytest.mark.parametrize("name", AUTO)
 def test_code_beside_a_known_family_is_left_alone(command, name, yes, tmp_path, capfd):

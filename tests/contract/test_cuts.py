@@ -237,6 +237,7 @@ def test_batch_equals_its_rows_between_layers(kind, spec):
                 assert all(torch.equal(a[layer], b[layer]) for layer in a)
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("spec", METHODS)
 @torch.no_grad()

@@ -232,6 +232,7 @@ def test_embedded_model_is_small_and_genuine(runner):
     assert runner.prompt("is there a red ring?") == "USER: <image>\nis there a red ring? ASSISTANT:"
 
 
+@pytest.mark.slow
 def test_embedded_model_beats_its_floors_and_survives_pruning(runner):
     task = load_task("findit")
     samples = stratified(task.samples(), 100)
