@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import tokprune
 from tokprune.core.budget import Budget
 from tokprune.core.errors import RunError
-from tokprune.prune.videos import N_FRAMES
+from tokprune.prune.videos import N_FRAMES, Clip
 
 from .report import html as report
 from .report import pareto
@@ -24,7 +24,7 @@ from .report.tables import table
 from .run.folder import RunFolder
 from .run.lines import counted
 from .run.processes import launched_alone
-from .run.rows import DOWNSAMPLE, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
+from .run.rows import DOWNSAMPLE, FRAMES, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
 from .tasks.subset import SUBSET_SIZE
@@ -46,6 +46,9 @@ def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int =
         if spec == DOWNSAMPLE:
             grid.append(Config(DOWNSAMPLE))
             continue
+        if spec == FRAMES:
+            grid += [Config(FRAMES, ratio) for ratio in ratios]
+            continue
         if spec == NONE:
             grid += [Config(NONE), Config(NONE, shuffled=True)]
             continue
@@ -66,7 +69,9 @@ def matched(
     """
     n_text = runner.text_tokens([s for _, samples in tasks for s in samples])
     same = [
-        c if c.keep_ratio is None else replace(c, keep_ratio=None, flops_ratio=c.keep_ratio, flops_text=n_text)
+        c
+        if c.keep_ratio is None or c.method == FRAMES
+        else replace(c, keep_ratio=None, flops_ratio=c.keep_ratio, flops_text=n_text)
         for c in configs
     ]
     reasons: dict[str, str] = {}
@@ -97,6 +102,8 @@ def runnable(
         RunError: nothing is left, or not what was named.
     """
     missing = runner.missing(configs)
+    if not any(shows_videos(*part) for part in tasks):
+        missing |= {c.method: "frames needs a task about videos; leave it out" for c in configs if c.method == FRAMES}
     if missing and named:
         raise RunError(next(iter(missing.values())))
     if missing:
@@ -109,6 +116,11 @@ def runnable(
     if not left:
         raise RunError("nothing is left to compare; name other methods with --methods, or larger ratios with --keep")
     return left
+
+
+def shows_videos(task: Task, samples: Sequence[Sample]) -> bool:
+    """Whether a task is about videos; its first question tells."""
+    return bool(samples) and isinstance(task.image(samples[0].image_id), Clip)
 
 
 def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
@@ -177,7 +189,7 @@ class Comparison:
     def _check_complete(self, tasks: Sequence[tuple[Task, list[Sample]]]) -> None:
         """Raise where answers are not here, as those of processes on another machine that writes elsewhere."""
         for task, samples in tasks:
-            if left := batches(samples, self.configs, self.batch_size, self._seen(task)):
+            if left := batches(samples, self._configs(task, samples), self.batch_size, self._seen(task)):
                 raise RunError(
                     f"{len(left)} batches of {task.name} are not in {self.folder.path} at the end of the run; all "
                     "processes have to write to one folder. Type the same command again to answer what is missing"
@@ -208,7 +220,12 @@ class Comparison:
 
     def _todo(self, task: Task, samples: list[Sample]) -> list[tuple[int, list[Config]]]:
         """This process' share of the batches that are not answered."""
-        return batches(samples, self.configs, self.batch_size, self._seen(task))[self.folder.processes.share]
+        configs = self._configs(task, samples)
+        return batches(samples, configs, self.batch_size, self._seen(task))[self.folder.processes.share]
+
+    def _configs(self, task: Task, samples: list[Sample]) -> list[Config]:
+        """What is compared on a task: fewer frames only of videos."""
+        return [c for c in self.configs if c.method != FRAMES or shows_videos(task, samples)]
 
     def _bar(self, task: Task, samples: list[Sample], todo: list[tuple[int, list[Config]]]) -> dict[str, Any]:
         n_done = sum(t.size for t in self._seen(task).values())

@@ -44,7 +44,15 @@ EMBEDDED = {
         (*CONTROLS[:3], *PRE_LLM, *CONTROLS[3:], "random:split=even", "uniform:split=even"),
         (0.5, 0.25, 0.1),
     ),
-    "tiny-qwen": Embedded(("findit", "watchit"), ("none", "blind", "fopru", "uniform", "random"), (0.5, 0.25, 0.1)),
+    "tiny-qwen": Embedded(
+        ("findit", "watchit"),
+        (
+            *CONTROLS[:3],
+            *("frames", "fopru", "vtc_cls:without_cls=received", "divprune"),
+            *CONTROLS[3:],
+        ),
+        (0.5, 0.25, 0.1),
+    ),
 }
 DEFAULT = "tiny-llava"
 

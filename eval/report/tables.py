@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..run.rows import DOWNSAMPLE, NONE, SHUFFLED, Row, pooled
+from ..run.rows import DOWNSAMPLE, FRAMES, NONE, SHUFFLED, Row, pooled
 from ..stats import wilson
 
 FLOORS = (SHUFFLED, "blind")  # answers without the right picture
-CONTROLS = (NONE, DOWNSAMPLE, "random", "uniform", "pool")
+CONTROLS = (NONE, DOWNSAMPLE, FRAMES, "random", "uniform", "pool")
 QUESTION_ONLY = "question only"
 
 

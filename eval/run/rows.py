@@ -25,7 +25,8 @@ from .lines import Damaged, typed
 
 NONE = "none"
 DOWNSAMPLE = "downsample"  # the bare model on pictures of half the height and width
-BARE = (NONE, DOWNSAMPLE)
+FRAMES = "frames"  # the bare model on some of the frames of a video
+BARE = (NONE, DOWNSAMPLE, FRAMES)
 SHUFFLED = "shuffled pictures"
 
 

@@ -29,7 +29,7 @@ from tokprune.prune.videos import Clip
 
 from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task
-from .rows import BARE, DOWNSAMPLE, BatchTime, Config, Costs, Crops, SampleRow
+from .rows import BARE, DOWNSAMPLE, FRAMES, BatchTime, Config, Costs, Crops, SampleRow
 from .stopwatch import Stopwatch
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -140,11 +140,9 @@ class Runner:
             )
         return f"USER: <image>\n{question} ASSISTANT:"
 
-    def prepare(
-        self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1
-    ) -> dict[str, torch.Tensor]:
-        """Left-padded inputs on the model's device; with `scale`, of pictures of other height and width."""
-        return self._processed(samples, [_scaled(task.image(i), scale) for i in image_ids])
+    def prepare(self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Left-padded inputs on the model's device."""
+        return self._processed(samples, [task.image(i) for i in image_ids])
 
     def _processed(self, samples: Sequence[Sample], pictures: Sequence[Image.Image | Clip]) -> dict[str, torch.Tensor]:
         return self.inputs([s.question for s in samples], pictures)
@@ -253,9 +251,11 @@ class Runner:
         before, after = (a.crops[i] for a in asked)
         return Costs.of(self.shape, columns, selector, self.model.dtype.itemsize, (before, after))
 
-    def asked_about(self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], scale: float = 1) -> Asked:
-        """Prepared questions about pictures, at another scale where that is given."""
-        pictures = [_scaled(task.image(i), scale) for i in image_ids]
+    def asked_about(
+        self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], config: Config | None = None
+    ) -> Asked:
+        """Prepared questions about pictures, or about what a control shows of them."""
+        pictures = [_shown(task.image(i), config) for i in image_ids]
         inputs = self._processed(samples, pictures)
         columns = inputs["attention_mask"].sum(1).tolist()
         n_visual = self.placeholders(inputs["input_ids"]).sum(1).tolist()
@@ -308,16 +308,13 @@ class Runner:
             part = samples[batch * batch_size : (batch + 1) * batch_size]
             ids = [s.image_id for s in part]
             whole = self.asked_about(task, part, ids)
-            other = half = whole
-            if any(c.shuffled for c in open_):
-                other = self.asked_about(task, part, [others[s.id] for s in part])
-            if any(c.method == DOWNSAMPLE for c in open_):
-                half = self.asked_about(task, part, ids, scale=0.5)
             for config in open_:
                 if config.shuffled:
+                    other = self.asked_about(task, part, [others[s.id] for s in part])
                     yield config, *self.rows(task, part, config, other, other, batch)
                 else:
-                    seen = half if config.method == DOWNSAMPLE else whole
+                    is_less = config.method in (DOWNSAMPLE, FRAMES)
+                    seen = self.asked_about(task, part, ids, config) if is_less else whole
                     yield config, *self.rows(task, part, config, seen, whole, batch)
 
 
@@ -366,11 +363,14 @@ def _stop_ids(model: torch.nn.Module) -> set[int]:
     return set(stop) if isinstance(stop, list) else {stop}
 
 
-def _scaled(picture: Image.Image | Clip, scale: float) -> Image.Image | Clip:
-    if scale == 1:
-        return picture
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+def _shown(picture: Image.Image | Clip, config: Config | None) -> Image.Image | Clip:
+    """The picture or video, or what a control shows of it: half the height and width, or some of its frames."""
+    if config is not None and config.method == DOWNSAMPLE:
+        width, height = (max(1, round(side / 2)) for side in picture.size)
+        return picture.resize((width, height), Image.Resampling.BICUBIC)
+    if config is not None and config.method == FRAMES and isinstance(picture, Clip):
+        return picture.some_frames(config.keep_ratio or 1)
+    return picture
 
 
 def _size(picture: Image.Image | Clip) -> tuple[int, ...]:

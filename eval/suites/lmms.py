@@ -31,7 +31,7 @@ from ..compare import chosen_samples, configurations
 from ..models import path_of
 from ..report.tables import table
 from ..run.folder import RunFolder
-from ..run.rows import DOWNSAMPLE, NONE, Config, commit
+from ..run.rows import DOWNSAMPLE, FRAMES, NONE, Config, commit
 from ..tasks import TASKS, Sample, Task, load_task
 from . import export as lmms_export
 from . import scores as lmms_scores
@@ -153,8 +153,8 @@ def grid(methods: Sequence[str], ratios: Sequence[float]) -> list[Config]:
     Raises:
         TokPruneError: an unknown method or option, or a ratio that is none.
     """
-    if DOWNSAMPLE in methods:
-        raise RunError("downsample changes pictures, which a benchmark's are not; leave it out")
+    if changing := {DOWNSAMPLE, FRAMES}.intersection(methods):
+        raise RunError(f"{changing.pop()} changes pictures or videos, which a benchmark's are not; leave it out")
     return [c for c in configurations([NONE, *methods], ratios) if not c.shuffled]
 
 

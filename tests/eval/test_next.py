@@ -11,6 +11,7 @@ from tokprune.eval.models import EMBEDDED, path_of
 from tokprune.eval.models.training import anyres, language, recipe
 from tokprune.eval.report import paired
 from tokprune.eval.report.explained import explained
+from tokprune.eval.run.rows import BARE
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks import findit_hd, load_task, stratified
 from typer.testing import CliRunner
@@ -278,7 +279,7 @@ def test_defaults_of_the_embedded_models_exist():
     for usual in EMBEDDED.values():
         assert all(load_task(task) for task in usual.tasks)
         for method in usual.methods:
-            assert method in ("none", "downsample") or tokprune.get_method(method)
+            assert method in BARE or tokprune.get_method(method)
     listed = {m.split(":")[0].split("+")[0] for m in EMBEDDED["tiny-llava-next"].methods}
     before = {n for n in METHODS.own_names() if tokprune.get_method(n).stage is Stage.PRE_LLM}
     assert before <= listed

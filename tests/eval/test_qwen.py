@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import jsonl, tokprune_cli
 from PIL import Image
+from rich.console import Console
+from tokprune.eval import compare
 from tokprune.eval.models import EMBEDDED, path_of
 from tokprune.eval.models.training import qwen, recipe_qwen
+from tokprune.eval.run.rows import Config
+from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks import findit, load_task, watchit
 from tokprune.integrations.transformers.processing import inputs_of, load_processor, video_inputs
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
@@ -260,3 +265,49 @@ def test_the_saved_processor_says_the_same_of_pictures_and_of_clips(processor):
 
 def test_other_processors_load_as_ever():
     assert type(load_processor(path_of("tiny-llava"))).__name__ == "LlavaProcessor"
+
+
+# ---- the control with fewer frames
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return Runner.load("tiny-qwen")
+
+
+@pytest.mark.parametrize(("ratio", "n_visual"), [(0.5, 32), (0.25, 16), (0.1, 16)])
+def test_fewer_frames_are_the_bare_model_on_some_of_them(runner, ratio, n_visual):
+    """Two frames are one step of time with 16 tokens, which is the least."""
+    task = watchit.WatchIt("validation", 8)
+    samples = task.samples()[:3]
+    rows = {c.label: rows for c, rows, _ in runner.run(task, samples, [Config("none"), Config("frames", ratio)])}
+    assert {r.n_visual_after for r in rows["none"]} == {64}
+    few = rows[f"frames@{ratio}"]
+    assert {(r.n_visual_before, r.n_visual_after) for r in few} == {(64, n_visual)}
+    assert all(r.costs.prefill_flops_after < r.costs.prefill_flops_before for r in few)
+
+
+def test_clips_keep_their_first_and_last_frame_and_their_speed():
+    frames = tuple(Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(8))
+    few = Clip(frames, 4.0).some_frames(0.5)
+    assert [f.getpixel((0, 0))[0] for f in few.frames] == [0, 2, 5, 7]
+    assert few.fps == 2.0
+    assert len(Clip(frames).some_frames(0.01).frames) == 1
+
+
+def test_frames_are_for_videos(runner):
+    part = [(task, task.samples()[:2]) for task in (findit.FindIt("validation", 4),)]
+    console = Console(quiet=True)
+    with pytest.raises(RunError, match="frames needs a task about videos"):
+        compare.runnable(runner, part, [Config("frames", 0.5)], False, True, console)
+    left = compare.runnable(runner, part, [Config("none"), Config("frames", 0.5)], False, False, console)
+    assert left == [Config("none")]
+
+
+def test_compare_shows_frames_of_the_task_with_videos_alone(tmp_path):
+    run = ["compare", "--model", "tiny-qwen", "--methods", "none,frames", "--keep", "0.5", "--limit", "4"]
+    done = tokprune_cli(*run, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    rows = jsonl(tmp_path / "run" / "rows.jsonl")
+    assert {r["task"] for r in rows if r["method"] == "frames"} == {"watchit"}
+    assert {r["task"] for r in rows if r["method"] == "none"} == {"findit", "watchit"}

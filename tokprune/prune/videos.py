@@ -29,6 +29,12 @@ class Clip:
         """Width and height of a frame."""
         return self.frames[0].size
 
+    def some_frames(self, share: float) -> Clip:
+        """With a share of its frames, at least one, evenly spaced, at the speed that fits."""
+        n = max(1, int(len(self.frames) * share + 0.5))
+        frames = tuple(self.frames[i] for i in evenly(len(self.frames), n))
+        return Clip(frames, self.fps * n / len(self.frames))
+
     def resize(self, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC) -> Clip:
         """With frames of another width and height, as the method of a picture."""
         return Clip(tuple(frame.resize(size, resample) for frame in self.frames), self.fps)
