@@ -13,6 +13,7 @@ from tokprune.integrations.transformers.families import family_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.signals import Tower
 from tokprune.core.tokens import Count, VisualTokens
 from tokprune.methods import METHODS
 from tokprune.methods.base import ScoreMethod
@@ -162,6 +163,17 @@ def test_gpu_selects_what_the_cpu_selects(spec):
     signals = {s: t.cuda() for s, t in tokens.signals.items()}
     there = select(spec, VisualTokens.of(tokens.features.cuda(), tokens.layout, signals), 12)
     assert torch.equal(there.keep.cpu(), select(spec, tokens, 12).keep)
+
+
+@pytest.mark.parametrize("full", [(1, 3), (0, 2), (7, 15, 23, 31)])
+@pytest.mark.parametrize("name", METHODS.own_names())
+def test_default_layers_attend_to_the_whole_picture(name, full):
+    """In a tower some of whose layers attend within windows, defaults move to layers that do not."""
+    tower = Tower(n_layers=max(full) + 1, has_cls=False, full_layers=full)
+    missing = type(METHODS.build(name)).if_missing
+    method = METHODS.build(f"{name}:{missing}" if missing else name)
+    layers = {i for signal in method.needs(tower) for i in signal.layers if not signal.kind.is_decoder}
+    assert layers <= set(full)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -30,7 +30,7 @@ class VTCCLS(RankMethod):
 
     Args:
         start_layer: first layer of the sum, absolute or negative from the end. None is the authors' 16 of 24,
-            scaled to this tower's depth. Start with None.
+            scaled to this tower's depth. -2 is the last layer of the sum alone. Start with None.
         without_cls: what to do where the tower has no [CLS] token (SigLIP): "error", or "received" to score
             by the attention a token receives in the same layers, which is another method's idea.
     """
@@ -43,13 +43,20 @@ class VTCCLS(RankMethod):
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         last = tower.default_layer(-2)
-        start = min(tower.scaled(16, 24), last) if self.start_layer is None else tower.layer(self.start_layer)
+        start = self._start(tower, last)
         if start > last:
             raise OptionError(
                 f"start_layer={self.start_layer} is layer {start}, after layer {last}, the last one summed; "
                 f"use start_layer={last} for that layer alone"
             )
         return frozenset({cls_signal(tower, tower.layers_from(start, last), self.without_cls)})
+
+    def _start(self, tower: Tower, last: int) -> int:
+        if self.start_layer is None:
+            return min(tower.scaled(16, 24), last)
+        if self.start_layer == -2:  # the last one summed, also where layer -2 itself attends within windows
+            return last
+        return tower.layer(self.start_layer)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return cls_values(tokens).sum(1)
