@@ -60,7 +60,8 @@ def by_image(family: ModelFamily, encoded: Encoded, runs: Sequence[Any] | None =
     features = encoded.features
     if lengths != list(map(len, features)):
         features = list(torch.cat(features).split(lengths))
-    pictures = [Picture(rows, layout) for rows, layout in zip(features, layouts, strict=True)]
+    is_video = name == "get_video_features"
+    pictures = [Picture(rows, layout, is_video=is_video) for rows, layout in zip(features, layouts, strict=True)]
     for signal, values in encoded.collected.items():
         if isinstance(signal, Signal):
             for picture, own in zip(pictures, _signal_by_image(family, encoded, layouts, signal, values), strict=True):
@@ -144,7 +145,7 @@ class Pruner:
                 marked[i], keeps[i] = rows[place], group.keep[place]
         for picture, keep in zip(pictures, keeps, strict=True):
             call.clamped |= self._asked_more(picture.layout)
-            call.images.append(self._image_report(picture.layout, keep, collected=bool(picture.signals)))
+            call.images.append(self._image_report(picture, keep))
         return marked
 
     def _replayed(self, pictures: Sequence[Picture], call: Call) -> list[Tensor]:
@@ -156,7 +157,7 @@ class Pruner:
             call.touched = True
             call.bad.append(rows.isnan().any())
             call.dropped.append((~keep).any())
-            call.images.append(ImageReport(keep, layout, self.family.crop_patches(layout)))
+            call.images.append(ImageReport(keep, layout, self.family.crop_patches(layout), is_video=picture.is_video))
             marked.append(mark_dropped(rows, keep))
         return marked
 
@@ -168,10 +169,11 @@ class Pruner:
         ledger = self._cost(layout).prefill(layout, n_keep, budget.flops_text + n_special, n_patches)
         return getattr(ledger, budget.flops_scope).flops
 
-    def _image_report(self, layout: Layout, keep: Tensor, collected: bool) -> ImageReport:
+    def _image_report(self, picture: Picture, keep: Tensor) -> ImageReport:
+        layout, collected = picture.layout, bool(picture.signals)
         n_patches = self.family.crop_patches(layout)
         if self._selector is None or self.family.shape is None:
-            return ImageReport(keep, layout, n_patches)
+            return ImageReport(keep, layout, n_patches, is_video=picture.is_video)
         n_keep, content = self._selector.n_keep(layout), self._selector.method.count is Count.CONTENT
         cost = self._cost(layout)
         # Counted when it is asked for: what a picture decides is not known before.
@@ -180,6 +182,7 @@ class Pruner:
             layout,
             n_patches,
             lambda n_kept: cost.selector(layout, n_kept if content else n_keep, n_patches, collected),
+            is_video=picture.is_video,
         )
 
     def _cost(self, layout: Layout) -> SelectionCost:

@@ -563,7 +563,9 @@ def videos_report(kind):
 
 @with_videos
 def test_a_videos_budget_is_over_all_its_frames(kind):
-    *pictures, video = videos_report(kind).images
+    report = videos_report(kind)
+    *pictures, video = report.images
+    assert ("1 image and 1 video, " if pictures else " 1 video, ") in str(report)
     assert [image.n_visual for image in pictures] == ([4] if kind in MIXED else [])
     assert (video.n_visual, video.n_kept) == (16, 4)
     assert video.layout.n_crops == tiny.VIDEO_GRIDS[0][0]

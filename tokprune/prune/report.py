@@ -18,7 +18,7 @@ from ..cost.flops import Ledger, Ops, Shape
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image: visual tokens before and after, and what encoding it took.
+    """One image or video: visual tokens before and after, and what encoding it took.
 
     Args:
         keep: (N,) bool on the device, read when asked for.
@@ -27,6 +27,7 @@ class ImageReport:
         spent: what collecting signals and selecting computed, given the number of tokens kept.
         cuts: (N,) bool on the device by decoder layer: what is left from that layer on.
         cut_ops: what cutting computed, given the tokens left at each of `cuts`.
+        is_video: whether it is a video.
     """
 
     keep: Tensor
@@ -35,6 +36,7 @@ class ImageReport:
     spent: Callable[[int], Ops] = lambda n_kept: Ops()
     cuts: dict[int, Tensor] = field(default_factory=dict)
     cut_ops: dict[int, Ops] = field(default_factory=dict)
+    is_video: bool = False
 
     @property
     def n_visual(self) -> int:
@@ -314,7 +316,10 @@ def _tokens_line(images: list[ImageReport]) -> str:
         return "no image"
     pairs = sorted({(i.n_visual, i.n_kept) for i in images}, reverse=True)
     shown = ", ".join(f"{before} -> {after}" for before, after in pairs[:4]) + (" ..." if len(pairs) > 4 else "")
-    line = f"{len(images)} image{'s' * (len(images) > 1)}, visual tokens {shown} each"
+    n_videos = sum(i.is_video for i in images)
+    counts = [(len(images) - n_videos, "image"), (n_videos, "video")]
+    named = " and ".join(f"{n} {what}{'s' * (n > 1)}" for n, what in counts if n)
+    line = f"{named}, visual tokens {shown} each"
     newlines = sum(i.layout.n_newlines for i in images), sum(i.n_special_kept for i in images)
     return f"{line}, newlines {newlines[0]} -> {newlines[1]} in all" if newlines[0] else line
 

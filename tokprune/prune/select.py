@@ -34,12 +34,14 @@ class Picture:
         signals: what the method `needs`: (l, N_visual, ...) of the tokens that show a patch, for l layers; (C, D) of
             crops or (T, D) of text for kinds that are not about tokens.
         states: (N_visual, D_tower), the tower's states that `project` makes rows of, one to one; None where it cannot.
+        is_video: what it is called in the report.
     """
 
     features: Tensor
     layout: Layout
     signals: dict[Signal, Tensor] = field(default_factory=dict)
     states: Tensor | None = None
+    is_video: bool = False
 
 
 @dataclass(frozen=True)
