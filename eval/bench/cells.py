@@ -126,6 +126,11 @@ class Subject:
     model: Any = None
 
 
+def _depth(vision: Any) -> int:
+    """Layers of a vision tower; Qwen calls them its depth."""
+    return vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
+
+
 @dataclass
 class Cell:
     """All configurations on one batch.
@@ -177,7 +182,7 @@ class Cell:
             model=s.shape or s.model,
             weights="random" if s.shape else "real",
             n_layers=model_config.text_config.num_hidden_layers,
-            n_vision_layers=model_config.vision_config.num_hidden_layers,
+            n_vision_layers=_depth(model_config.vision_config),
             method=config.method,
             keep_ratio=config.keep_ratio,
             batch_size=self.batch_size,

@@ -21,7 +21,6 @@ from transformers import AutoModelForImageTextToText
 from tokprune.core.errors import RunError
 from tokprune.cost.shapes import KNOWN, known_shape
 
-PATCH = 14
 GIB = 2**30
 SCALED = "type fewer decoder layers (--layers 4), --dtype bfloat16, or a smaller batch"
 
@@ -30,13 +29,17 @@ SCALED = "type fewer decoder layers (--layers 4), --dtype bfloat16, or a smaller
 
 
 class Build(NamedTuple):
-    """How a known shape is built: its family, its parts, pixels a side, and the grids that pictures are cut into."""
+    """How a known shape is built: its family, its parts, pixels a side, and the grids that pictures are cut into.
+
+    A model that takes pictures of any size has no parts of other types; its usual picture is half of `side`.
+    """
 
     family: str
     text: str
     tower: str
     side: int
     grids: tuple[tuple[int, int], ...] = ()
+    patch: int = 14
 
 
 NEXT_GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -47,6 +50,8 @@ BUILDS = {
     "llava-1.5": Build("llava", "llama", "clip_vision_model", 336),
     "onevision": Build("llava_onevision", "qwen2", "siglip_vision_model", 384, ONEVISION_GRIDS),
     "internvl3": Build("internvl", "qwen2", "internvl_vision", 448),
+    "qwen2.5-vl": Build("qwen2_5_vl", "", "", 1008),
+    "qwen3-vl": Build("qwen3_vl", "", "", 992, patch=16),
 }
 
 
@@ -80,8 +85,8 @@ def config_of(
         least = 2 if option == "--layers" else 3
         if asked is not None and not least <= asked <= real:
             raise RunError(f"{option} {asked} is outside {least} to {real}, the layers of {name}")
-    if side is not None and (side % PATCH or side < 4 * PATCH):
-        raise RunError(f"--resolution {side} has to be a multiple of {PATCH}, the pixels of a patch; type 336")
+    if side is not None and (side % build.patch or side < 4 * build.patch):
+        raise RunError(f"--resolution {side} has to be a multiple of {build.patch}, the pixels of a patch; type 336")
     text = replace(shape.text, n_layers=layers or shape.text.n_layers)
     tower = replace(shape.vision.stack, n_layers=vision_layers or shape.vision.stack.n_layers)
     side = side or build.side
@@ -96,14 +101,23 @@ def config_of(
             tower_type=build.tower,
             vocabulary=shape.vocabulary,
             side=side,
-            patch=PATCH,
+            patch=build.patch,
             image_id=shape.vocabulary - 1,
             video_id=shape.vocabulary - 2,
             grids=build.grids,
             text_options={"max_position_embeddings": 32768, **mistral},
-            tower_options={**clip, **siglip},
+            tower_options={**clip, **siglip, **_any_size_options(build.family, tower.n_layers)},
         )
     )
+
+
+def _any_size_options(family: str, n_layers: int) -> dict[str, Any]:
+    """What the real towers that take any size say about their layers, as far into a tower of `n_layers`."""
+    if family == "qwen2_5_vl":  # every eighth layer attends to the whole picture, the others within windows
+        return {"window_size": 112, "fullatt_block_indexes": list(range(7, n_layers, 8)) or [n_layers - 1]}
+    if family == "qwen3_vl":
+        return {"num_position_embeddings": 2304, "deepstack_visual_indexes": [n_layers * i // 4 for i in (1, 2, 3)]}
+    return {}
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -200,7 +214,7 @@ def takes_any_size(config: transformers.PretrainedConfig) -> bool:
 
 def crop_side(config: transformers.PretrainedConfig) -> int:
     """Width and height of a crop in pixels."""
-    side = config.vision_config.image_size
+    side = getattr(config.vision_config, "image_size", 336)  # 576 tokens of twice that side, as in LLaVA, for Qwen
     return side if isinstance(side, int) else side[0]
 
 
@@ -220,7 +234,8 @@ def pictures(side: int, n: int) -> list[Image.Image]:
 def encoded(image_processor: Any, side: int, n: int) -> dict[str, torch.Tensor]:
     """The processor's output for n square pictures."""
     found = image_processor(pictures(side, n), return_tensors="pt")
-    return {name: found[name] for name in ("pixel_values", "image_sizes", "batch_num_images") if name in found}
+    names = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
+    return {name: found[name] for name in names if name in found}
 
 
 @torch.no_grad()
@@ -231,6 +246,8 @@ def placeholders(model: Any, pixels: dict[str, torch.Tensor]) -> int:
         model: a skeleton is enough.
         pixels: of one picture.
     """
+    if "image_grid_thw" in pixels:  # says it without running the tower
+        return sum(len(layout.crop) for layout in family_of(model).layouts("get_image_features", pixels, []))
     values = pixels["pixel_values"].to(model.device, model.dtype)
     return sum(map(len, family_of(model).encode("get_image_features", **{**pixels, "pixel_values": values})))
 
@@ -255,4 +272,5 @@ def prompt(config: Any, n_visual: int, n_text: int, pixels: dict[str, torch.Tens
     before = math.ceil(n_text / 2)
     image = torch.full((rows, n_visual), config.image_token_id)
     ids = torch.cat([text[:, :before], image, text[:, before:]], 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    types = {"mm_token_type_ids": (ids == config.image_token_id).long()} if family_class(config).m_rope else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types, **pixels}
