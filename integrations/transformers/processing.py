@@ -8,6 +8,7 @@ image processor: two frames in a row are one step of time.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,12 @@ def without_videos(model_type: str) -> type[transformers.ProcessorMixin]:
 
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **options):
             super().__init__(image_processor, tokenizer, chat_template=chat_template, **options)
+
+        @staticmethod
+        def validate_init_kwargs(processor_config, valid_kwargs):
+            """Saved options are those of the whole class, whose signature has them."""
+            own = inspect.signature(whole.__init__).parameters.keys() - {"self", "video_processor", "kwargs"}
+            return whole.validate_init_kwargs(processor_config, own)
 
     WithoutVideos.__name__ = whole.__name__  # what is saved is called by the name that others can load
     return WithoutVideos

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import processors
 import pytest
+import tiny
 import torch
 from commands import jsonl, tokprune_cli
 from PIL import Image
@@ -261,6 +263,16 @@ def test_the_saved_processor_says_the_same_of_pictures_and_of_clips(processor):
     assert both["image_processor"].items() > picture.items()
     assert both["video_processor"].items() > video.items()
     assert (picture["patch_size"], picture["merge_size"], picture["temporal_patch_size"]) == (8, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [("llava_onevision", "num_image_tokens"), ("internvl", "image_seq_length")]
+)
+def test_options_of_a_processor_come_back_without_its_video_part(kind, option, tmp_path):
+    made = processors.processor(kind)
+    tiny.model(kind).save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    assert getattr(load_processor(str(tmp_path)), option) == getattr(made, option) is not None
 
 
 def test_other_processors_load_as_ever():

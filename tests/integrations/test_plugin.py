@@ -153,7 +153,7 @@ def test_videos_are_answered_and_pruned(load, tmp_path):
     lm.generate_until(instances(lm, docs, max_new_tokens=2))
     for line in map(json.loads, record.read_text().splitlines()):
         assert (line["n_visual_before"], line["n_visual_after"]) == (64, 32)
-        assert line["llm_flops_after"] < line["llm_flops_before"]
+        assert line["costs"]["llm_flops_after"] < line["costs"]["llm_flops_before"]
 
 
 # ---- answers
