@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import tokprune
+from tokprune.core import own_code
 from tokprune.core.budget import Budget
 from tokprune.core.errors import RunError
+from tokprune.methods import METHODS
 from tokprune.prune.videos import N_FRAMES, Clip
 
 from .report import html as report
@@ -285,6 +287,7 @@ def settings(
         "weights": runner.fingerprint(),
         "tasks": {task.name: zlib.crc32(repr(samples).encode()) for task, samples in tasks},
         "configurations": [c.label for c in configs],
+        "code": code_of([c.method for c in configs]),
         "flops_text": max((c.flops_text for c in configs), default=0),
         "max_new_tokens": runner.max_new_tokens,
         "suffix": runner.suffix,
@@ -293,6 +296,12 @@ def settings(
         "device": where["gpu"] or "cpu",  # how many threads it has changes no answer
         **{name: where[name] for name in CONDITIONS},
     }
+
+
+def code_of(specs: Sequence[str]) -> dict[str, int]:
+    """Checksums of the files of a user's own methods, by what was typed."""
+    parts = [METHODS.parts(part)[0] for spec in specs for part in spec.split("+")]
+    return {part: own_code.checksum(part) for part in dict.fromkeys(parts) if ":" in part}
 
 
 def chosen_tasks(
