@@ -16,7 +16,7 @@ from .extras import EVAL_NEEDS, eval_module, load_runner
 app = App()
 
 
-@app.command()
+@app.command(short_help="Methods and budgets side by side, on questions.")
 def compare(
     model: Annotated[
         str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
@@ -78,7 +78,7 @@ def compare(
     console.print(f"report.html, table.md, table.csv, accuracy.png, rows.jsonl and samples.jsonl are in {out}")
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Fit the gates of dyvte.")
 def fit_exit(
     task: Annotated[str, typer.Option(help="The task to take training questions from: findit, findit_hd or easyvqa.")],
     out: Annotated[Path, typer.Option(help="The gate file to write, for dyvte:gate=FILE.")],
@@ -105,7 +105,7 @@ def fit_exit(
     console.print(f"Use it as dyvte:gate={out}")
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Find how many tokens each layer needs.")
 def search(
     model: Annotated[
         str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
@@ -153,7 +153,7 @@ def search(
     searched.search(runner, model, questions, wanted, out, overwrite, tables.console())
 
 
-@app.command("eval")
+@app.command("eval", no_args_is_help=True, short_help="Benchmarks of lmms-eval.")
 def eval_(
     tasks: Annotated[
         str, typer.Option(help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas.")
@@ -199,7 +199,7 @@ def _names(text: str) -> list[str]:
     return [name for name in (part.strip() for part in text.split(",")) if name]
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Write the report of a comparison again.")
 def report(
     folder: Annotated[Path, typer.Argument(help="The output folder of tokprune compare.")],
     out: Annotated[Path | None, typer.Option(help="Write one HTML file here instead.")] = None,
@@ -230,7 +230,7 @@ def report(
     typer.echo(f"wrote {out}" if out else f"wrote report.html, table.md and table.csv to {folder}")
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Measure time and memory.")
 def bench(
     shape: Annotated[str, typer.Option(help="A known shape with random weights, such as llava-1.5-7b.")] = "",
     model: Annotated[
