@@ -27,6 +27,7 @@ from .run.processes import launched_alone
 from .run.rows import DOWNSAMPLE, FRAMES, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
+from .tasks.grading import AS_ASKED, Grading
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3
@@ -123,7 +124,7 @@ def shows_videos(task: Task, samples: Sequence[Sample]) -> bool:
     return bool(samples) and isinstance(task.image(samples[0].image_id), Clip)
 
 
-def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
+def question_only(task: Task, samples: Sequence[Sample], grading: Grading = AS_ASKED) -> float | None:
     """Accuracy of the answer that training questions of the same words have most often; None without training."""
     train = task.train_samples()
     if train is None:
@@ -133,7 +134,7 @@ def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
         answers[s.question][s.answer] += 1
         answers[f"kind {s.kind}"][s.answer] += 1
     guesses = [(answers.get(s.question) or answers[f"kind {s.kind}"]).most_common(1)[0][0] for s in samples]
-    return mean(guess == s.answer for guess, s in zip(guesses, samples, strict=True))
+    return mean(grading.value(s, guess) for guess, s in zip(guesses, samples, strict=True))
 
 
 class Comparison:
@@ -197,7 +198,7 @@ class Comparison:
 
     def _write(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
         for task, samples in tasks:
-            self.floors[task.name] = question_only(task, samples)
+            self.floors[task.name] = question_only(task, samples, self.runner.grading)
             self.rows += self._summaries(task)
         floors = [
             {"task": name, "method": "question only", "value": floor}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -41,17 +42,16 @@ def hint(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> str:
     return ""
 
 
-def wrong(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Table | None:
+def wrong(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Group | None:
     """The first wrong answers of the unpruned model; None where there is none. Arguments as in `hint`."""
     asked = {s.id: s for s in samples}
     lost = [r for r in rows if not r.right and r.sample in asked]
     if not lost:
         return None
     first = min(len(lost), N_WRONG)
-    title = f"Wrong answers of the unpruned model, {first} of {len(lost)}:"
-    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    out = Table(box=SIMPLE_HEAD)
     for name in ("question", "expected", "answer"):
         out.add_column(name, overflow="fold")
     for row in lost[:first]:
         out.add_row(*map(Text, (asked[row.sample].question, row.expected, row.answer)))  # no markup
-    return out
+    return Group(f"Wrong answers of the unpruned model, {first} of {len(lost)}:", out)

@@ -354,9 +354,9 @@ def compared(row: Row, rows: Sequence[SampleRow], bare: Sequence[SampleRow]) -> 
 
 
 def metric_of(rows: Sequence[SampleRow]) -> str:
-    """The metric of a mean over answers; several with commas between them."""
+    """The metric of a mean over answers, as "choice and exact" where questions have different ones."""
     names = sorted({r.metric for r in rows})
-    return EXACT_MATCH if names == ["exact"] else ", ".join(names)
+    return EXACT_MATCH if names == ["exact"] else " and ".join(names)
 
 
 COUNTS = ("n_visual_before", "n_visual_after", "n_visual_mean", "llm_columns_before", "llm_columns_after")

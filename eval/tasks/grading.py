@@ -55,7 +55,8 @@ class Grading:
         module = _module(place, name)
         function = getattr(module, attribute, None)
         if not callable(function):
-            there = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+            own = (n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
+            there = [n for n in own if inspect.isfunction(getattr(module, n)) and not n.startswith("_")]
             raise PluginError(
                 f"metric {name!r}: {place} has no function {attribute!r}; it has {', '.join(there) or 'none'}"
             )
@@ -112,7 +113,7 @@ class Grading:
         names = sorted({self.name_of(s) for _, samples in tasks for s in samples})
         if names in ([], [EXACT]):
             return {}
-        return {"metric": ", ".join(names) + (f" (checksum {self.code})" if self.code else "")}
+        return {"metric": " and ".join(names) + (f" (checksum {self.code})" if self.code else "")}
 
 
 AS_ASKED = Grading()
