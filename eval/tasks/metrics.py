@@ -84,11 +84,12 @@ def choice(answer: str, expected: Sequence[str]) -> float:
     A letter is one alone, in brackets, or before a text: "B", "(b)", "B. blue", "B) blue", "The answer is B."
     """
     letters = [e for e in expected if len(e) == 1 and e in LETTERS]
-    texts = [plain(e) for e in expected if e not in letters]
-    both = [plain(f"{letter}: {text}") for letter in letters for text in texts]
-    if plain(answer) in (*texts, *both):
+    texts = [e for e in expected if e not in letters]
+    if exact(answer, texts):
         return 1.0
-    return float(_letter(answer) in letters)
+    if (letter := _letter(answer)) is not None:
+        return float(letter in letters)
+    return normalized(answer, [*texts, *(f"{letter} {text}" for letter in letters for text in texts)])
 
 
 def _letter(answer: str) -> str | None:
