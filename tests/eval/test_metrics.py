@@ -288,7 +288,7 @@ def test_intervals_of_means_by_hand():
 
 
 def test_the_interval_of_a_difference_is_one_formula():
-    """With a gain and a loss added, the normal interval is Bonett and Price's for zeros and ones: here 12 and 4 of 100."""
+    """With a gain and a loss added, the normal interval is Bonett and Price's for zeros and ones."""
     gains = [1.0] * 12 + [-1.0] * 4 + [0.0] * 84
     exact = difference([max(g, 0) for g in gains], [max(-g, 0) for g in gains])
     assert (exact.low, exact.high) == Paired(100, 12, 4).interval
