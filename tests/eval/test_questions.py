@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from commands import jsonl, refusal, tokprune_cli
 from folders import write_folder
+from PIL import Image
 from tokprune.eval.suites import export as lmms_export
 from tokprune.eval.tasks import load_task
 from tokprune.eval.tasks.base import Sample
+from tokprune.eval.tasks.metrics import METRICS
 
 from tokprune.core.errors import RunError, TaskError
 
@@ -332,6 +335,27 @@ def test_wrong_answers_are_shown_and_sentences_are_noticed(folder, tmp_path):
     assert "Wrong" not in shown
     shown = tokprune_cli(*run[:-1], str(tmp_path / "fourth"), "--max-new-tokens", "1").stdout
     assert "were cut off before their end" in shown
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
+EXAMPLES = re.findall(r"```(json|csv)\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("i", range(len(EXAMPLES)))
+def test_examples_of_the_page_are_tasks(i, tmp_path):
+    kind, text = EXAMPLES[i]
+    for name in re.findall(r"\w\.png", text):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "yard.mp4").touch()  # opened when it is shown
+    (tmp_path / "street").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "street" / "000.png")
+    (tmp_path / f"metadata.{'jsonl' if kind == 'json' else 'csv'}").write_text(text)
+    assert len(load_task(str(tmp_path)).samples()) == len(text.splitlines()) - (kind == "csv")
+
+
+def test_there_are_three_examples_and_every_metric_is_described():
+    assert [kind for kind, _ in EXAMPLES] == ["json", "csv", "json"]
+    assert re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE) == list(METRICS)
 
 
 # ---- videos
