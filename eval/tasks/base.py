@@ -8,6 +8,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from tokprune.core.errors import TaskError
 from tokprune.prune.videos import Clip
 
 from .metrics import LETTERS, METRICS, normalise
@@ -29,6 +30,9 @@ class Sample:
         also: other answers that are as right; for the metric vqa one for each person, alike or not.
         choices: what there is to choose from, already part of the question.
         metric: a name in `METRICS`; empty for "choice" where there are choices, else "exact".
+
+    Raises:
+        TaskError: there is no such metric.
     """
 
     id: str
@@ -39,6 +43,10 @@ class Sample:
     also: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     metric: str = ""
+
+    def __post_init__(self):
+        if self.metric and self.metric not in METRICS:
+            raise TaskError(f"question {self.id} has the metric {self.metric!r}; use one of {', '.join(METRICS)}")
 
     @property
     def rule(self) -> str:

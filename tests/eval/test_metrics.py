@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 
 import pytest
+from tokprune.eval.report import answers
 from tokprune.eval.run import rows
 from tokprune.eval.stats import Paired, difference, mean_interval, wilson
 from tokprune.eval.tasks.base import Sample, lettered
@@ -34,6 +36,8 @@ PLAIN = {
     "50 %": "50 %",
     "$5": "$5",
     "A": "a",  # a letter, not an article of something
+    "A.": "a",
+    "The A": "the a",
     "?!": "?!",
     "(red)": "red",
     "\uff32ed": "red",  # a full-width letter
@@ -199,6 +203,8 @@ def test_choices_are_shown_with_letters_and_make_the_metric():
     assert all(map(sample.is_right, ("B", "(b)", "B. blue", "Blue")))
     assert not any(map(sample.is_right, ("A", "A. red", "red")))
     assert Sample("1", "a", "q", "x").rule == "exact"
+    with pytest.raises(TaskError, match="metric 'exct'; use one of exact, normalized"):
+        Sample("1", "a", "q", "x", metric="exct")
 
 
 def test_the_metric_of_a_run_wins_over_that_of_a_question():
@@ -314,6 +320,27 @@ def test_a_graded_row_is_compared_by_values():
     assert found.difference == pytest.approx(-0.3)
     assert found.difference_low < -0.3 < found.difference_high
     assert found.p_value is None
+
+
+@pytest.mark.parametrize(
+    ("said", "stopped", "metric", "told"),
+    [
+        (["it is red", "red it is", "red"], True, "exact", "2 of 3 answers"),
+        (["it is red", "red", "red"], True, "exact", ""),
+        (["it is blue"] * 3, True, "exact", ""),
+        (["it is red"] * 3, True, "contains", ""),
+        (["it is red"] * 3, True, "normalized", "3 of 3 answers"),
+        (["the color of", "the color of", "red"], False, "exact", "2 of 3 answers .* cut off"),
+        (["red"] * 3, False, "exact", ""),
+    ],
+)
+def test_the_hint_is_for_most_answers_alone(said, stopped, metric, told):
+    samples = [Sample(str(i), "a", "q", "red") for i in range(len(said))]
+    given = [answer(i, None, text == "red", metric) for i, text in enumerate(said)]
+    for row, text in zip(given, said, strict=True):
+        row.answer, row.stopped = text, stopped
+    found = answers.hint(samples, given)
+    assert re.match(told, found) if told else not found
 
 
 def test_the_name_of_a_rows_metric():
