@@ -331,7 +331,7 @@ def test_a_graded_row_is_compared_by_values():
         (["it is red"] * 3, True, "contains", ""),
         (["it is red"] * 3, True, "normalized", "3 of 3 answers"),
         (["the color of", "the color of", "red"], False, "exact", "2 of 3 answers .* cut off"),
-        (["red"] * 3, False, "exact", ""),
+        (["the color of", "red", "red"], False, "exact", ""),
     ],
 )
 def test_the_hint_is_for_most_answers_alone(said, stopped, metric, told):
