@@ -19,8 +19,8 @@ from tokprune.core.errors import RunError
 from tokprune.methods import METHODS
 from tokprune.prune.videos import N_FRAMES, Clip
 
+from .report import answers, pareto
 from .report import html as report
-from .report import pareto
 from .report.losses import Artist
 from .report.tables import table
 from .run.folder import RunFolder
@@ -29,6 +29,7 @@ from .run.processes import launched_alone
 from .run.rows import DOWNSAMPLE, FRAMES, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
+from .tasks.grading import AS_ASKED, Grading
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3
@@ -125,7 +126,7 @@ def shows_videos(task: Task, samples: Sequence[Sample]) -> bool:
     return bool(samples) and isinstance(task.image(samples[0].image_id), Clip)
 
 
-def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
+def question_only(task: Task, samples: Sequence[Sample], grading: Grading = AS_ASKED) -> float | None:
     """Accuracy of the answer that training questions of the same words have most often; None without training."""
     train = task.train_samples()
     if train is None:
@@ -135,7 +136,7 @@ def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
         answers[s.question][s.answer] += 1
         answers[f"kind {s.kind}"][s.answer] += 1
     guesses = [(answers.get(s.question) or answers[f"kind {s.kind}"]).most_common(1)[0][0] for s in samples]
-    return mean(guess == s.answer for guess, s in zip(guesses, samples, strict=True))
+    return mean(grading.value(s, guess) for guess, s in zip(guesses, samples, strict=True))
 
 
 class Comparison:
@@ -199,7 +200,7 @@ class Comparison:
 
     def _write(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
         for task, samples in tasks:
-            self.floors[task.name] = question_only(task, samples)
+            self.floors[task.name] = question_only(task, samples, self.runner.grading)
             self.rows += self._summaries(task)
         floors = [
             {"task": name, "method": "question only", "value": floor}
@@ -214,8 +215,17 @@ class Comparison:
         for path, n in run.damaged.items():  # of pictures alone: the other files have just been written
             told = counted(n, path, "its picture is drawn again", "their pictures are drawn again")
             console.print(told, markup=False, soft_wrap=True)
-        for task, _ in tasks:
+        for task, samples in tasks:
             console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
+            self._print_wrong(task, samples, console)
+
+    def _print_wrong(self, task: Task, samples: Sequence[Sample], console: Console) -> None:
+        """The first wrong answers of the unpruned model, and a hint where most are not in the form that is graded."""
+        rows = [r for key, some in self.folder.answers.items() if key[:2] == (task.name, NONE) for r in some]
+        if found := answers.wrong(samples, rows):
+            console.print(found)
+        if said := answers.hint(samples, rows):
+            console.print(f"Hint: {said}", markup=False, soft_wrap=True)
 
     def _seen(self, task: Task) -> dict[tuple[str, int], BatchTime]:
         return {key[1:]: time for key, time in self.folder.times.items() if key[0] == task.name}
@@ -258,14 +268,14 @@ class Comparison:
         return 0 if checksum is None else zlib.crc32(repr([checksum(s.image_id) for s in part]).encode())
 
     def _summaries(self, task: Task) -> list[Row]:
-        answers: dict[Config, list[SampleRow]] = {}
+        given: dict[Config, list[SampleRow]] = {}
         times: dict[Config, list[BatchTime]] = {}
         for config in self.configs:
             keys = sorted(k for k in self.folder.answers if k[:2] == (task.name, config.label))
-            answers[config] = [row for key in keys for row in self.folder.answers[key]]
+            given[config] = [row for key in keys for row in self.folder.answers[key]]
             times[config] = [self.folder.times[key] for key in keys]
         split = getattr(task, "split", "")
-        return Summariser(self.model_name, self.runner.model, task.name, split).rows(answers, times)
+        return Summariser(self.model_name, self.runner.model, task.name, split).rows(given, times)
 
 
 def questions(tasks: Sequence[tuple[Task, Sequence[Sample]]], batch_size: int) -> dict[tuple[str, int], frozenset[str]]:
@@ -291,6 +301,7 @@ def settings(
         "flops_text": max((c.flops_text for c in configs), default=0),
         "max_new_tokens": runner.max_new_tokens,
         "suffix": runner.suffix,
+        **runner.grading.settings(tasks),
         "prompt": runner.prompt_fingerprint(),
         **more,
         "device": where["gpu"] or "cpu",  # how many threads it has changes no answer

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..run.rows import DOWNSAMPLE, FRAMES, NONE, SHUFFLED, Row, pooled
+from ..run.rows import DOWNSAMPLE, EXACT_MATCH, FRAMES, NONE, SHUFFLED, Row, pooled
 from ..stats import wilson
 
 FLOORS = (SHUFFLED, "blind")  # answers without the right picture
@@ -124,10 +124,11 @@ def unpruned(row: Row) -> str:
 
 def caption(row: Row) -> str:
     """The conditions of a task's rows."""
+    metric = "" if row.metric == EXACT_MATCH else f"metric {row.metric}, "
     return (
-        f"{row.n_samples} questions of the {row.split or 'whole'} split, {row.model}, {row.device}, {row.dtype}, "
-        f"{row.attn_implementation}, batch {row.batch_size}, transformers {row.transformers}, torch {row.torch}, "
-        f"{row.date}."
+        f"{row.n_samples} questions of the {row.split or 'whole'} split, {metric}{row.model}, {row.device}, "
+        f"{row.dtype}, {row.attn_implementation}, batch {row.batch_size}, transformers {row.transformers}, "
+        f"torch {row.torch}, {row.date}."
     )
 
 

@@ -29,6 +29,8 @@ from tokprune.prune.videos import Clip
 
 from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task
+from ..tasks.base import EXACT
+from ..tasks.grading import AS_ASKED, Grading
 from .rows import BARE, DOWNSAMPLE, FRAMES, BatchTime, Config, Costs, Crops, SampleRow
 from .stopwatch import Stopwatch
 
@@ -44,12 +46,14 @@ class Runner:
         processor: its processor.
         max_new_tokens: where an answer is cut.
         suffix: added to every question, such as " Answer with a single word or phrase."
+        grading: how answers are graded.
     """
 
     model: torch.nn.Module
     processor: Any
     max_new_tokens: int = 8
     suffix: str = ""
+    grading: Grading = AS_ASKED
 
     @classmethod
     def load(cls, path: str, device_map: str | None = None, **options: Any) -> Runner:
@@ -214,7 +218,8 @@ class Runner:
         n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
         selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
         stops = _stop_ids(self.model)
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        texts = [t.strip() for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        values = [self.grading.value(s, text) for s, text in zip(samples, texts, strict=True)]
         rows = [
             SampleRow(
                 task=task.name,
@@ -226,8 +231,8 @@ class Runner:
                 sample=s.id,
                 kind=s.kind,
                 expected=s.expected,
-                answer=text.strip(),
-                right=s.is_right(text),
+                answer=text,
+                right=self.grading.is_right(value),
                 words_right=s.begins_right(text),
                 stopped=bool(set(row.tolist()) & stops),
                 n_visual_before=whole.n_visual[i],
@@ -236,8 +241,10 @@ class Runner:
                 llm_columns_before=before[i],
                 llm_columns_after=by_layer[i][-1],
                 costs=self._costs((whole, asked), i, (before[i], by_layer[i]), selectors[i]),
+                value=None if self.grading.name_of(s) == EXACT else value,
+                metric=self.grading.name_of(s),
             )
-            for i, (s, text, row) in enumerate(zip(samples, texts, tokens, strict=True))
+            for i, (s, text, value, row) in enumerate(zip(samples, texts, values, tokens, strict=True))
         ]
         decode_s = watch.decode_s / (tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
         time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)

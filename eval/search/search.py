@@ -113,7 +113,7 @@ def calibration_task(name: str, folder: str | None = None) -> Task:
     if split is None:
         raise RunError(
             f"{name} has no other questions than its test questions; type --calibration FOLDER, another folder with "
-            "pictures and a metadata.jsonl"
+            "pictures and a metadata.jsonl or metadata.csv"
         )
     return type(task)(split)  # type: ignore[call-arg]
 

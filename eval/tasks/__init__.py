@@ -9,7 +9,8 @@ from tokprune.core.errors import PluginError, UnknownNameError
 from tokprune.core.registry import Registry, nearest
 from tokprune.prune.videos import N_FRAMES
 
-from .base import Sample, Task, normalise
+from .base import Sample, Task, lettered
+from .metrics import normalise
 from .subset import stratified
 
 TASKS = Registry(
@@ -27,9 +28,8 @@ TASKS = Registry(
 def load_task(name: str, n_frames: int = N_FRAMES) -> Task:
     """A task by its name, from another package too, a local folder, or a class of one's own ("./file.py:Class").
 
-    A folder holds pictures or videos and a `metadata.jsonl`.
-
-    Of a video in a folder up to `n_frames` frames are taken, evenly spaced.
+    A folder holds pictures or videos, and its questions in `metadata.jsonl` or `metadata.csv`. Of a video in a folder up to `n_frames` frames are taken,
+    evenly spaced.
 
     Raises:
         UnknownNameError: neither a name nor a folder.
@@ -49,7 +49,7 @@ def load_task(name: str, n_frames: int = N_FRAMES) -> Task:
     hint = f" Did you mean {near!r}?" if near else ""
     raise UnknownNameError(
         f"no task named {name!r} and no such folder.{hint} Type {', '.join(TASKS.names())}, a folder with pictures or "
-        "videos and a metadata.jsonl, or ./file.py:Class"
+        "videos and a metadata.jsonl or metadata.csv, or ./file.py:Class"
     )
 
 
@@ -72,4 +72,4 @@ def _built(name: str) -> Task:
     return task
 
 
-__all__ = ["TASKS", "Sample", "Task", "load_task", "normalise", "stratified"]
+__all__ = ["TASKS", "Sample", "Task", "lettered", "load_task", "normalise", "stratified"]

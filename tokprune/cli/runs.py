@@ -38,6 +38,13 @@ def compare(
     frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video in a folder, evenly spaced.")] = 8,
     suffix: Annotated[str, typer.Option(help="Text added to every question, such as ' Answer with one word.'")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
+            "file.py:function or module:function. Default: what each question asks for, else exact."
+        ),
+    ] = "",
     match: Annotated[
         str, typer.Option(help="What --keep is a fraction of: tokens, or flops (of the language model's prefill).")
     ] = "tokens",
@@ -61,7 +68,9 @@ def compare(
     chosen = compared.chosen_tasks(task or usual.tasks, limit, full, frames)
     processes = eval_module("run.processes").Processes.started()
     console = tables.console(quiet=not processes.is_main)
-    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix)
+    grading = eval_module("tasks.grading").Grading.load(metric)
+    grading.check(chosen)
+    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix, grading=grading)
     configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
     more = {} if frames == 8 else {"frames": frames}
     settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size, **more)
