@@ -28,7 +28,7 @@ TASKS = Registry(
 def load_task(name: str, n_frames: int = N_FRAMES) -> Task:
     """A task by its name, from another package too, a local folder, or a class of one's own ("./file.py:Class").
 
-    A folder holds pictures or videos, and its questions in `metadata.jsonl` or `metadata.csv`. Of a video in a folder up
+    A folder holds pictures or videos, and questions in `metadata.jsonl` or `metadata.csv`. Of a video in a folder up
     to `n_frames` frames are taken, evenly spaced.
 
     Raises:
