@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
 import numbers
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from tokprune.core import own_code
 from tokprune.core.errors import PluginError, TaskError, UnknownNameError, shown
 from tokprune.core.registry import nearest
 
@@ -47,21 +42,11 @@ class Grading:
         name = name.strip()
         if not name or name in METRICS:
             return cls(name)
-        place, colon, attribute = name.rpartition(":")
-        if not colon:
+        if not own_code.is_reference(name):
             near = nearest(name, METRICS)
             hint = f" Did you mean {near!r}?" if near else ""
             raise UnknownNameError(f"no metric named {name!r}.{hint} Use {', '.join(METRICS)}, or {OWN}")
-        module = _module(place, name)
-        function = getattr(module, attribute, None)
-        if not callable(function):
-            own = (n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
-            there = [n for n in own if inspect.isfunction(getattr(module, n)) and not n.startswith("_")]
-            raise PluginError(
-                f"metric {name!r}: {place} has no function {attribute!r}; it has {', '.join(there) or 'none'}"
-            )
-        file = getattr(module, "__file__", None)
-        return cls(name, function, f"{zlib.crc32(Path(file).read_bytes()):08x}" if file else "")
+        return cls(name, own_code.load_function(name, "metric"), f"{own_code.checksum(name):08x}")
 
     def name_of(self, sample: Sample) -> str:
         """The metric that a question is graded by."""
@@ -125,27 +110,3 @@ def too_few(n: int) -> str:
         f"has {n} answer{'' if n == 1 else 's'}, too few for the metric vqa: give all ten, alike or not, at least "
         f"{FEWEST_ANSWERS}; or use another metric, as normalized"
     )
-
-
-def _module(place: str, name: str) -> ModuleType:
-    """A module by its name, or by the path of its file.
-
-    Raises:
-        PluginError: it cannot be imported.
-    """
-    path = Path(place).expanduser()
-    is_file = path.suffix == ".py" or len(path.parts) > 1
-    if is_file and not path.is_file():
-        raise PluginError(f"metric {name!r}: there is no file {place}; use {OWN}")
-    try:
-        if not is_file:
-            return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(f"tokprune_metric_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{place} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PluginError(f"metric {name!r}: {place} cannot be imported: {said}; use {OWN}") from error
-    return module

@@ -115,7 +115,7 @@ def test_a_changed_file_is_another_class(place):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("./norm.py:Nrom", "its classes: Norm, Other"),
+        ("./norm.py:Nrom", "it has: Norm, Other"),
         ("./norm.py:NOTHING", "is not a subclass of"),
         ("./norm.py:Other", "is not a subclass of"),
         ("./gone.py:Norm", "cannot be imported: FileNotFoundError"),

@@ -245,10 +245,10 @@ def test_a_function_that_raises_is_said(tmp_path):
     [
         ("anl", UnknownNameError, "Did you mean 'anls'"),
         ("else", UnknownNameError, "exact, normalized, contains, choice, relaxed, vqa, anls, or file.py:function"),
-        ("nothing.py:f", PluginError, "no file nothing.py"),
+        ("nothing.py:f", PluginError, "No such file"),
         ("no_such_module_here:f", PluginError, "cannot be imported"),
-        ("statistics:meen", PluginError, "it has mean"),
-        ("{own}:g", PluginError, "has no function 'g'; it has f"),
+        ("statistics:meen", PluginError, "it has: mean"),
+        ("{own}:g", PluginError, "has no g; it has: f"),
         ("{broken}:f", PluginError, "SyntaxError"),
     ],
 )
