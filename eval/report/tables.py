@@ -44,6 +44,8 @@ def budget(row: Row) -> str:
     """The ratio of tokens or of FLOPs that was asked for; empty for a method that takes no budget."""
     if row.flops_ratio is not None:
         return f"FLOPs {row.flops_ratio:g}"
+    if row.keep_tokens is not None:
+        return f"{row.keep_tokens} tokens"
     return "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
 
 
@@ -103,6 +105,7 @@ def order(row: Row) -> tuple:
     return (
         first.index(row.method) if row.method in first else len(first),
         -(row.keep_ratio or row.flops_ratio or 0),
+        -(row.keep_tokens or 0),
     )
 
 

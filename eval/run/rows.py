@@ -40,19 +40,23 @@ class Config:
     shuffled: bool = False
     flops_ratio: float | None = None
     flops_text: int = 0  # text tokens that a FLOPs budget is solved beside
+    keep_tokens: int | None = None
 
     @property
     def label(self) -> str:
         """A name unique within a run."""
         keep = "" if self.keep_ratio is None else f"@{float(self.keep_ratio)!r}"
+        tokens = "" if self.keep_tokens is None else f"@{self.keep_tokens}tokens"
         flops = "" if self.flops_ratio is None else f"@flops{float(self.flops_ratio)!r}"
-        return (SHUFFLED if self.shuffled else self.method) + keep + flops
+        return (SHUFFLED if self.shuffled else self.method) + keep + tokens + flops
 
     @property
     def budget(self) -> dict[str, Any]:
         """What `tokprune.attach` is given."""
         if self.flops_ratio is not None:
             return {"flops_ratio": self.flops_ratio, "flops_text": self.flops_text}
+        if self.keep_tokens is not None:
+            return {"keep_tokens": self.keep_tokens}
         return {} if self.keep_ratio is None else {"keep_ratio": self.keep_ratio}
 
 
@@ -131,6 +135,7 @@ class SampleRow:
     llm_columns_after: int
     costs: Costs
     flops_ratio: float | None = None
+    keep_tokens: int | None = None
     value: float | None = None  # of a metric that knows more than right and wrong
     metric: str = "exact"  # that graded the answer
 
@@ -213,6 +218,7 @@ class Row:
     seed: int | None
     date: str
     flops_ratio: float | None = None
+    keep_tokens: int | None = None
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
@@ -318,6 +324,7 @@ class Summariser:
             config=config.label,
             keep_ratio=config.keep_ratio,
             flops_ratio=config.flops_ratio,
+            keep_tokens=config.keep_tokens,
             **{name: mean(getattr(r, name) for r in rows) for name in COUNTS},
             task=self.task,
             split=self.split,
@@ -393,7 +400,7 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         parts = row.method.split(":")
         name = ":".join(p for p in parts if not p.startswith("seed=")) if parts[0] == "random" else row.method
-        groups[row.model, row.task, name, row.keep_ratio, row.flops_ratio].append(row)
+        groups[row.model, row.task, name, row.keep_ratio, row.flops_ratio, row.keep_tokens].append(row)
     return [group[0] if len(group) == 1 else _pool(name, group) for (_, _, name, *_), group in groups.items()]
 
 

@@ -228,6 +228,7 @@ class Runner:
                 method=config.method,
                 keep_ratio=config.keep_ratio,
                 flops_ratio=config.flops_ratio,
+                keep_tokens=config.keep_tokens,
                 sample=s.id,
                 kind=s.kind,
                 expected=s.expected,
@@ -307,12 +308,19 @@ class Runner:
         samples: Sequence[Sample],
         configs: Sequence[Config],
         batch_size: int = 32,
-        todo: Iterable[tuple[int, list[Config]]] | None = None,
     ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
-        """Rows and times of configurations on batches, as they come; every one on every batch without `todo`."""
+        """Rows and times of all configurations on all samples, as they come."""
+        parts = [list(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
+        yield from self.run_batches(task, parts, batches(len(parts), configs))
+
+    def run_batches(
+        self, task: Task, parts: Sequence[Sequence[Sample]], todo: Iterable[tuple[int, list[Config]]]
+    ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
+        """Rows and times of batches, by their numbers among `parts`, under the configurations of each."""
+        samples = [s for part in parts for s in part]
         others = dict(zip((s.id for s in samples), _other_pictures(samples), strict=True))
-        for batch, open_ in batches(samples, configs, batch_size) if todo is None else todo:
-            part = samples[batch * batch_size : (batch + 1) * batch_size]
+        for batch, open_ in todo:
+            part = parts[batch]
             ids = [s.image_id for s in part]
             whole = self.asked_about(task, part, ids)
             for config in open_:
@@ -325,15 +333,10 @@ class Runner:
                     yield config, *self.rows(task, part, config, seen, whole, batch)
 
 
-def batches(
-    samples: Sequence[Sample],
-    configs: Sequence[Config],
-    batch_size: int,
-    done: Container[tuple[str, int]] = (),
-) -> list[tuple[int, list[Config]]]:
-    """Batches with the configurations that have not answered them; (label, batch) in `done` have."""
+def batches(n: int, configs: Sequence[Config], done: Container[tuple[str, int]] = ()) -> list[tuple[int, list[Config]]]:
+    """Numbers of n batches with the configurations that have not answered them; (label, batch) in `done` have."""
     found = []
-    for batch in range(-(-len(samples) // batch_size)):
+    for batch in range(n):
         turn = batch % len(configs)  # no configuration is always first
         open_ = [c for c in [*configs[turn:], *configs[:turn]] if (c.label, batch) not in done]
         if open_:

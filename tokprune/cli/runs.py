@@ -31,7 +31,17 @@ def compare(
     keep: Annotated[
         str, typer.Option(help="Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
     ] = "",
-    out: Annotated[Path, typer.Option(help="Output folder for rows, samples and the plot.")] = Path("runs/compare"),
+    keep_tokens: Annotated[
+        str,
+        typer.Option(
+            help="Or numbers of tokens to keep, separated by commas; llava-1.5 stands for 192,128,64 and llava-next "
+            "for 640,320,160, as in papers."
+        ),
+    ] = "",
+    out: Annotated[
+        Path,
+        typer.Option(help="Output folder. More methods, budgets and questions are added to a run that it holds."),
+    ] = Path("runs/compare"),
     limit: Annotated[int | None, typer.Option(help="Limit the questions per task, for a quick look.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Use all questions instead of the fixed 800 per task.")] = False,
     batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
@@ -51,20 +61,28 @@ def compare(
     device_map: Annotated[
         str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk (as in transformers).")
     ] = None,
+    no_baseline: Annotated[
+        bool, typer.Option("--no-baseline", help="Leave out the unpruned model, which every method is compared with.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
 
-    Interrupted runs resume: run the same command again. To share a run between processes:
-    torchrun --nproc_per_node 2 -m tokprune.eval compare ...
+    Interrupted runs resume: run the same command again. More methods, budgets or questions are added to what the
+    folder holds. To share a run between processes: torchrun --nproc_per_node 2 -m tokprune.eval compare ...
+
+    Example: tokprune compare --methods vtc_cls,fopru --keep 0.5,0.25 --limit 100
     """
     compared, embedded = eval_module("compare"), eval_module("models")
     check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
-    names = methods.split(",") if methods else usual.methods
+    names = [n.strip() for n in methods.split(",")] if methods else list(usual.methods)
+    names = [n for n in names if n != "none"] if no_baseline else list(dict.fromkeys(["none", *names]))
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
-    configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
+    counts = _tokens(keep_tokens) if keep_tokens else ()
+    ratios = _ratios(keep) if keep else () if counts else usual.ratios
+    configs = compared.configurations(names, ratios, tokens=counts)
     chosen = compared.chosen_tasks(task or usual.tasks, limit, full, frames)
     processes = eval_module("run.processes").Processes.started()
     console = tables.console(quiet=not processes.is_main)
@@ -73,12 +91,12 @@ def compare(
     runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix, grading=grading)
     configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
     more = {} if frames == 8 else {"frames": frames}
-    settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size, **more)
-    questions = compared.questions(chosen, batch_size)
+    plan = eval_module("run.plan").planned(chosen, configs, batch_size, None if overwrite else out)
+    settings = compared.settings(runner, model, plan, batch_size=batch_size, **more)
     with contextlib.closing(
-        eval_module("run.folder").RunFolder(out, settings, overwrite, processes, questions)
+        eval_module("run.folder").RunFolder(out, settings, overwrite, processes, plan.questions)
     ) as results:
-        compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
+        compared.Comparison(runner, model, results, plan).run(console)
     processes.end()
     if model in embedded.EMBEDDED:
         console.print(
@@ -312,6 +330,24 @@ def _ratios(text: str) -> list[float]:
     for ratio in ratios:
         check_fraction("--keep", ratio)
     return ratios
+
+
+PRESETS = {"llava-1.5": (192, 128, 64), "llava-next": (640, 320, 160)}
+
+
+def _tokens(text: str) -> list[int]:
+    """Numbers of tokens, or those of a preset."""
+    if text in PRESETS:
+        return list(PRESETS[text])
+    try:
+        counts = _numbers("--keep-tokens", text)
+    except RunError as error:
+        raise RunError(
+            f"--keep-tokens {_short(text)} is not a list of whole numbers: use --keep-tokens 192,128,64, or a preset: "
+            f"{', '.join(PRESETS)}"
+        ) from error
+    check_least(keep_tokens=min(counts))
+    return counts
 
 
 def _short(text: str) -> str:
