@@ -40,7 +40,7 @@ GEMMA4 = ("gemma4", "gemma4-e2b")  # pictures that see themselves; per-layer inp
 CROPPED = ("idefics3", "smolvlm")  # a picture is crops and a thumbnail, each a run of placeholders
 PIXTRAL = ("mistral3", "llava_pixtral")  # pictures of any size, a token of text behind every row of placeholders
 MORE = CROPPED + PIXTRAL
-KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2")  # of LLaVA
+KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2", "got_ocr2")  # of LLaVA
 ONE_SIZE = (*TOWERS, *FIXED, *(kind for kind in KIN if kind != "llava_next_video"))
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
@@ -82,6 +82,8 @@ OTHERWISE = {
     **{kind: dict(tower_type="pixtral", tower_options={}, text_type="mistral", grids=(), side=48) for kind in PIXTRAL},
     "deepseek_vl": SIGLIP,
     "gemma4": dict(tower_options={}),
+    # 12 x 12 patches in windows of 5 x 5, so that those at the edges are filled up.
+    "got_ocr2": dict(patch=2, tower_options=dict(window_size=5, output_channels=8), text_type="qwen2"),
     "ovis2": dict(tower_options=dict(vocab_size=1024), text_type="qwen2"),
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()

@@ -12,10 +12,22 @@ from specs import CUTTING, PRUNING, build, scaled
 from tokprune.integrations.transformers import compat, family_of
 
 import tokprune
-from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.errors import MissingSignalError, UnsupportedModelError
 
 NEWER = ("gemma3", "paligemma", *tiny.GLM, "paddleocr_vl", "qwen3_5", *tiny.GEMMA4, *tiny.KIN)
 KINDS = [kind for kind in NEWER if compat.is_at_least(tiny.family(kind).oldest)]  # attach refuses the others
+UNREAD = ("got_ocr2",)  # nothing is read from the tower
+READS_THE_TOWER = (
+    "damro_filter",
+    "fastervlm",
+    "fopru",
+    "hired",
+    "prumerge",
+    "prumerge_plus",
+    "tokencorr",
+    "visionzip",
+    "vtc_cls",
+)
 TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves
 kinds = pytest.mark.parametrize("kind", KINDS)
 all_kinds = pytest.mark.parametrize("kind", [*KINDS, *tiny.MORE])
@@ -47,8 +59,12 @@ def budget_of(spec):
 @pytest.mark.parametrize("spec", PRUNING)
 @torch.no_grad()
 def test_every_method_before_the_language_model_runs(kind, spec):
-    """A batch equals its rows, in what is kept and in the answer."""
+    """A batch equals its rows, in what is kept and in the answer; or it is refused with what to use instead."""
     model, inputs = model_of(kind), tiny.batch(dtype=torch.float64, kind=kind)
+    if kind in UNREAD and any(part.split(":")[0] in READS_THE_TOWER for part in spec.split("+")):
+        with pytest.raises(MissingSignalError, match=r"relative positions.*Methods that work here: .*divprune[\w, ]*$"):
+            tokprune.attach(model, scaled(spec), **budget_of(spec))
+        return
     with tokprune.attach(model, for_family(spec, family_of(model)), **budget_of(spec)) as attachment:
         together, kept = model(**inputs).logits[:, -1], attachment.kept
         rows = []
@@ -96,7 +112,7 @@ def test_the_familys_own_image_processor_fits_the_model(kind):
     rows = family.encode("get_image_features", **given)
     layouts = family.layouts("get_image_features", given, rows, [len(r) for r in rows])
     assert [len(layout.crop) for layout in layouts] == [len(r) for r in rows]
-    with tokprune.attach(model, "fopru", keep_ratio=0.5):
+    with tokprune.attach(model, "divprune" if kind in UNREAD else "fopru", keep_ratio=0.5):
         marked = [r[:, 0].isnan() for r in family_of(model).encode("get_image_features", **given)]
     n_kept = [int((~m).sum()) for m in marked]
     assert n_kept == [len(layout.crop) - layout.n_visual + int(layout.n_visual / 2 + 0.5) for layout in layouts]

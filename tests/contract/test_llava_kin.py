@@ -1,4 +1,5 @@
-"""Laws of LLaVA's kin, against sequences built by hand: ViP-LLaVA, Video-LLaVA, DeepSeek-VL, LLaVA-NeXT-Video, Ovis2.
+"""Laws of LLaVA's kin, against sequences built by hand: ViP-LLaVA, Video-LLaVA, DeepSeek-VL, LLaVA-NeXT-Video, Ovis2,
+GOT-OCR 2.
 
 Rows of a batch show a picture, two pictures, and text alone; those with videos also a video and a picture.
 """
@@ -27,6 +28,8 @@ VIDEOS = [kind for kind in KINDS if "video" in kind]
 N_FRAMES = 3
 FRAME = {"video_llava": 1 + tiny.N_VISUAL, "llava_next_video": 9}  # rows of a frame
 METHODS = ("vtc_cls", "fopru", "divprune", "visionzip")
+UNREAD = [kind for kind in KINDS if kind == "got_ocr2"]  # nothing is read from the tower
+READ = [kind for kind in KINDS if kind not in UNREAD]
 kinds = pytest.mark.parametrize("kind", KINDS)
 with_videos = pytest.mark.parametrize("kind", VIDEOS)
 policies = pytest.mark.parametrize("positions", ["contiguous", "original"])
@@ -38,6 +41,9 @@ def model_of(kind):
 
 
 def method_of(kind, name):
+    """With its option where the tower has no [CLS] token; another one where nothing is read from the tower."""
+    if kind in UNREAD and name in ("vtc_cls", "fopru", "visionzip"):
+        return "divprune"
     option = tokprune.get_method(name).if_missing
     has_cls = family_of(model_of(kind)).tower.has_cls
     return name if has_cls or not option else f"{name}:{option}"
@@ -126,7 +132,7 @@ def test_keep_all_is_bit_identical(kind):
 def test_pruned_forward_equals_the_short_sequence(kind, positions):
     model, (inputs, singles) = model_of(kind), batch_of(kind)
     bare = model(**inputs).logits
-    with tokprune.attach(model, "fopru", keep_ratio=0.3, positions=positions) as attachment:
+    with tokprune.attach(model, method_of(kind, "fopru"), keep_ratio=0.3, positions=positions) as attachment:
         logits, found = model(**inputs).logits, by_row(found_in(attachment))
     for r, single in enumerate(singles):
         keep, embeds = kept_columns(single, found[r]), embeds_of(model, single)
@@ -152,7 +158,7 @@ def test_pruned_forward_equals_the_short_sequence(kind, positions):
 @torch.no_grad()
 def test_generation_equals_recomputing_and_rows_alone(kind, positions):
     model, (inputs, singles) = model_of(kind), batch_of(kind)
-    with tokprune.attach(model, "fopru", keep_ratio=0.3, positions=positions) as attachment:
+    with tokprune.attach(model, method_of(kind, "fopru"), keep_ratio=0.3, positions=positions) as attachment:
         tokens, found = generate(model, inputs), by_row(found_in(attachment))
         report = attachment.report
         assert torch.equal(tokens, generate(model, inputs, use_cache=False))
@@ -290,7 +296,7 @@ def given_to(kind, what):
     return tiny.pixels(kind, [[0], [1]])
 
 
-PAIRS = [(kind, what) for kind in KINDS for what in ("image", "video") if what == "image" or kind in VIDEOS]
+PAIRS = [(kind, what) for kind in READ for what in ("image", "video") if what == "image" or kind in VIDEOS]
 
 
 @pytest.mark.parametrize(("kind", "what"), PAIRS)
@@ -342,6 +348,24 @@ def test_a_token_shows_the_patches_that_its_score_is_of(kind, what):
         assert packed[t] == every[..., 0][touched].mean()
 
 
+@pytest.mark.parametrize("kind", UNREAD)
+def test_tokens_of_got_ocr2_lie_around_every_fourth_patch(kind):
+    """With the tower's attention switched off, two convolutions of stride 2 and one before them see 9 x 9 patches."""
+    model, side = tiny.fresh_model(kind), 12
+    family = family_of(model)
+    for layer in model.model.vision_tower.layers:
+        torch.nn.init.zeros_(layer.attn.proj.weight)
+    pixels = tiny.pictures(1).requires_grad_()
+    (rows,) = family.encode("get_image_features", pixel_values=pixels)
+    (layout,) = family.layouts("get_image_features", {}, [rows])
+    assert len(layout.visual) == len(rows) == 9
+    for t in layout.visual:
+        (gradient,) = torch.autograd.grad(rows[t].square().sum(), pixels, retain_graph=True)
+        touched = gradient[0].abs().sum(0).unflatten(0, (side, -1)).unflatten(2, (side, -1)).sum((1, 3)).gt(0)
+        near = [(torch.arange(side) - 4 * place).abs() <= 4 for place in (layout.row[t], layout.column[t])]
+        assert torch.equal(touched, near[0][:, None] & near[1])
+
+
 # ---- the ledger, and what is refused
 
 
@@ -372,6 +396,22 @@ def test_the_ledger_equals_the_counter(kind):
     assert abs(ledger.decoder.flops - language) <= 0.01 * language
 
 
+@pytest.mark.parametrize("options", [{}, {"use_rel_pos": False}, {"window_size": 0}, {"window_size": 4}], ids=str)
+@pytest.mark.parametrize("kind", UNREAD)
+@torch.no_grad()
+def test_the_ledger_counts_windows_and_convolutions(kind, options):
+    """32 x 32 patches in windows of 14 x 14, which are filled up to 42 x 42, or in windows that fit; thin layers."""
+    config = tiny.config(kind)
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=4, mlp_dim=96, image_size=512)
+    config.vision_config = type(config.vision_config)(**sizes, global_attn_indexes=[1], **options)
+    model = type(tiny.model(kind))(config).eval()
+    shape, parts, pictures = family_of(model).shape, model.model, torch.zeros(1, 3, 512, 512)
+    assert shape.n_visual == 64
+    assert shape.encode().vision.flops == counted(lambda: parts.vision_tower(pictures))["all"]
+    states = parts.vision_tower(pictures).last_hidden_state
+    assert shape.encode().projector.flops == counted(lambda: parts.multi_modal_projector(states))["all"]
+
+
 @kinds
 @torch.no_grad()
 def test_detaching_gives_everything_back(kind):
@@ -379,7 +419,7 @@ def test_detaching_gives_everything_back(kind):
     logits = model(**inputs).logits  # transformers leaves things of its own behind
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     n_hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    with tokprune.attach(model, "fopru+fastv", keep_ratio=[0.5, 0.5]):
+    with tokprune.attach(model, f"{method_of(kind, 'fopru')}+fastv", keep_ratio=[0.5, 0.5]):
         model(**inputs)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == n_hooks
