@@ -366,6 +366,22 @@ def test_tokens_of_got_ocr2_lie_around_every_fourth_patch(kind):
         assert torch.equal(touched, near[0][:, None] & near[1])
 
 
+@pytest.mark.parametrize("kind", UNREAD)
+@torch.no_grad()
+def test_crops_and_pages_in_one_run_of_placeholders_are_images_of_their_own(kind):
+    """As the processor of GOT-OCR 2 writes them: no token between them."""
+    model, n = model_of(kind), 3
+    ids = torch.tensor([[1, 5, *[tiny.IMAGE] * (9 * n), 6, 7, 8]])
+    single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": tiny.pictures(n).to(DTYPE)}
+    with tokprune.attach(model, "divprune", keep_ratio=0.5, positions="original") as attachment:
+        logits, found = model(**single).logits[0], found_in(attachment)
+        tokens = generate(model, single)
+    assert [(len(index), n_rows) for index, n_rows in found] == [(5, 9)] * n
+    keep, embeds = kept_columns(single, found), embeds_of(model, single)
+    assert (logits[keep] - oracle.short_logits(model, embeds, keep, "original")[0]).abs().max() < 1e-9
+    assert tokens[0].tolist() == greedy(model, embeds, keep, "original")
+
+
 # ---- the ledger, and what is refused
 
 
