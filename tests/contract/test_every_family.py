@@ -76,6 +76,13 @@ def test_every_method_before_the_language_model_runs(kind, spec):
     assert [k.tolist() for k in kept] == [k.tolist() for k in rows]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in UNREAD if kind in KINDS])
+def test_support_promises_nothing_that_is_read_from_such_a_tower(kind):
+    answers = {p.method: p.answer for p in tokprune.list_support() if p.model == kind}
+    assert {name for name, answer in answers.items() if answer == "no"} == set(READS_THE_TOWER)
+    assert set(answers.values()) == {"yes", "no"}
+
+
 @all_kinds
 @pytest.mark.parametrize("spec", CUTTING)
 @torch.no_grad()
