@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from tokprune.integrations.transformers import FAMILIES
+from tokprune.integrations.transformers.compat import is_at_least
 from tokprune.integrations.transformers.families import VARIANTS
 from tokprune.integrations.transformers.families.sizes import Sizes
 from transformers import AutoModelForImageTextToText
@@ -105,6 +107,17 @@ def family(kind: str):
     if kind == "llava_pixtral":
         return VARIANTS.load("llava/pixtral")
     return FAMILIES.load("llava" if kind in TOWERS else kind.split("-")[0])
+
+
+def served(cases: Iterable) -> list:
+    """Kinds, or tuples that begin with one; what `attach` refuses on this release is skipped and says why."""
+    return [_served(*((case,) if isinstance(case, str) else case)) for case in cases]
+
+
+def _served(kind: str, *others):
+    oldest = family(kind).oldest
+    refused = pytest.mark.skip(reason=f"attach refuses {kind} before transformers {oldest}")
+    return pytest.param(kind, *others, marks=() if is_at_least(oldest) else refused)
 
 
 def config(kind: str = "clip"):
@@ -357,6 +370,11 @@ def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED, kind="clip") -> d
 
 # generate() of transformers 4 passes pictures with an empty cache alone, and whole: the bare model fails, too.
 later_pictures = pytest.mark.skipif(RELEASE.major < 5, reason="the bare model of transformers 4 cannot do this")
+
+# generate() of earlier releases passes no pictures with the chunks of a prompt: the bare model answers without them.
+pictures_in_chunks = pytest.mark.skipif(
+    RELEASE.release < (5, 23), reason="the bare model of earlier releases does not see pictures with prefill_chunk_size"
+)
 
 
 def cached(cache) -> dict:

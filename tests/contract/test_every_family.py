@@ -15,7 +15,6 @@ import tokprune
 from tokprune.core.errors import MissingSignalError, UnsupportedModelError
 
 NEWER = ("gemma3", "paligemma", *tiny.GLM, "paddleocr_vl", "qwen3_5", *tiny.GEMMA4, *tiny.KIN)
-KINDS = [kind for kind in NEWER if compat.is_at_least(tiny.family(kind).oldest)]  # attach refuses the others
 UNREAD = ("got_ocr2",)  # nothing is read from the tower
 READS_THE_TOWER = (
     "damro_filter",
@@ -29,9 +28,8 @@ READS_THE_TOWER = (
     "vtc_cls",
 )
 TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves
-kinds = pytest.mark.parametrize("kind", KINDS)
-MORE = [kind for kind in tiny.MORE if compat.is_at_least(tiny.family(kind).oldest)]
-all_kinds = pytest.mark.parametrize("kind", [*KINDS, *MORE])
+kinds = pytest.mark.parametrize("kind", tiny.served(NEWER))
+all_kinds = pytest.mark.parametrize("kind", tiny.served([*NEWER, *tiny.MORE]))
 
 
 def model_of(kind, dtype=torch.float64):
@@ -76,7 +74,7 @@ def test_every_method_before_the_language_model_runs(kind, spec):
     assert [k.tolist() for k in kept] == [k.tolist() for k in rows]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in UNREAD if kind in KINDS])
+@pytest.mark.parametrize("kind", UNREAD)
 def test_support_promises_nothing_that_is_read_from_such_a_tower(kind):
     answers = {p.method: p.answer for p in tokprune.list_support() if p.model == kind}
     assert {name for name, answer in answers.items() if answer == "no"} == set(READS_THE_TOWER)
@@ -128,8 +126,7 @@ def test_the_familys_own_image_processor_fits_the_model(kind):
 
 def test_families_that_need_a_newer_release_are_refused_in_one_line():
     """Those that this release of transformers has models of; the newest one refuses none."""
-    newer = {*NEWER, *tiny.MORE, *tiny.FIXED, *tiny.M_ROPE} - {*KINDS, *MORE}
-    for kind in newer:
+    for kind in {*NEWER, *tiny.MORE, *tiny.FIXED, *tiny.M_ROPE}:
         oldest = tiny.family(kind).oldest
         if compat.is_at_least(oldest):
             continue

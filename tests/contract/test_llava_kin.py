@@ -12,7 +12,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from counter import counted
-from tokprune.integrations.transformers import compat, family_of
+from tokprune.integrations.transformers import family_of
 from tokprune.integrations.transformers.hooks import Hooks
 from tokprune.integrations.transformers.passes import Passes
 from tokprune.integrations.transformers.tower_taps import TowerTap
@@ -23,15 +23,15 @@ from tokprune.core.layout import NO_PATCH
 from tokprune.core.signals import Kind, Signal
 
 DTYPE = torch.float64
-KINDS = [kind for kind in tiny.KIN if compat.is_at_least(tiny.family(kind).oldest)]  # attach refuses the others
-VIDEOS = [kind for kind in KINDS if "video" in kind]
+VIDEOS = [kind for kind in tiny.KIN if "video" in kind]
 N_FRAMES = 3
 FRAME = {"video_llava": 1 + tiny.N_VISUAL, "llava_next_video": 9}  # rows of a frame
 METHODS = ("vtc_cls", "fopru", "divprune", "visionzip")
-UNREAD = [kind for kind in KINDS if kind == "got_ocr2"]  # nothing is read from the tower
-READ = [kind for kind in KINDS if kind not in UNREAD]
-kinds = pytest.mark.parametrize("kind", KINDS)
-with_videos = pytest.mark.parametrize("kind", VIDEOS)
+UNREAD = ("got_ocr2",)  # nothing is read from the tower
+READ = [kind for kind in tiny.KIN if kind not in UNREAD]
+kinds = pytest.mark.parametrize("kind", tiny.served(tiny.KIN))
+with_videos = pytest.mark.parametrize("kind", tiny.served(VIDEOS))
+unread = pytest.mark.parametrize("kind", tiny.served(UNREAD))
 policies = pytest.mark.parametrize("positions", ["contiguous", "original"])
 AROUND = list(range(tiny.IMAGE - 5, tiny.IMAGE))  # Ovis2 shows these as visual words where pictures are encoded
 
@@ -299,7 +299,7 @@ def given_to(kind, what):
 PAIRS = [(kind, what) for kind in READ for what in ("image", "video") if what == "image" or kind in VIDEOS]
 
 
-@pytest.mark.parametrize(("kind", "what"), PAIRS)
+@pytest.mark.parametrize(("kind", "what"), tiny.served(PAIRS))
 @torch.no_grad()
 def test_received_attention_is_the_towers_own(kind, what):
     """And nothing of the attention of the [CLS] row but what it gives."""
@@ -320,7 +320,7 @@ def test_received_attention_is_the_towers_own(kind, what):
     torch.testing.assert_close(found[signal][:, :, 0], received, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("kind", "what"), [p for p in PAIRS if p != ("llava_next_video", "image")])
+@pytest.mark.parametrize(("kind", "what"), tiny.served(p for p in PAIRS if p != ("llava_next_video", "image")))
 def test_a_token_shows_the_patches_that_its_score_is_of(kind, what):
     """With the tower's attention switched off, the gradient of a row is at its own patches alone."""
     model = tiny.fresh_model(kind)
@@ -348,7 +348,7 @@ def test_a_token_shows_the_patches_that_its_score_is_of(kind, what):
         assert packed[t] == every[..., 0][touched].mean()
 
 
-@pytest.mark.parametrize("kind", UNREAD)
+@unread
 def test_tokens_of_got_ocr2_lie_around_every_fourth_patch(kind):
     """With the tower's attention switched off, two convolutions of stride 2 and one before them see 9 x 9 patches."""
     model, side = tiny.fresh_model(kind), 12
@@ -366,7 +366,7 @@ def test_tokens_of_got_ocr2_lie_around_every_fourth_patch(kind):
         assert torch.equal(touched, near[0][:, None] & near[1])
 
 
-@pytest.mark.parametrize("kind", UNREAD)
+@unread
 @torch.no_grad()
 def test_crops_and_pages_in_one_run_of_placeholders_are_images_of_their_own(kind):
     """As the processor of GOT-OCR 2 writes them: no token between them."""
@@ -413,7 +413,7 @@ def test_the_ledger_equals_the_counter(kind):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rel_pos": False}, {"window_size": 0}, {"window_size": 4}], ids=str)
-@pytest.mark.parametrize("kind", UNREAD)
+@unread
 @torch.no_grad()
 def test_the_ledger_counts_windows_and_convolutions(kind, options):
     """32 x 32 patches in windows of 14 x 14, which are filled up to 42 x 42, or in windows that fit; thin layers."""
@@ -442,10 +442,10 @@ def test_detaching_gives_everything_back(kind):
     assert torch.equal(model(**inputs).logits, logits)
 
 
-@pytest.mark.skipif("vipllava" not in KINDS, reason="attach refuses the family there")
-def test_a_tower_that_vip_llava_cannot_cut_is_refused():
+@pytest.mark.parametrize("kind", tiny.served(["vipllava"]))
+def test_a_tower_that_vip_llava_cannot_cut_is_refused(kind):
     """It cuts the first row off, whichever tower it has."""
-    config = tiny.config("vipllava")
+    config = tiny.config(kind)
     config.vision_config = tiny.config("siglip").vision_config
     with pytest.raises(UnsupportedModelError, match="knows the towers clip_vision_model"):
-        family_of(type(tiny.model("vipllava"))(config))
+        family_of(type(tiny.model(kind))(config))

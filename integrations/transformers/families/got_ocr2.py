@@ -52,7 +52,8 @@ class GotOcr2(SiglipFamily):
     """GotOcr2ForConditionalGeneration. A visual token is what strided convolutions see around every fourth patch."""
 
     model_type = "got_ocr2"
-    towers: ClassVar = {"got_ocr2_vision": TowerKind("SAM", False)}
+    # Releases before the newest ones give the tower's configuration no name.
+    towers: ClassVar = {"got_ocr2_vision": TowerKind("SAM", False), "": TowerKind("SAM", False)}
     no_layer_cuts: ClassVar[str] = ""
     no_tower_signals: ClassVar[str] = "adds relative positions to its attention scores"
 
