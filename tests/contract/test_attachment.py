@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-import transformers
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokprune
@@ -312,9 +310,7 @@ def test_features_encoded_elsewhere_raise(warm):
         warm(**inputs)
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5"), reason="chunked prefill with pixels is unsupported upstream"
-)
+@tiny.pictures_in_chunks
 @pytest.mark.parametrize("chunk", [20, 30])
 @torch.no_grad()
 def test_chunked_prefill_equals_prefill(warm, chunk):
