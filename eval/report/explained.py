@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,6 +98,12 @@ class Explained:
     def lines(self) -> list[str]:
         """The reports."""
         return [str(one.report) for one in self.shown]
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        file = io.BytesIO()
+        self.sheet().save(file, format="PNG")
+        return file.getvalue()
 
     def sheet(self) -> Image.Image:
         """The picture as the model sees it, and next to it what each method keeps; of a video frame by frame."""

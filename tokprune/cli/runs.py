@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ..core.errors import RunError
 from . import tables
@@ -61,6 +61,9 @@ def compare(
     device_map: Annotated[
         str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk (as in transformers).")
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="Print the table as latex, markdown or csv, and nothing else.")
+    ] = "",
     no_baseline: Annotated[
         bool, typer.Option("--no-baseline", help="Leave out the unpruned model, which every method is compared with.")
     ] = False,
@@ -73,32 +76,37 @@ def compare(
 
     Example: tokprune compare --methods vtc_cls,fopru --keep 0.5,0.25 --limit 100
     """
-    compared, embedded = eval_module("compare"), eval_module("models")
     check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
-    usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
-    names = [n.strip() for n in methods.split(",")] if methods else list(usual.methods)
-    names = [n for n in names if n != "none"] if no_baseline else list(dict.fromkeys(["none", *names]))
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
-    counts = _tokens(keep_tokens) if keep_tokens else ()
-    ratios = _ratios(keep) if keep else () if counts else usual.ratios
-    configs = compared.configurations(names, ratios, tokens=counts)
-    chosen = compared.chosen_tasks(task or usual.tasks, limit, full, frames)
-    processes = eval_module("run.processes").Processes.started()
-    console = tables.console(quiet=not processes.is_main)
-    grading = eval_module("tasks.grading").Grading.load(metric)
-    grading.check(chosen)
-    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix, grading=grading)
-    configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
-    more = {} if frames == 8 else {"frames": frames}
-    plan = eval_module("run.plan").planned(chosen, configs, batch_size, None if overwrite else out)
-    settings = compared.settings(runner, model, plan, batch_size=batch_size, **more)
-    with contextlib.closing(
-        eval_module("run.folder").RunFolder(out, settings, overwrite, processes, plan.questions)
-    ) as results:
-        compared.Comparison(runner, model, results, plan).run(console)
-    processes.end()
-    if model in embedded.EMBEDDED:
+    if form not in ("", "latex", "markdown", "csv"):
+        raise RunError(f"invalid --format {form!r}: use latex, markdown or csv")
+    api = eval_module("api")
+    is_main = eval_module("run.processes").Processes.started().is_main
+    console = Console(stderr=True, quiet=True) if form else tables.console(quiet=not is_main)
+    done = api.compare(
+        model,
+        task=task,
+        methods=_names(methods) or None,
+        keep=_ratios(keep) if keep else (),
+        keep_tokens=_tokens(keep_tokens) if keep_tokens else (),
+        match=match,
+        limit=limit,
+        full=full,
+        batch_size=batch_size,
+        frames=frames,
+        suffix=suffix,
+        max_new_tokens=max_new_tokens,
+        metric=metric,
+        baseline=not no_baseline,
+        device_map=device_map,
+        out=out,
+        overwrite=overwrite,
+        console=console,
+    )
+    if form and is_main:
+        typer.echo({"latex": done.to_latex, "markdown": done.to_markdown, "csv": done.to_csv}[form](), nl=False)
+    if model in eval_module("models").EMBEDDED:
         console.print(
             "A model this small shows that pruning works and what it saves, not which method is best on large models."
         )
