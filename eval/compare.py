@@ -13,34 +13,43 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import tokprune
+from tokprune.core import own_code
 from tokprune.core.budget import Budget
 from tokprune.core.errors import RunError
+from tokprune.methods import METHODS
 from tokprune.prune.videos import N_FRAMES, Clip
 
+from .report import answers, pareto
 from .report import html as report
-from .report import pareto
 from .report.losses import Artist
 from .report.tables import table
 from .run.folder import RunFolder
 from .run.lines import counted
+from .run.plan import Plan
 from .run.processes import launched_alone
 from .run.rows import DOWNSAMPLE, FRAMES, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
+from .tasks.grading import AS_ASKED, Grading
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3
 CONDITIONS = ("dtype", "attn_implementation", "torch", "transformers", "tokprune", "commit")
 
 
-def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int = RANDOM_SEEDS) -> list[Config]:
-    """The grid: methods with a budget at every ratio, `random` once a seed, shuffled pictures beside "none".
+def configurations(
+    methods: Sequence[str], ratios: Sequence[float], seeds: int = RANDOM_SEEDS, tokens: Sequence[int] = ()
+) -> list[Config]:
+    """The grid: methods with a budget at every ratio and number of tokens, `random` once a seed.
+
+    Beside "none" are pictures of other questions.
 
     Raises:
-        TokPruneError: an unknown method or option, or a ratio that is none.
+        TokPruneError: an unknown method or option, or a budget that is none.
     """
-    for ratio in ratios:
-        Budget(keep_ratio=ratio)
+    budgets = [{"keep_ratio": ratio} for ratio in ratios] + [{"keep_tokens": n} for n in tokens]
+    for budget in budgets:
+        Budget(**budget)
     grid = []
     for spec in methods:
         if spec == DOWNSAMPLE:
@@ -55,7 +64,7 @@ def configurations(methods: Sequence[str], ratios: Sequence[float], seeds: int =
         is_random = spec == "random" or (spec.startswith("random:") and "seed=" not in spec)
         specs = [f"{spec}:seed={seed}" for seed in range(seeds)] if is_random else [spec]
         budgeted = [tokprune.get_method(s).takes_budget for s in specs]
-        grid += [Config(s, ratio) for s, b in zip(specs, budgeted, strict=True) if b for ratio in ratios]
+        grid += [Config(s, **budget) for s, b in zip(specs, budgeted, strict=True) if b for budget in budgets]
         grid += [Config(s) for s, b in zip(specs, budgeted, strict=True) if not b]
     return list(dict.fromkeys(grid))
 
@@ -123,7 +132,7 @@ def shows_videos(task: Task, samples: Sequence[Sample]) -> bool:
     return bool(samples) and isinstance(task.image(samples[0].image_id), Clip)
 
 
-def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
+def question_only(task: Task, samples: Sequence[Sample], grading: Grading = AS_ASKED) -> float | None:
     """Accuracy of the answer that training questions of the same words have most often; None without training."""
     train = task.train_samples()
     if train is None:
@@ -133,7 +142,7 @@ def question_only(task: Task, samples: Sequence[Sample]) -> float | None:
         answers[s.question][s.answer] += 1
         answers[f"kind {s.kind}"][s.answer] += 1
     guesses = [(answers.get(s.question) or answers[f"kind {s.kind}"]).most_common(1)[0][0] for s in samples]
-    return mean(guess == s.answer for guess, s in zip(guesses, samples, strict=True))
+    return mean(grading.value(s, guess) for guess, s in zip(guesses, samples, strict=True))
 
 
 class Comparison:
@@ -143,20 +152,18 @@ class Comparison:
         runner: model and processor.
         model_name: as the user typed it.
         folder: where it is written; what is there already is not asked again.
-        configs: what to compare.
-        batch_size: questions at a time.
+        plan: what is asked.
     """
 
-    def __init__(
-        self, runner: Runner, model_name: str, folder: RunFolder, configs: Sequence[Config], batch_size: int = 32
-    ):
-        self.runner, self.model_name, self.folder = runner, model_name, folder
-        self.configs, self.batch_size = list(configs), batch_size
+    def __init__(self, runner: Runner, model_name: str, folder: RunFolder, plan: Plan):
+        self.runner, self.model_name, self.folder, self.plan = runner, model_name, folder, plan
+        self.configs = plan.configs
         self.rows: list[Row] = []
         self.floors: dict[str, float | None] = {}
 
-    def run(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
+    def run(self, console: Console) -> None:
         """Answer every question under every configuration, write rows and plot, and show the tables."""
+        tasks = self.plan.tasks
         processes = self.folder.processes
         if processes.n > 1:
             console.print(f"{processes.n} processes share the questions")
@@ -189,7 +196,7 @@ class Comparison:
     def _check_complete(self, tasks: Sequence[tuple[Task, list[Sample]]]) -> None:
         """Raise where answers are not here, as those of processes on another machine that writes elsewhere."""
         for task, samples in tasks:
-            if left := batches(samples, self._configs(task, samples), self.batch_size, self._seen(task)):
+            if left := self._left(task, samples):
                 raise RunError(
                     f"{len(left)} batches of {task.name} are not in {self.folder.path} at the end of the run; all "
                     "processes have to write to one folder. Type the same command again to answer what is missing"
@@ -197,7 +204,7 @@ class Comparison:
 
     def _write(self, tasks: Sequence[tuple[Task, list[Sample]]], console: Console) -> None:
         for task, samples in tasks:
-            self.floors[task.name] = question_only(task, samples)
+            self.floors[task.name] = question_only(task, samples, self.runner.grading)
             self.rows += self._summaries(task)
         floors = [
             {"task": name, "method": "question only", "value": floor}
@@ -212,16 +219,28 @@ class Comparison:
         for path, n in run.damaged.items():  # of pictures alone: the other files have just been written
             told = counted(n, path, "its picture is drawn again", "their pictures are drawn again")
             console.print(told, markup=False, soft_wrap=True)
-        for task, _ in tasks:
+        for task, samples in tasks:
             console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
+            self._print_wrong(task, samples, console)
+
+    def _print_wrong(self, task: Task, samples: Sequence[Sample], console: Console) -> None:
+        """The first wrong answers of the unpruned model, and a hint where most are not in the form that is graded."""
+        rows = [r for key, some in self.folder.answers.items() if key[:2] == (task.name, NONE) for r in some]
+        if found := answers.wrong(samples, rows):
+            console.print(found)
+        if said := answers.hint(samples, rows):
+            console.print(f"Hint: {said}", markup=False, soft_wrap=True)
 
     def _seen(self, task: Task) -> dict[tuple[str, int], BatchTime]:
         return {key[1:]: time for key, time in self.folder.times.items() if key[0] == task.name}
 
     def _todo(self, task: Task, samples: list[Sample]) -> list[tuple[int, list[Config]]]:
         """This process' share of the batches that are not answered."""
-        configs = self._configs(task, samples)
-        return batches(samples, configs, self.batch_size, self._seen(task))[self.folder.processes.share]
+        return self._left(task, samples)[self.folder.processes.share]
+
+    def _left(self, task: Task, samples: list[Sample]) -> list[tuple[int, list[Config]]]:
+        """The batches that are not answered, with the configurations that have not."""
+        return batches(len(self.plan.of(task)), self._configs(task, samples), self._seen(task))
 
     def _configs(self, task: Task, samples: list[Sample]) -> list[Config]:
         """What is compared on a task: fewer frames only of videos."""
@@ -229,70 +248,63 @@ class Comparison:
 
     def _bar(self, task: Task, samples: list[Sample], todo: list[tuple[int, list[Config]]]) -> dict[str, Any]:
         n_done = sum(t.size for t in self._seen(task).values())
-        n_mine = sum(len(self._part(samples, batch)) * len(configs) for batch, configs in todo)
+        n_mine = sum(len(self.plan.of(task)[batch]) * len(configs) for batch, configs in todo)
         return dict(description=f"{task.name}, {len(samples)} questions", total=n_done + n_mine, completed=n_done)
-
-    def _part(self, samples: list[Sample], batch: int) -> list[Sample]:
-        return samples[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _answer(self, task: Task, samples: list[Sample], todo: list[tuple[int, list[Config]]], advance) -> None:
         for time in self._seen(task).values():
-            if time.pictures != self._pictures(task, samples, time.batch):
+            if time.pictures != self._pictures(task, time.batch):
                 raise RunError(
                     f"pictures of {task.name} have changed since {self.folder.path} was begun; name another folder "
                     "with --out, or start over with --overwrite"
                 )
         n = self.folder.processes.n
         device = device_name(self.runner.model.device) + (f", one of {n} processes" if n > 1 else "")
-        for config, rows, time in self.runner.run(task, samples, self.configs, self.batch_size, todo):
-            time = replace(time, pictures=self._pictures(task, samples, time.batch), device=device)
+        for config, rows, time in self.runner.run_batches(task, self.plan.of(task), todo):
+            time = replace(time, pictures=self._pictures(task, time.batch), device=device)
             self.folder.add((task.name, config.label, time.batch), rows, time)
             advance(len(rows))
 
-    def _pictures(self, task: Task, samples: list[Sample], batch: int) -> int:
+    def _pictures(self, task: Task, batch: int) -> int:
         """A checksum of the picture files of a batch; 0 for a task whose pictures cannot change."""
         checksum = getattr(task, "checksum", None)
-        part = self._part(samples, batch)
+        part = self.plan.of(task)[batch]
         return 0 if checksum is None else zlib.crc32(repr([checksum(s.image_id) for s in part]).encode())
 
     def _summaries(self, task: Task) -> list[Row]:
-        answers: dict[Config, list[SampleRow]] = {}
+        given: dict[Config, list[SampleRow]] = {}
         times: dict[Config, list[BatchTime]] = {}
         for config in self.configs:
             keys = sorted(k for k in self.folder.answers if k[:2] == (task.name, config.label))
-            answers[config] = [row for key in keys for row in self.folder.answers[key]]
+            given[config] = [row for key in keys for row in self.folder.answers[key]]
             times[config] = [self.folder.times[key] for key in keys]
         split = getattr(task, "split", "")
-        return Summariser(self.model_name, self.runner.model, task.name, split).rows(answers, times)
+        return Summariser(self.model_name, self.runner.model, task.name, split).rows(given, times)
 
 
-def questions(tasks: Sequence[tuple[Task, Sequence[Sample]]], batch_size: int) -> dict[tuple[str, int], frozenset[str]]:
-    """By task and batch the questions of a batch."""
-    return {
-        (task.name, start // batch_size): frozenset(s.id for s in samples[start : start + batch_size])
-        for task, samples in tasks
-        for start in range(0, len(samples), batch_size)
-    }
-
-
-def settings(
-    runner: Runner, model_name: str, tasks: Sequence[tuple[Task, list[Sample]]], configs: Sequence[Config], **more: Any
-) -> dict[str, Any]:
+def settings(runner: Runner, model_name: str, plan: Plan, **more: Any) -> dict[str, Any]:
     """Everything that an answer of a run depends on."""
     where = conditions(runner.model)
     return {
         "model": model_name,
         "weights": runner.fingerprint(),
-        "tasks": {task.name: zlib.crc32(repr(samples).encode()) for task, samples in tasks},
-        "configurations": [c.label for c in configs],
-        "flops_text": max((c.flops_text for c in configs), default=0),
+        **plan.stored(),
+        "code": code_of([c.method for c in plan.configs]),
+        "flops_text": max((c.flops_text for c in plan.configs), default=0),
         "max_new_tokens": runner.max_new_tokens,
         "suffix": runner.suffix,
+        **runner.grading.settings(plan.tasks),
         "prompt": runner.prompt_fingerprint(),
         **more,
         "device": where["gpu"] or "cpu",  # how many threads it has changes no answer
         **{name: where[name] for name in CONDITIONS},
     }
+
+
+def code_of(specs: Sequence[str]) -> dict[str, int]:
+    """Checksums of the files of a user's own methods, by what was typed."""
+    parts = [METHODS.parts(part)[0] for spec in specs for part in spec.split("+")]
+    return {part: own_code.checksum(part) for part in dict.fromkeys(parts) if ":" in part}
 
 
 def chosen_tasks(

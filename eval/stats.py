@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, mean, pstdev, stdev
 
 Z95 = NormalDist().inv_cdf(0.975)
 
@@ -61,3 +61,47 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     """Of answers to the same questions in the same order, right or wrong."""
     both = list(zip(first, second, strict=True))
     return Paired(len(both), sum(a and not b for a, b in both), sum(b and not a for a, b in both))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Low and high end of the 95 % interval of a mean of values in 0..1, and its standard error.
+
+    Wilson's where every value is 0 or 1. Else the normal interval, mean and standard deviation over the questions, cut
+    off at 0 and 1; where all values are alike, which says nothing of their spread, Wilson's again: no values in 0..1
+    with that mean spread more than zeros and ones.
+    """
+    n, middle = len(values), sum(values) / len(values)
+    is_share = set(values) <= {0, 1}
+    error = math.sqrt(middle * (1 - middle) / n) if is_share or n < 2 else stdev(values) / math.sqrt(n)
+    if is_share or error == 0 or n < 2:
+        return *wilson(sum(values), n), error
+    return max(0.0, middle - Z95 * error), min(1.0, middle + Z95 * error), error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one mean is above another on the same questions, with its 95 % interval.
+
+    `p_value` is of McNemar's exact test; None unless all answers are right or wrong.
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float | None = None
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Of values in 0..1 of the same questions in the same order.
+
+    The interval is the normal one over the differences, with a gain of 1 and a loss of 1 added to them. For zeros and
+    ones that is Bonett and Price's (`Paired.interval`); it has a width also where all differences are alike.
+    """
+    both = list(zip(first, second, strict=True))
+    if {value for pair in both for value in pair} <= {0, 1}:
+        pair = paired([bool(a) for a, _ in both], [bool(b) for _, b in both])
+        return Difference(pair.difference, *pair.interval, pair.p_value)
+    apart = [a - b for a, b in both]
+    more = [*apart, 1.0, -1.0]
+    half = Z95 * pstdev(more) / math.sqrt(len(more))
+    return Difference(mean(apart), max(-1.0, mean(more) - half), min(1.0, mean(more) + half))

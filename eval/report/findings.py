@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ..run.rows import DOWNSAMPLE, NONE, SHUFFLED, Row, pooled
-from .tables import FLOORS, budget, in_points, is_control
+from .tables import FLOORS, budget, in_points, is_control, order
 
 NBSP = "\u00a0"
 _FEW = 100  # questions
@@ -45,7 +45,7 @@ def findings(rows: Sequence[Row], question_only: float | None) -> list[Finding]:
     """
     shown = pooled(rows)
     found = [_floors(shown, question_only)]
-    budgets = dict.fromkeys(budget(r) for r in sorted(shown, key=lambda r: -(r.keep_ratio or r.flops_ratio or 0)))
+    budgets = dict.fromkeys(budget(r) for r in sorted(shown, key=order))
     if _one(rows, NONE) is not None:
         found += [f for name in budgets if (f := _budget(name, [r for r in shown if budget(r) == name])) is not None]
         found += _resolution(shown)

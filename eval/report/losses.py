@@ -79,7 +79,7 @@ def shown(rows: Sequence[Row], found: Mapping[Key, Change]) -> list[tuple[Row, l
 
 
 def _budget(row: Row) -> float:
-    return row.keep_ratio or row.flops_ratio or 1
+    return row.keep_ratio or row.flops_ratio or row.n_visual_after / max(row.n_visual_before, 1)
 
 
 def _bytes(text: str) -> bytes:
@@ -161,7 +161,13 @@ class Artist:
             picture.why = "the task does not have this question any more"
             return picture
         picture.question = sample.question
-        config = Config(row.method, row.keep_ratio, flops_ratio=row.flops_ratio, flops_text=self.flops_text)
+        config = Config(
+            row.method,
+            row.keep_ratio,
+            flops_ratio=row.flops_ratio,
+            flops_text=self.flops_text,
+            keep_tokens=row.keep_tokens,
+        )
         salt = zlib.crc32(sample.id.encode())  # as when it was answered
         try:
             image = self.tasks[row.task].image(sample.image_id)

@@ -19,7 +19,7 @@ from tokprune.core.files import write_text
 
 from ..run.lines import counted, typed
 from ..run.rows import SampleRow
-from ..stats import paired
+from ..stats import difference
 from .stored import undamaged
 from .tables import in_points
 
@@ -30,7 +30,9 @@ class Difference:
 
     All of it is shares of the questions.
 
-    The interval is Bonett and Price's (2012) for paired proportions, the p-value of McNemar's exact test.
+    The interval is Bonett and Price's (2012) for paired proportions, the p-value of McNemar's exact test. Where answers
+    are worth something in between, `only_first` is the share of questions that `first` answers better, the interval is
+    that of `stats.difference`, and there is no p-value.
     """
 
     task: str
@@ -42,7 +44,7 @@ class Difference:
     difference: float
     low: float
     high: float
-    p_value: float
+    p_value: float | None
 
 
 def differences(
@@ -71,22 +73,23 @@ def differences(
         say(counted(n, file, f"left out; {again}"))
     if not rows:
         raise RunError(f"{path} holds no answer that can be read; {again}")
-    right: dict[tuple[str, str], dict[str, bool]] = {}
+    scores: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        right.setdefault((row.task, row.config), {})[row.sample] = row.right
+        scores.setdefault((row.task, row.config), {})[row.sample] = row.score
     found = []
-    for task in sorted({task for task, _ in right}):
+    for task in sorted({task for task, _ in scores}):
         try:
-            a, b = right[task, first], right[task, second]
+            a, b = scores[task, first], scores[task, second]
         except KeyError as error:
-            labels = ", ".join(sorted(label for name, label in right if name == task))
+            labels = ", ".join(sorted(label for name, label in scores if name == task))
             raise RunError(f"no configuration {error.args[0][1]!r} in {folder}; there are: {labels}") from None
         both = sorted(a.keys() & b.keys())
         if not both:
             raise RunError(f"no question of {task} has an answer of both {first} and {second} in {path}; {again}")
-        pair, n = paired([a[s] for s in both], [b[s] for s in both]), len(both)
-        shares = pair.only_first / n, pair.only_second / n, pair.difference
-        found.append(Difference(task, first, second, n, *shares, *pair.interval, pair.p_value))
+        apart, n = difference([a[s] for s in both], [b[s] for s in both]), len(both)
+        better = sum(a[s] > b[s] for s in both) / n, sum(a[s] < b[s] for s in both) / n
+        ends = apart.value, apart.low, apart.high
+        found.append(Difference(task, first, second, n, *better, *ends, apart.p_value))
     return found
 
 
@@ -104,10 +107,9 @@ def main(
         typer.echo(f"tokprune: {error}", err=True)
         raise typer.Exit(2) from None
     for d in found:
-        typer.echo(
-            f"{d.task}: {d.first} - {d.second}: {in_points(d.difference, d.low, d.high)} points, "
-            f"p = {d.p_value:.2g}, n = {d.n_samples}"
-        )
+        p_value = "" if d.p_value is None else f"p = {d.p_value:.2g}, "
+        points = in_points(d.difference, d.low, d.high)
+        typer.echo(f"{d.task}: {d.first} - {d.second}: {points} points, {p_value}n = {d.n_samples}")
     if out:
         write_text(out, "".join(json.dumps(asdict(d)) + "\n" for d in found))
 

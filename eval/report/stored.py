@@ -36,7 +36,7 @@ class Settings:
     prompt: str = ""
     suffix: str = ""
     tasks: dict[str, Any] = field(default_factory=dict)
-    configurations: list[str] = field(default_factory=list)
+    configurations: dict[str, Any] = field(default_factory=dict)
     flops_text: int = 0
     max_new_tokens: int | None = None
 

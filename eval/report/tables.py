@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..run.rows import DOWNSAMPLE, FRAMES, NONE, SHUFFLED, Row, pooled
+from ..run.rows import DOWNSAMPLE, EXACT_MATCH, FRAMES, NONE, SHUFFLED, Row, pooled
 from ..stats import wilson
 
 FLOORS = (SHUFFLED, "blind")  # answers without the right picture
@@ -44,6 +44,8 @@ def budget(row: Row) -> str:
     """The ratio of tokens or of FLOPs that was asked for; empty for a method that takes no budget."""
     if row.flops_ratio is not None:
         return f"FLOPs {row.flops_ratio:g}"
+    if row.keep_tokens is not None:
+        return f"{row.keep_tokens} tokens"
     return "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
 
 
@@ -103,6 +105,7 @@ def order(row: Row) -> tuple:
     return (
         first.index(row.method) if row.method in first else len(first),
         -(row.keep_ratio or row.flops_ratio or 0),
+        -(row.keep_tokens or 0),
     )
 
 
@@ -124,10 +127,11 @@ def unpruned(row: Row) -> str:
 
 def caption(row: Row) -> str:
     """The conditions of a task's rows."""
+    metric = "" if row.metric == EXACT_MATCH else f"metric {row.metric}, "
     return (
-        f"{row.n_samples} questions of the {row.split or 'whole'} split, {row.model}, {row.device}, {row.dtype}, "
-        f"{row.attn_implementation}, batch {row.batch_size}, transformers {row.transformers}, torch {row.torch}, "
-        f"{row.date}."
+        f"{row.n_samples} questions of the {row.split or 'whole'} split, {metric}{row.model}, {row.device}, "
+        f"{row.dtype}, {row.attn_implementation}, batch {row.batch_size}, transformers {row.transformers}, "
+        f"torch {row.torch}, {row.date}."
     )
 
 

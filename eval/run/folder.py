@@ -34,6 +34,14 @@ Part = TypeVar("Part", BatchTime, SampleRow)
 Key = tuple[str, str, int]  # task, configuration, batch
 REPORT = ("report.html", "table.md", "table.csv", "pictures.jsonl")
 ALONE = Processes()
+DERIVED = ("flops_text",)  # said by the configurations
+CHECKSUMS = {
+    "weights": "the weights of the model are others",
+    "prompt": "the processor, its chat template or the suffix makes other prompts",
+    "code": "the file of a method has changed",
+    "tasks": "questions have changed, or are in other batches",
+    "configurations": "a configuration is no longer the same",
+}
 _ANSWERS = ("samples.jsonl", "times.jsonl")
 FILES = ("run.json", "rows.jsonl", *_ANSWERS, "accuracy.png", "table.md", "table.csv", "pictures.jsonl", ".lock")
 _PART = re.compile(r"(samples|times)\.[1-9][0-9]*\.jsonl")  # a copy that somebody made is none
@@ -168,10 +176,10 @@ class RunFolder:
             return
         there = settings_of(path, "start over with --overwrite")
         for name in {**there, **settings}:
-            if there.get(name) != settings.get(name):
+            if name not in DERIVED and not _extends(there.get(name), settings.get(name)):
                 raise RunError(
-                    f"{self.path} holds a run with other settings ({name}: {_short(there.get(name))} there, "
-                    f"{_short(settings.get(name))} now); name another folder with --out, or start over with --overwrite"
+                    f"{self.path} holds a run with other settings ({_differs(name, there, settings)}); name another "
+                    "folder with --out, or start over with --overwrite"
                 )
 
     def _read(self) -> Counter[Path]:
@@ -200,7 +208,7 @@ class RunFolder:
         """Where a batch stands in the files, whoever answered it."""
         task, config, batch = key
         try:
-            return list(self.settings["tasks"]).index(task), batch, self.settings["configurations"].index(config)
+            return list(self.settings["tasks"]).index(task), batch, list(self.settings["configurations"]).index(config)
         except ValueError as error:
             raise RunError(f"{self.path} holds answers of another run; start over with --overwrite") from error
 
@@ -244,6 +252,21 @@ class RunFolder:
 
 def _key(part: BatchTime | SampleRow) -> Key:
     return part.task, part.config, part.batch
+
+
+def _extends(there: Any, now: Any) -> bool:
+    """Whether a setting is as it was, or has more methods, budgets or questions behind what was there."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        return all(name in now and _extends(value, now[name]) for name, value in there.items())
+    if isinstance(there, list) and isinstance(now, list):
+        return now[: len(there)] == there
+    return there == now
+
+
+def _differs(name: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What another setting means, in words."""
+    said = CHECKSUMS.get(name)
+    return f"{name}: {said or f'{_short(there.get(name))} there, {_short(now.get(name))} now'}"
 
 
 def _short(value: Any) -> str:

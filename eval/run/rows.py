@@ -20,7 +20,7 @@ from tokprune.integrations.transformers import attention_implementation
 import tokprune
 from tokprune.cost.flops import Ops, Shape
 
-from ..stats import paired, percentile, wilson
+from ..stats import difference, mean_interval, percentile, wilson
 from .lines import Damaged, typed
 
 NONE = "none"
@@ -28,6 +28,7 @@ DOWNSAMPLE = "downsample"  # the bare model on pictures of half the height and w
 FRAMES = "frames"  # the bare model on some of the frames of a video
 BARE = (NONE, DOWNSAMPLE, FRAMES)
 SHUFFLED = "shuffled pictures"
+EXACT_MATCH = "exact_match"
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,23 @@ class Config:
     shuffled: bool = False
     flops_ratio: float | None = None
     flops_text: int = 0  # text tokens that a FLOPs budget is solved beside
+    keep_tokens: int | None = None
 
     @property
     def label(self) -> str:
         """A name unique within a run."""
         keep = "" if self.keep_ratio is None else f"@{float(self.keep_ratio)!r}"
+        tokens = "" if self.keep_tokens is None else f"@{self.keep_tokens}tokens"
         flops = "" if self.flops_ratio is None else f"@flops{float(self.flops_ratio)!r}"
-        return (SHUFFLED if self.shuffled else self.method) + keep + flops
+        return (SHUFFLED if self.shuffled else self.method) + keep + tokens + flops
 
     @property
     def budget(self) -> dict[str, Any]:
         """What `tokprune.attach` is given."""
         if self.flops_ratio is not None:
             return {"flops_ratio": self.flops_ratio, "flops_text": self.flops_text}
+        if self.keep_tokens is not None:
+            return {"keep_tokens": self.keep_tokens}
         return {} if self.keep_ratio is None else {"keep_ratio": self.keep_ratio}
 
 
@@ -130,7 +135,14 @@ class SampleRow:
     llm_columns_after: int
     costs: Costs
     flops_ratio: float | None = None
+    keep_tokens: int | None = None
     value: float | None = None  # of a metric that knows more than right and wrong
+    metric: str = "exact"  # that graded the answer
+
+    @property
+    def score(self) -> float:
+        """What the answer is worth, 0..1: `value`, or else whether it is right."""
+        return self.right if self.value is None else self.value
 
 
 @dataclass
@@ -156,11 +168,12 @@ class Row:
     """One configuration on one task, as it is written to rows.jsonl.
 
     `value` is the mean of `metric`, for exact_match the share of whole answers right, with its 95 % interval and
-    standard error; `difference` is what it has more than the unpruned run on the same questions, with its 95 % interval
-    and the p-value of McNemar's exact test; `n_visual_after` and `llm_columns_after` are of the last decoder layer,
-    `n_visual_mean` over all of them; `params` are the method's options; `by_kind` holds value and number of questions
-    by kind; counts, FLOPs and bytes are means over questions; times are of full batches; `peak_gib` and `gpu` are empty
-    on a CPU. What a harness does not know is None.
+    standard error (`stats.mean_interval`); `difference` is what it has more than the unpruned run on the same
+    questions, with its 95 % interval (`stats.difference`) and, for right and wrong answers, the p-value of McNemar's
+    exact test; `words_value` is the share that begins with the expected words, for exact_match alone; `n_visual_after`
+    and `llm_columns_after` are of the last decoder layer, `n_visual_mean` over all of them; `params` are the method's
+    options; `by_kind` holds value and number of questions by kind; counts, FLOPs and bytes are means over questions;
+    times are of full batches; `peak_gib` and `gpu` are empty on a CPU. What a harness does not know is None.
     """
 
     model: str
@@ -205,6 +218,7 @@ class Row:
     seed: int | None
     date: str
     flops_ratio: float | None = None
+    keep_tokens: int | None = None
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
@@ -297,8 +311,8 @@ class Summariser:
         return found
 
     def _row(self, config: Config, rows: list[SampleRow], timed: dict, bare: dict | None, shared: dict) -> Row:
-        right, n = sum(r.right for r in rows), len(rows)
-        low, high = wilson(right, n)
+        values, metric = [r.score for r in rows], metric_of(rows)
+        low, high, stderr = mean_interval(values)
         ordered = sorted(1000 * t.prefill_s for t in timed.values())
         steps = [1000 * t.decode_s_per_token for t in timed.values() if t.decode_s_per_token is not None]
         peaks = [t.peak_bytes for t in timed.values() if t.peak_bytes is not None]
@@ -310,16 +324,17 @@ class Summariser:
             config=config.label,
             keep_ratio=config.keep_ratio,
             flops_ratio=config.flops_ratio,
+            keep_tokens=config.keep_tokens,
             **{name: mean(getattr(r, name) for r in rows) for name in COUNTS},
             task=self.task,
             split=self.split,
-            n_samples=n,
-            metric="exact_match",
-            value=right / n,
+            n_samples=len(rows),
+            metric=metric,
+            value=sum(values) / len(rows),
             low=low,
             high=high,
-            stderr=math.sqrt(right / n * (1 - right / n) / n),
-            words_value=mean(r.words_right for r in rows),
+            stderr=stderr,
+            words_value=mean(r.words_right for r in rows) if metric == EXACT_MATCH else None,
             stop_rate=mean(r.stopped for r in rows),
             by_kind=_by_kind(rows),
             costs=mean_costs([r.costs for r in rows]),
@@ -336,14 +351,19 @@ class Summariser:
 
 def compared(row: Row, rows: Sequence[SampleRow], bare: Sequence[SampleRow]) -> Row:
     """The row with its difference from the unpruned run on the questions that both answered."""
-    right = {r.sample: r.right for r in bare}
-    both = [(r.right, right[r.sample]) for r in rows if r.sample in right]
+    scores = {r.sample: r.score for r in bare}
+    both = [(r.score, scores[r.sample]) for r in rows if r.sample in scores]
     if not both:
         return row
-    pair = paired(*zip(*both, strict=True))
-    low, high = pair.interval
-    found = dict(difference=pair.difference, difference_low=low, difference_high=high, p_value=pair.p_value)
-    return Row(**{**vars(row), **found})
+    apart = difference(*zip(*both, strict=True))
+    ends = {"difference_low": apart.low, "difference_high": apart.high}
+    return Row(**{**vars(row), "difference": apart.value, **ends, "p_value": apart.p_value})
+
+
+def metric_of(rows: Sequence[SampleRow]) -> str:
+    """The metric of a mean over answers, as "choice and exact" where questions have different ones."""
+    names = sorted({r.metric for r in rows})
+    return EXACT_MATCH if names == ["exact"] else " and ".join(names)
 
 
 COUNTS = ("n_visual_before", "n_visual_after", "n_visual_mean", "llm_columns_before", "llm_columns_after")
@@ -355,9 +375,9 @@ def asdict_of_method(spec: str) -> dict[str, Any]:
 
 
 def _by_kind(rows: Sequence[SampleRow]) -> dict[str, dict[str, float]]:
-    kinds: dict[str, list[bool]] = defaultdict(list)
+    kinds: dict[str, list[float]] = defaultdict(list)
     for r in rows:
-        kinds[r.kind].append(r.right)
+        kinds[r.kind].append(r.score)
     return {kind: {"value": mean(values), "n_samples": len(values)} for kind, values in sorted(kinds.items())}
 
 
@@ -380,14 +400,21 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         parts = row.method.split(":")
         name = ":".join(p for p in parts if not p.startswith("seed=")) if parts[0] == "random" else row.method
-        groups[row.model, row.task, name, row.keep_ratio, row.flops_ratio].append(row)
+        groups[row.model, row.task, name, row.keep_ratio, row.flops_ratio, row.keep_tokens].append(row)
     return [group[0] if len(group) == 1 else _pool(name, group) for (_, _, name, *_), group in groups.items()]
+
+
+def _is_graded(row: Row) -> bool:
+    """Whether some answers were neither right nor wrong: then the standard error is not that of a share."""
+    if not row.stderr or not 0 <= row.value <= 1:
+        return False
+    return not math.isclose(row.stderr, math.sqrt(row.value * (1 - row.value) / row.n_samples), rel_tol=1e-6)
 
 
 def _pool(name: str, group: list[Row]) -> Row:
     first, value = group[0], mean(r.value for r in group)
     low, high = (_mean_or_none([getattr(r, key) for r in group]) for key in ("low", "high"))
-    if low is not None and 0 <= value <= 1:
+    if low is not None and 0 <= value <= 1 and not all(map(_is_graded, group)):
         low, high = wilson(value * first.n_samples, first.n_samples)
     ratios = [r.prefill_ratio for r in group if r.prefill_ratio is not None]
     means = {key: mean(getattr(r, key) for r in group) for key in COUNTS}

@@ -29,6 +29,8 @@ from tokprune.prune.videos import Clip
 
 from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task
+from ..tasks.base import EXACT
+from ..tasks.grading import AS_ASKED, Grading
 from .rows import BARE, DOWNSAMPLE, FRAMES, BatchTime, Config, Costs, Crops, SampleRow
 from .stopwatch import Stopwatch
 
@@ -44,12 +46,14 @@ class Runner:
         processor: its processor.
         max_new_tokens: where an answer is cut.
         suffix: added to every question, such as " Answer with a single word or phrase."
+        grading: how answers are graded.
     """
 
     model: torch.nn.Module
     processor: Any
     max_new_tokens: int = 8
     suffix: str = ""
+    grading: Grading = AS_ASKED
 
     @classmethod
     def load(cls, path: str, device_map: str | None = None, **options: Any) -> Runner:
@@ -214,7 +218,8 @@ class Runner:
         n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
         selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
         stops = _stop_ids(self.model)
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        texts = [t.strip() for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        values = [self.grading.value(s, text) for s, text in zip(samples, texts, strict=True)]
         rows = [
             SampleRow(
                 task=task.name,
@@ -223,11 +228,12 @@ class Runner:
                 method=config.method,
                 keep_ratio=config.keep_ratio,
                 flops_ratio=config.flops_ratio,
+                keep_tokens=config.keep_tokens,
                 sample=s.id,
                 kind=s.kind,
                 expected=s.expected,
-                answer=text.strip(),
-                right=s.is_right(text),
+                answer=text,
+                right=self.grading.is_right(value),
                 words_right=s.begins_right(text),
                 stopped=bool(set(row.tolist()) & stops),
                 n_visual_before=whole.n_visual[i],
@@ -236,8 +242,10 @@ class Runner:
                 llm_columns_before=before[i],
                 llm_columns_after=by_layer[i][-1],
                 costs=self._costs((whole, asked), i, (before[i], by_layer[i]), selectors[i]),
+                value=None if self.grading.name_of(s) == EXACT else value,
+                metric=self.grading.name_of(s),
             )
-            for i, (s, text, row) in enumerate(zip(samples, texts, tokens, strict=True))
+            for i, (s, text, value, row) in enumerate(zip(samples, texts, values, tokens, strict=True))
         ]
         decode_s = watch.decode_s / (tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
         time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
@@ -300,12 +308,19 @@ class Runner:
         samples: Sequence[Sample],
         configs: Sequence[Config],
         batch_size: int = 32,
-        todo: Iterable[tuple[int, list[Config]]] | None = None,
     ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
-        """Rows and times of configurations on batches, as they come; every one on every batch without `todo`."""
+        """Rows and times of all configurations on all samples, as they come."""
+        parts = [list(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
+        yield from self.run_batches(task, parts, batches(len(parts), configs))
+
+    def run_batches(
+        self, task: Task, parts: Sequence[Sequence[Sample]], todo: Iterable[tuple[int, list[Config]]]
+    ) -> Iterator[tuple[Config, list[SampleRow], BatchTime]]:
+        """Rows and times of batches, by their numbers among `parts`, under the configurations of each."""
+        samples = [s for part in parts for s in part]
         others = dict(zip((s.id for s in samples), _other_pictures(samples), strict=True))
-        for batch, open_ in batches(samples, configs, batch_size) if todo is None else todo:
-            part = samples[batch * batch_size : (batch + 1) * batch_size]
+        for batch, open_ in todo:
+            part = parts[batch]
             ids = [s.image_id for s in part]
             whole = self.asked_about(task, part, ids)
             for config in open_:
@@ -318,15 +333,10 @@ class Runner:
                     yield config, *self.rows(task, part, config, seen, whole, batch)
 
 
-def batches(
-    samples: Sequence[Sample],
-    configs: Sequence[Config],
-    batch_size: int,
-    done: Container[tuple[str, int]] = (),
-) -> list[tuple[int, list[Config]]]:
-    """Batches with the configurations that have not answered them; (label, batch) in `done` have."""
+def batches(n: int, configs: Sequence[Config], done: Container[tuple[str, int]] = ()) -> list[tuple[int, list[Config]]]:
+    """Numbers of n batches with the configurations that have not answered them; (label, batch) in `done` have."""
     found = []
-    for batch in range(-(-len(samples) // batch_size)):
+    for batch in range(n):
         turn = batch % len(configs)  # no configuration is always first
         open_ = [c for c in [*configs[turn:], *configs[:turn]] if (c.label, batch) not in done]
         if open_:

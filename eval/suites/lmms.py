@@ -33,6 +33,7 @@ from ..report.tables import table
 from ..run.folder import RunFolder
 from ..run.rows import DOWNSAMPLE, FRAMES, NONE, Config, commit
 from ..tasks import TASKS, Sample, Task, load_task
+from ..tasks.metadata import is_task_folder
 from . import export as lmms_export
 from . import scores as lmms_scores
 from .scores import Source, TaskResult
@@ -281,7 +282,7 @@ def check_installed() -> None:
 
 def _is_folder(name: str) -> bool:
     """Whether a task is meant to be a folder: it looks like a path, or holds questions; results may lie in `pope/`."""
-    return Path(name).is_dir() and (len(Path(name).parts) > 1 or (Path(name) / "metadata.jsonl").is_file())
+    return Path(name).is_dir() and (len(Path(name).parts) > 1 or is_task_folder(Path(name)))
 
 
 def _weights(path: Path) -> int | None:

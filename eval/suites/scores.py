@@ -14,8 +14,9 @@ from tokprune.core.errors import RunError
 
 from ..run.lines import Damaged, counted, parsed, rows_of, typed
 from ..run.rows import BARE, COUNTS, NONE, Config, Costs, Row, SampleRow, asdict_of_method, commit, mean_costs
-from ..stats import Z95, paired, percentile, wilson
+from ..stats import Z95, difference, percentile, wilson
 from ..tasks import Sample
+from ..tasks.base import RIGHT
 
 NO_FILTER = "none"
 
@@ -328,24 +329,21 @@ def _difference(score: Score, bare: Score | None) -> dict[str, Any]:
     both = [(v, bare.values[doc]) for doc, v in score.values.items() if doc in bare.values] if bare else []
     if not both or not all(0 <= v <= 1 for pair in both for v in pair):
         return {}
-    if {v for pair in both for v in pair} <= {0, 1}:
-        pair = paired(*([bool(v) for v in side] for side in zip(*both, strict=True)))
-        low, high, p_value = *pair.interval, pair.p_value
-        return {"difference": pair.difference, "difference_low": low, "difference_high": high, "p_value": p_value}
-    apart = [a - b for a, b in both]
-    if len(apart) < 2:
+    found = difference(*zip(*both, strict=True))
+    if found.p_value is None and len(both) < 2:
         return {}
-    middle, half = mean(apart), Z95 * stdev(apart) / math.sqrt(len(apart))
-    return {"difference": middle, "difference_low": middle - half, "difference_high": middle + half}
+    p_value = {} if found.p_value is None else {"p_value": found.p_value}
+    return {"difference": found.value, "difference_low": found.low, "difference_high": found.high, **p_value}
 
 
 def sample_rows(config: Config, result: TaskResult, source: Source) -> list[SampleRow]:
-    """One row a document, by the task's first metric; right where its value is 1."""
+    """One row a document, by the task's first metric; right where its value is 1, of tokprune's from `RIGHT` on."""
     score = next(iter(result.scores.values()), None)
     made = []
     for doc, (target, answer) in sorted(result.answers.items()):
         line, own = result.records[doc][0], source.samples[doc] if source.samples is not None else None
         value = score.values.get(doc) if score else None
+        is_right = value is not None and value >= RIGHT if own else value == 1
         made.append(
             SampleRow(
                 task=source.name,
@@ -358,12 +356,13 @@ def sample_rows(config: Config, result: TaskResult, source: Source) -> list[Samp
                 kind=own.kind if own else "all",
                 expected=own.expected if own else target,
                 answer=answer,
-                right=value == 1,
-                words_right=value == 1,
+                right=is_right,
+                words_right=is_right,
                 stopped=bool(line["stopped"]),
                 **{name: line[name] for name in COUNTS},
                 costs=Costs(**line["costs"]),
                 value=value,
+                metric=own.rule if own else next(iter(result.scores), ""),
             )
         )
     return made

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokprune.core import own_code
 from tokprune.core.errors import PluginError, UnknownNameError
 from tokprune.core.registry import Registry, nearest
 from tokprune.prune.videos import N_FRAMES
 
-from .base import Sample, Task, normalise
+from .base import Sample, Task, lettered
+from .metrics import normalise
 from .subset import stratified
 
 TASKS = Registry(
@@ -24,9 +26,10 @@ TASKS = Registry(
 
 
 def load_task(name: str, n_frames: int = N_FRAMES) -> Task:
-    """A task by its name, from another package too, or a local folder with pictures or videos and a `metadata.jsonl`.
+    """A task by its name, from another package too, a local folder, or a class of one's own ("./file.py:Class").
 
-    Of a video in a folder up to `n_frames` frames are taken, evenly spaced.
+    A folder holds pictures or videos, and questions in `metadata.jsonl` or `metadata.csv`. Of a video in a folder up
+    to `n_frames` frames are taken, evenly spaced.
 
     Raises:
         UnknownNameError: neither a name nor a folder.
@@ -35,22 +38,23 @@ def load_task(name: str, n_frames: int = N_FRAMES) -> Task:
     """
     if name in TASKS.table:
         return TASKS.load(name)()
-    if name in TASKS.names():
+    is_folder = bool(name.strip()) and Path(name).is_dir()
+    if name in TASKS.names() or (own_code.is_reference(name) and not is_folder):
         return _built(name)
-    if name.strip() and Path(name).is_dir():
+    if is_folder:
         from .imagefolder import ImageFolder
 
         return ImageFolder(Path(name), n_frames)
     near = nearest(name, TASKS.names())
     hint = f" Did you mean {near!r}?" if near else ""
     raise UnknownNameError(
-        f"no task named {name!r} and no such folder.{hint} Type {', '.join(TASKS.names())}, "
-        "or a folder with pictures or videos and a metadata.jsonl"
+        f"no task named {name!r} and no such folder.{hint} Type {', '.join(TASKS.names())}, a folder with pictures or "
+        "videos and a metadata.jsonl or metadata.csv, or ./file.py:Class"
     )
 
 
 def _built(name: str) -> Task:
-    """A task of another package, checked."""
+    """A task of another package or of a user's own, checked."""
     cls = TASKS.load(name)
     try:
         task = cls()
@@ -63,9 +67,9 @@ def _built(name: str) -> Task:
             f"task {name!r} ({cls.__module__}.{cls.__name__}) has no {', '.join(missing)}; write what "
             "tokprune.eval.tasks.base.Task lists"
         )
-    if task.name != name:
+    if task.name != name and ":" not in name:
         raise PluginError(f"task {name!r} calls itself {task.name!r}; use name = {name!r}, by which results go")
     return task
 
 
-__all__ = ["TASKS", "Sample", "Task", "load_task", "normalise", "stratified"]
+__all__ = ["TASKS", "Sample", "Task", "lettered", "load_task", "normalise", "stratified"]

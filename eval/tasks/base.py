@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from PIL import Image
 
+from tokprune.core.errors import TaskError
 from tokprune.prune.videos import Clip
+
+from .metrics import LETTERS, METRICS, normalise
+
+EXACT = "exact"
+RIGHT = 0.5  # an answer with at least this value is shown as right
 
 
 @dataclass(frozen=True)
@@ -17,10 +24,15 @@ class Sample:
     Args:
         id: unique within its task; resuming and pairing go by it.
         image_id: what `Task.image` takes; samples of one picture share it.
-        question: as asked, without any prompt template.
-        answer: the expected answer, compared after `normalise`.
+        question: as asked, without any prompt template; `lettered` adds choices.
+        answer: the expected answer.
         kind: stratum of the question ("colour", "yes/no" ...), for tables by kind.
-        also: other answers that are as right.
+        also: other answers that are as right; for the metric vqa one for each person, alike or not.
+        choices: what there is to choose from, already part of the question.
+        metric: a name in `METRICS`; empty for "choice" where there are choices, else "exact".
+
+    Raises:
+        TaskError: there is no such metric.
     """
 
     id: str
@@ -29,6 +41,17 @@ class Sample:
     answer: str
     kind: str = "all"
     also: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    metric: str = ""
+
+    def __post_init__(self):
+        if self.metric and self.metric not in METRICS:
+            raise TaskError(f"question {self.id} has the metric {self.metric!r}; use one of {', '.join(METRICS)}")
+
+    @property
+    def rule(self) -> str:
+        """The metric that the question asks for."""
+        return self.metric or ("choice" if self.choices else EXACT)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -36,12 +59,16 @@ class Sample:
 
     @property
     def expected(self) -> str:
-        """The answers as they are shown, " | " between them."""
-        return " | ".join(self.answers)
+        """The answers as they are shown, each once, " | " between them."""
+        return " | ".join(dict.fromkeys(self.answers))
+
+    def value(self, text: str) -> float:
+        """What a text is worth by the question's own metric, 0..1."""
+        return METRICS[self.rule](text, list(self.answers))
 
     def is_right(self, text: str) -> bool:
-        """Whether a text is one of the answers, and nothing more."""
-        return normalise(text) in map(normalise, self.answers)
+        """Whether a text is one of the answers and nothing more, or what the question's metric takes for right."""
+        return self.value(text) >= RIGHT
 
     def begins_right(self, text: str) -> bool:
         """Whether a text begins with the words of one of the answers."""
@@ -64,6 +91,6 @@ class Task(Protocol):
         """Samples for the question-only floor, or None."""
 
 
-def normalise(answer: str) -> str:
-    """Lower case, single spaces, no closing full stop: what two answers are compared by."""
-    return " ".join(answer.lower().split()).rstrip(".")
+def lettered(question: str, choices: Sequence[str]) -> str:
+    """A question with its choices below it, a line each: "A. red"."""
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))])

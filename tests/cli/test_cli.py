@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,39 @@ def test_cli_lists_the_methods_of_one_model():
     assert all(name in shown for name in tokprune.list_methods())
     assert "without_cls=received" in shown
     assert "Did you mean 'qwen2_5_vl'" in refusal(tokprune_cli("models", "qwen25_vl"))
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_cli_describes_every_method_with_all_its_options(name):
+    done = tokprune_cli("methods", name)
+    assert done.returncode == 0, done.stderr
+    cls = METHODS.load(METHODS.parts(METHODS.aliases.get(name, name))[0])
+    assert all(f"  {option.name}=" in done.stdout for option in fields(cls))
+    assert "source:" in done.stdout
+
+
+def test_an_alias_has_its_own_paper_and_defaults():
+    shown = tokprune_cli("methods", "fastervlm").stdout
+    assert "2412.01818" in shown
+    assert "2412.05819" not in shown
+    assert "(default -2)" in shown
+    row = next(line for line in tokprune_cli("methods").stdout.splitlines() if "fastervlm" in line)
+    assert "2412.01818" in row
+
+
+def test_version_and_help_in_short():
+    assert tokprune_cli("--version").stdout == f"tokprune {tokprune.__version__}\n"
+    assert tokprune_cli("compare", "-h").stdout == tokprune_cli("compare", "--help").stdout
+    _, _, listed = tokprune_cli("-h").stdout.partition("Commands:")
+    assert "report" in listed
+    assert "..." not in listed
+
+
+@pytest.mark.parametrize("command", ["flops", "explain", "fit-exit", "search", "eval", "report", "bench"])
+def test_a_command_without_what_it_needs_shows_its_help(command):
+    done = tokprune_cli(command)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith(f"Usage: tokprune {command}")
 
 
 BAD_COMMANDS = {
@@ -199,9 +233,7 @@ def test_compare_finished_asks_nothing_again(uninterrupted):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["--keep", "0.5"], "configurations"),
         (["--batch-size", "8"], "batch_size"),
-        (["--limit", "20"], "tasks"),
         (["--suffix", " now"], "suffix"),
     ],
     ids=str,
@@ -217,7 +249,7 @@ def test_compare_refuses_a_folder_of_other_settings(change, named, uninterrupted
 def test_compare_overwrites_when_told_to(uninterrupted, tmp_path):
     for path in uninterrupted.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    short = ["--task", "findit", "--limit", "4", "--methods", "none", "--out", str(tmp_path)]
+    short = ["--task", "findit", "--limit", "4", "--methods", "none", "--suffix", " now", "--out", str(tmp_path)]
     assert "other settings" in refusal(tokprune_cli("compare", *short))
     done = tokprune_cli("compare", *short, "--overwrite")
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def test_pairs_go_by_the_question():
 
 def sample(name: str, right: bool) -> rows.SampleRow:
     row = dict.fromkeys(rows.SampleRow.__dataclass_fields__, 0)
-    return rows.SampleRow(**{**row, "sample": name, "right": right})
+    return rows.SampleRow(**{**row, "sample": name, "right": right, "value": None})
 
 
 @pytest.mark.parametrize(("lost", "noise"), [(0, True), (2, True), (12, False)])

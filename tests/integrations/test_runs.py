@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -108,6 +109,27 @@ def test_an_exported_folder_is_answered_like_the_folder(folder, tmp_path, load, 
     own = [r for _, rows, _ in runner.run(task, task.samples(), [Config("none")]) for r in rows]
     assert [s["filtered_resps"] for s in found["samples"][name]] == [[r.answer] for r in own]
     assert found["results"][name]["exact_match,none"] == sum(r.right for r in own) / len(own)
+
+
+def test_exported_questions_are_graded_by_their_metrics(folder, tmp_path, load, runner):
+    """Expected answers are made of what the model says, so that none of the values is 0 for all."""
+    task = load_task(str(folder))
+    said = [r.answer for _, rows, _ in runner.run(task, task.samples(), [Config("none")]) for r in rows]
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines() if line]
+    lines[0] |= {"answer": [said[0]] * 3 + ["other"] * 7, "metric": "vqa"}
+    lines[1] |= {"answer": f"{said[1]}x", "metric": "anls"}
+    lines[2] |= {"answer": f"the {said[2]}", "metric": "normalized"}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = load_task(str(folder))
+    name = export(task, task.samples(), tmp_path / "tasks")
+    found = simple_evaluate(
+        model=load(batch_size=2),
+        tasks=[name],
+        task_manager=TaskManager("ERROR", include_path=str(tmp_path / "tasks")),
+        bootstrap_iters=0,
+    )
+    by_hand = 0.9, 1 - 1 / (len(said[1]) + 1), 1
+    assert found["results"][name]["score,none"] == pytest.approx(sum(by_hand) / 3)
 
 
 CHOICES = """\

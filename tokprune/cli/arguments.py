@@ -70,6 +70,9 @@ def run(app: typer.Typer) -> None:
         # Usage errors of the command-line library, which may be vendored: told apart by what they carry.
         if not hasattr(error, "format_message"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message())
+            sys.exit(2)
         said = error.format_message()
         _fail(f"{said}{'' if said.endswith(('.', '?')) else '.'} See {_command(error)} --help")
 

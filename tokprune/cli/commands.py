@@ -21,23 +21,45 @@ from ..prune.videos import is_video as is_video_file
 from ..prune.videos import open_clip
 from . import estimate, runs, tables
 from .arguments import App, check_fraction, check_least, check_most, run
+from .describe import method_page
 from .extras import eval_module, load_runner
 
-app = App(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = App(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tokprune {tokprune.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """tokprune: fewer visual tokens for multimodal LLMs, without training."""
 
 
-@app.command()
-def methods() -> None:
-    """List the methods, how many tokens each keeps, and its source."""
-    tables.console().print(tables.methods_table())
+@app.command(short_help="List the methods, or describe one.")
+def methods(
+    name: Annotated[str, typer.Argument(help="A method, such as fopru, to show its options and source.")] = "",
+) -> None:
+    """List the methods, or show what one does, needs and takes."""
+    if name:
+        typer.echo(method_page(name))
+    else:
+        tables.console().print(tables.methods_table())
 
 
-@app.command()
+@app.command(short_help="Which methods run on which model families.")
 def models(
     name: Annotated[str, typer.Argument(help="A model family, such as qwen2_5_vl, to list its methods.")] = "",
 ) -> None:
@@ -45,7 +67,7 @@ def models(
     tables.console().print(tables.model_table(name) if name else tables.support_table())
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="What a prefill costs, before and after pruning.")
 def flops(
     model: Annotated[str, typer.Option(help="A known shape such as llava-1.5-7b, a local folder, or a hub id.")],
     visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture. Default: one crop's.")] = None,
@@ -89,7 +111,7 @@ def flops(
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Draw which visual tokens a method keeps.")
 def explain(
     image: Annotated[Path, typer.Argument(help="A picture, a video, or a folder of frames.")],
     method: Annotated[
@@ -168,7 +190,7 @@ def _writing(path: Path, option: str) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {error.strerror or error}; use another file for {option}") from error
 
 
-@app.command()
+@app.command(short_help="Check this installation.")
 def doctor() -> None:
     """Show versions and check pruning on the embedded model; exit with 1 if a check fails."""
     from . import doctor as checks

@@ -16,7 +16,7 @@ from .extras import EVAL_NEEDS, eval_module, load_runner
 app = App()
 
 
-@app.command()
+@app.command(short_help="Methods and budgets side by side, on questions.")
 def compare(
     model: Annotated[
         str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
@@ -31,45 +31,72 @@ def compare(
     keep: Annotated[
         str, typer.Option(help="Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
     ] = "",
-    out: Annotated[Path, typer.Option(help="Output folder for rows, samples and the plot.")] = Path("runs/compare"),
+    keep_tokens: Annotated[
+        str,
+        typer.Option(
+            help="Or numbers of tokens to keep, separated by commas; llava-1.5 stands for 192,128,64 and llava-next "
+            "for 640,320,160, as in papers."
+        ),
+    ] = "",
+    out: Annotated[
+        Path,
+        typer.Option(help="Output folder. More methods, budgets and questions are added to a run that it holds."),
+    ] = Path("runs/compare"),
     limit: Annotated[int | None, typer.Option(help="Limit the questions per task, for a quick look.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Use all questions instead of the fixed 800 per task.")] = False,
     batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
     frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video in a folder, evenly spaced.")] = 8,
     suffix: Annotated[str, typer.Option(help="Text added to every question, such as ' Answer with one word.'")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
+            "file.py:function or module:function. Default: what each question asks for, else exact."
+        ),
+    ] = "",
     match: Annotated[
         str, typer.Option(help="What --keep is a fraction of: tokens, or flops (of the language model's prefill).")
     ] = "tokens",
     device_map: Annotated[
         str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk (as in transformers).")
     ] = None,
+    no_baseline: Annotated[
+        bool, typer.Option("--no-baseline", help="Leave out the unpruned model, which every method is compared with.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
 
-    Interrupted runs resume: run the same command again. To share a run between processes:
-    torchrun --nproc_per_node 2 -m tokprune.eval compare ...
+    Interrupted runs resume: run the same command again. More methods, budgets or questions are added to what the
+    folder holds. To share a run between processes: torchrun --nproc_per_node 2 -m tokprune.eval compare ...
+
+    Example: tokprune compare --methods vtc_cls,fopru --keep 0.5,0.25 --limit 100
     """
     compared, embedded = eval_module("compare"), eval_module("models")
     check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
-    names = methods.split(",") if methods else usual.methods
+    names = [n.strip() for n in methods.split(",")] if methods else list(usual.methods)
+    names = [n for n in names if n != "none"] if no_baseline else list(dict.fromkeys(["none", *names]))
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
-    configs = compared.configurations([n.strip() for n in names], _ratios(keep) if keep else usual.ratios)
+    counts = _tokens(keep_tokens) if keep_tokens else ()
+    ratios = _ratios(keep) if keep else () if counts else usual.ratios
+    configs = compared.configurations(names, ratios, tokens=counts)
     chosen = compared.chosen_tasks(task or usual.tasks, limit, full, frames)
     processes = eval_module("run.processes").Processes.started()
     console = tables.console(quiet=not processes.is_main)
-    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix)
+    grading = eval_module("tasks.grading").Grading.load(metric)
+    grading.check(chosen)
+    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix, grading=grading)
     configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
     more = {} if frames == 8 else {"frames": frames}
-    settings = compared.settings(runner, model, chosen, configs, batch_size=batch_size, **more)
-    questions = compared.questions(chosen, batch_size)
+    plan = eval_module("run.plan").planned(chosen, configs, batch_size, None if overwrite else out)
+    settings = compared.settings(runner, model, plan, batch_size=batch_size, **more)
     with contextlib.closing(
-        eval_module("run.folder").RunFolder(out, settings, overwrite, processes, questions)
+        eval_module("run.folder").RunFolder(out, settings, overwrite, processes, plan.questions)
     ) as results:
-        compared.Comparison(runner, model, results, configs, batch_size).run(chosen, console)
+        compared.Comparison(runner, model, results, plan).run(console)
     processes.end()
     if model in embedded.EMBEDDED:
         console.print(
@@ -78,7 +105,7 @@ def compare(
     console.print(f"report.html, table.md, table.csv, accuracy.png, rows.jsonl and samples.jsonl are in {out}")
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Fit the gates of dyvte.")
 def fit_exit(
     task: Annotated[str, typer.Option(help="The task to take training questions from: findit, findit_hd or easyvqa.")],
     out: Annotated[Path, typer.Option(help="The gate file to write, for dyvte:gate=FILE.")],
@@ -105,7 +132,7 @@ def fit_exit(
     console.print(f"Use it as dyvte:gate={out}")
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Find how many tokens each layer needs.")
 def search(
     model: Annotated[
         str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
@@ -153,7 +180,7 @@ def search(
     searched.search(runner, model, questions, wanted, out, overwrite, tables.console())
 
 
-@app.command("eval")
+@app.command("eval", no_args_is_help=True, short_help="Benchmarks of lmms-eval.")
 def eval_(
     tasks: Annotated[
         str, typer.Option(help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas.")
@@ -199,7 +226,7 @@ def _names(text: str) -> list[str]:
     return [name for name in (part.strip() for part in text.split(",")) if name]
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Write the report of a comparison again.")
 def report(
     folder: Annotated[Path, typer.Argument(help="The output folder of tokprune compare.")],
     out: Annotated[Path | None, typer.Option(help="Write one HTML file here instead.")] = None,
@@ -230,7 +257,7 @@ def report(
     typer.echo(f"wrote {out}" if out else f"wrote report.html, table.md and table.csv to {folder}")
 
 
-@app.command()
+@app.command(no_args_is_help=True, short_help="Measure time and memory.")
 def bench(
     shape: Annotated[str, typer.Option(help="A known shape with random weights, such as llava-1.5-7b.")] = "",
     model: Annotated[
@@ -303,6 +330,24 @@ def _ratios(text: str) -> list[float]:
     for ratio in ratios:
         check_fraction("--keep", ratio)
     return ratios
+
+
+PRESETS = {"llava-1.5": (192, 128, 64), "llava-next": (640, 320, 160)}
+
+
+def _tokens(text: str) -> list[int]:
+    """Numbers of tokens, or those of a preset."""
+    if text in PRESETS:
+        return list(PRESETS[text])
+    try:
+        counts = _numbers("--keep-tokens", text)
+    except RunError as error:
+        raise RunError(
+            f"--keep-tokens {_short(text)} is not a list of whole numbers: use --keep-tokens 192,128,64, or a preset: "
+            f"{', '.join(PRESETS)}"
+        ) from error
+    check_least(keep_tokens=min(counts))
+    return counts
 
 
 def _short(text: str) -> str:

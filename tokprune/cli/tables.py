@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections import Counter
@@ -14,7 +13,8 @@ import tokprune
 
 from ..core.tokens import Stage
 from ..cost.flops import COMPAT, PARTS, Ledger, Ops, Shape
-from ..methods import METHODS
+from ..methods import ALIAS_SOURCES, METHODS
+from .describe import written
 
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
 
@@ -37,24 +37,19 @@ def methods_table() -> Table:
         preset = "" if str(method).endswith("()") else f" As {method}."
         count = "filter" if method.is_filter else "none" if name == "blind" else method.count.value
         where = "between layers" if method.stage is Stage.DECODER else "before the LLM"
-        source = method.source or ("control" if name in own else _said_source(type(method)))
+        said = "control" if name in own else _said_source(type(method))
+        source = ALIAS_SOURCES.get(name) or method.source or said
         table.add_row(name, _first_line(type(method)) + preset, where, count, source)
     return table
 
 
-def _written(cls: type) -> str:
-    """The docstring of a class; dataclasses without one get a signature, which is none."""
-    doc = inspect.cleandoc(cls.__doc__ or "")
-    return "" if doc.startswith(f"{cls.__name__}(") else doc
-
-
 def _first_line(cls: type) -> str:
-    return _written(cls).partition("\n")[0] or "(no docstring)"
+    return written(cls).partition("\n")[0] or "(no docstring)"
 
 
 def _said_source(cls: type) -> str:
     """What the docstring has after "Source:", or "-"."""
-    found = re.search(r"^Source:[ \t]*(.+)$", _written(cls), re.MULTILINE)
+    found = re.search(r"^Source:[ \t]*(.+)$", written(cls), re.MULTILINE)
     return found[1].strip() if found else "-"
 
 

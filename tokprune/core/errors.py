@@ -22,7 +22,7 @@ class UnknownOptionError(OptionError):
 
 
 class PluginError(TokPruneError):
-    """What another package offers through an entry point cannot be used."""
+    """What another package offers through an entry point, or a file of the user's own, cannot be used."""
 
 
 class MethodError(TokPruneError, RuntimeError):

@@ -14,6 +14,7 @@ from dataclasses import MISSING, fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Literal
 
+from . import own_code
 from .errors import OptionError, PluginError, TokPruneError, UnknownNameError, UnknownOptionError, shown
 
 
@@ -52,11 +53,11 @@ class Registry:
         return sorted({*self.table, *self.aliases})
 
     def load(self, name: str) -> type:
-        """The class of a name.
+        """The class of a name, or of a reference to a user's own ("./file.py:Class", "module:Class").
 
         Raises:
             UnknownNameError: no such name; the message offers the nearest.
-            PluginError: another package has this name, and it cannot be imported.
+            PluginError: it is another package's, or a user's own, and cannot be imported.
         """
         if name in self.table:
             if not self._looked:
@@ -66,6 +67,8 @@ class Registry:
         plugins = self._plugins()
         if name in plugins:
             return self._imported(plugins[name])
+        if own_code.is_reference(name):
+            return own_code.load(name, self.what, self.base)
         raise UnknownNameError(self._unknown(name))
 
     def name_of(self, cls: type) -> str | None:
@@ -148,11 +151,22 @@ class Registry:
     def _unknown(self, name: str) -> str:
         near = nearest(name, self.names())
         hint = f" Did you mean {near!r}?" if near else ""
+        if name.endswith(".py"):
+            hint = f" For a class of a file use {name}:CLASS."
         listing = f" ({self.listing})" if self.listing else ""
         return f"no {self.what} named {name!r}.{hint} Available: {', '.join(self.names())}{listing}"
 
+    def parts(self, spec: str) -> list[str]:
+        """Name, or reference to a class, and options of a specification."""
+        name, *parts = spec.split(":")
+        if parts and "=" not in parts[0] and name not in self.names():
+            return [f"{name}:{parts[0]}", *parts[1:]]
+        return [name, *parts]
+
     def build(self, spec: str, options: Mapping[str, Any] | None = None) -> Any:
         """An object from `name:option=value:option=value`; `options` add to the string's own.
+
+        Instead of a name, "./file.py:Class" or "module:Class".
 
         Raises:
             UnknownNameError: no such name.
@@ -160,7 +174,7 @@ class Registry:
             OptionError: no such option, an option twice, one without a value, or a value that does not fit its
                 declared type.
         """
-        name, *parts = spec.split(":")
+        name, *parts = self.parts(spec)
         own: list[str] = []
         if name in self.aliases:
             name, *own = self.aliases[name].split(":")

@@ -46,6 +46,9 @@ METHODS = Registry(
     base=Method,
 )
 
+# Papers of aliases, which are not those of their classes.
+ALIAS_SOURCES = {"fastervlm": "arXiv:2412.01818"}
+
 
 @dataclass(frozen=True)
 class Labelled:

@@ -209,6 +209,8 @@ def _part_of(entry: Any, folder: Path) -> Method:
 
 
 def _class_of(name: str) -> type[Method]:
+    if ":" in name:  # a folder from elsewhere names no code to run
+        raise SavedError(f"no method named {name[:40]!r}; only names of tokprune and of installed packages are loaded")
     try:
         return METHODS.load(name)
     except PluginError as error:

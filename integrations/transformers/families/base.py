@@ -93,7 +93,7 @@ class ModelFamily:
     nested_encoders: ClassVar[Mapping[str, str]] = {}
     m_rope: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
-    column_inputs: ClassVar[Mapping[str, int]] = {}
+    column_inputs: ClassVar[Mapping[str, int]] = {"token_type_ids": 1}  # some tokenizers give them to any model
     visual_inputs: ClassVar[Sequence[str]] = ()
     visual_mask: ClassVar[str] = ""
     ready_masks: ClassVar[bool] = False

@@ -1,0 +1,57 @@
+"""What the unpruned model answered wrong, and what may be wrong with how it was asked or graded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from ..run.rows import SampleRow
+from ..tasks import Sample
+from ..tasks.metrics import contains
+
+N_WRONG = 5
+SUFFIX = "--suffix ' Answer with one word.'"
+_WHOLE = ("exact", "normalized")  # metrics that compare whole answers
+
+
+def hint(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> str:
+    """What to type where most answers are sentences around the expected words, or were cut off; else empty.
+
+    Args:
+        samples: of the task.
+        rows: answers of the unpruned model.
+    """
+    asked = {s.id: s for s in samples}
+    graded = [r for r in rows if r.sample in asked and r.metric in _WHOLE]
+    around = sum(not r.right and contains(r.answer, asked[r.sample].answers) > 0 for r in graded)
+    cut = sum(not r.right and not r.stopped for r in graded)
+    if 2 * around > len(graded):
+        return (
+            f"{around} of {len(graded)} answers of the unpruned model contain the expected answer and are not equal to "
+            f"it: use {SUFFIX} or --metric contains"
+        )
+    if 2 * cut > len(graded):
+        return (
+            f"{cut} of {len(graded)} answers of the unpruned model are wrong and were cut off before their end: use "
+            f"{SUFFIX}, or --metric contains with a larger --max-new-tokens"
+        )
+    return ""
+
+
+def wrong(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Group | None:
+    """The first wrong answers of the unpruned model; None where there is none. Arguments as in `hint`."""
+    asked = {s.id: s for s in samples}
+    lost = [r for r in rows if not r.right and r.sample in asked]
+    if not lost:
+        return None
+    first = min(len(lost), N_WRONG)
+    out = Table(box=SIMPLE_HEAD)
+    for name in ("question", "expected", "answer"):
+        out.add_column(name, overflow="fold")
+    for row in lost[:first]:
+        out.add_row(*map(Text, (asked[row.sample].question, row.expected, row.answer)))  # no markup
+    return Group(f"Wrong answers of the unpruned model, {first} of {len(lost)}:", out)
