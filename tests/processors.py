@@ -36,7 +36,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         padding_side="left",
         model_max_length=4096,
-        model_input_names=["input_ids", "attention_mask"],  # transformers 4 else adds token types
         extra_special_tokens={
             "image_token": "<image>",
             "video_token": "<video>",

@@ -428,6 +428,14 @@ def test_the_ledger_counts_windows_and_convolutions(kind, options):
     assert shape.encode().projector.flops == counted(lambda: parts.multi_modal_projector(states))["all"]
 
 
+@unread
+def test_the_ledger_counts_no_method_that_attach_refuses(kind):
+    shape = family_of(model_of(kind)).shape
+    assert shape.picture(9, signals=[Signal(Kind.TEXT_EMBEDS)]) == shape.encode()
+    with pytest.raises(UnsupportedModelError, match="relative positions.*use 'divprune'"):
+        shape.picture(9, signals=[Signal(Kind.RECEIVED, (2,))])
+
+
 @kinds
 @torch.no_grad()
 def test_detaching_gives_everything_back(kind):

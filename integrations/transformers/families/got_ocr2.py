@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
+from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.signals import Signal
 from tokprune.cost.flops import Ops, Shape, Stack, Vision
 from tokprune.cost.shapes import text_of
 
@@ -16,6 +18,7 @@ from .siglip import SiglipFamily
 from .sizes import Sizes, pil_image_processor
 
 STRIDE = 4  # patches along a side from a token to the next
+WHY = "adds relative positions to its attention scores"
 GLOBAL_EVERY = 3  # layers of SAM's base tower: two with windows, then one that sees the whole picture
 
 
@@ -43,6 +46,16 @@ class SamVision(Vision):
         layers = stack.n_windowed * windowed + (stack.n_layers - stack.n_windowed) * whole
         return Ops(layers + n * (self.patch_values * stack.width + self.neck))
 
+    def signals(self, signals: Iterable[Signal], n_patches: int | None = None) -> Ops:
+        """Nothing, of a method that reads nothing from the tower.
+
+        Raises:
+            UnsupportedModelError: a method that does.
+        """
+        if any(s.layers for s in signals):
+            raise UnsupportedModelError(f"nothing is read from this vision tower, which {WHY}; use 'divprune'")
+        return Ops()
+
     def _keys(self, side: int) -> int:
         """Keys of a query in a square, with half a product for each of its rows and columns."""
         return side * side + self.relative * side
@@ -55,7 +68,7 @@ class GotOcr2(SiglipFamily):
     # Releases before the newest ones give the tower's configuration no name.
     towers: ClassVar = {"got_ocr2_vision": TowerKind("SAM", False), "": TowerKind("SAM", False)}
     no_layer_cuts: ClassVar[str] = ""
-    no_tower_signals: ClassVar[str] = "adds relative positions to its attention scores"
+    no_tower_signals: ClassVar[str] = WHY
 
     @classmethod
     def shape_of(cls, config: Any) -> Shape:
