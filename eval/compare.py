@@ -21,8 +21,8 @@ from tokprune.prune.videos import N_FRAMES, Clip
 
 from .report import answers, pareto
 from .report import html as report
+from .report.findings import task_table
 from .report.losses import Artist
-from .report.tables import table
 from .run.folder import RunFolder
 from .run.lines import counted
 from .run.plan import Plan
@@ -220,7 +220,7 @@ class Comparison:
             told = counted(n, path, "its picture is drawn again", "their pictures are drawn again")
             console.print(told, markup=False, soft_wrap=True)
         for task, samples in tasks:
-            console.print(table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
+            console.print(task_table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
             self._print_wrong(task, samples, console)
 
     def _print_wrong(self, task: Task, samples: Sequence[Sample], console: Console) -> None:

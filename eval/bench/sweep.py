@@ -30,7 +30,7 @@ from ..run.runner import Runner
 from . import shaped
 from .cells import Cell, Row, Subject
 from .settings import METHODS, Settings
-from .tables import conditions_line, legend, rich_table, tables
+from .tables import conditions_line, legend, tables
 
 
 @dataclass
@@ -232,13 +232,13 @@ def run(settings: Settings, out: Path, overwrite: bool, console: Console) -> boo
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print the tables and their legend."""
-    console.print(conditions_line(rows[0]), soft_wrap=True)
+    console.print(conditions_line(rows[0]), highlight=False)
     for table in tables(rows):
         console.print()
-        console.print(rich_table(table))
+        console.print(table.grid())
     console.print()
     for line in legend(rows):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, highlight=False)
 
 
 def configurations(methods: Sequence[str], keep: Sequence[float]) -> list[Config]:

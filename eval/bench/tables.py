@@ -1,24 +1,35 @@
-"""Tables of a sweep: phases, ratios and break-even of every cell, and totals over batch sizes and resolutions."""
+"""Tables of a sweep: one matrix of what pruning changes, then the times of every cell by phase."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from rich.table import Table as RichTable
-
+from ..report.terminal import Grid
 from ..run.rows import NONE
 from .break_even import FEWEST, NOISE, Ranges, rank, state
 from .cells import PHASES, Interval, Row
 
+NAMES = ("method", "keep")
+# What leaves a table that is too wide, the least important first; times to the first token and in total stay.
+LEAVING = (
+    *("memory\nMiB", "KV\nMiB", "later\nFLOPs", "later\ntokens", "slower\nat"),
+    *("visual\ntokens", "gains\nat", "prefill\nFLOPs", "KV"),
+    *("rest", "later tokens,\neach", "selection", "vision"),
+)
+
 
 class Table(NamedTuple):
-    """A title, a header, in which newlines may break names, and lines."""
+    """A title, a header, in which newlines may break names, and lines; the first two cells name a row."""
 
     title: str
     header: Sequence[str]
     lines: Sequence[Sequence[str]]
+
+    def grid(self) -> Grid:
+        """For the terminal."""
+        return Grid(self.header, self.lines, self.title, names=len(NAMES), leaving=LEAVING)
 
 
 def conditions_line(row: Row) -> str:
@@ -32,16 +43,51 @@ def conditions_line(row: Row) -> str:
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """Times and ratios of every cell, then totals by batch size and by resolution where there are several."""
-    for _, group in groupby(rows, key=lambda r: (r.resolution, r.batch_size)):
-        by_config = [list(each) for _, each in groupby(group, key=lambda r: r.config)]
-        row = by_config[0][0]
+    """The matrix of all cells, and milliseconds by phase of each."""
+    cells = [list(group) for _, group in groupby(rows, key=_cell)]
+    yield matrix(rows)
+    for cell in cells:
+        row = cell[0]
         picture = f"{row.resolution} x {row.resolution} pixels, {row.n_visual} visual tokens per picture"
-        title = f"batch {row.batch_size}, {picture}"
-        yield _times(f"{title}: milliseconds, p50 [p20, p80]", by_config)
-        yield _ratios(f"{title}: relative to the unpruned model", by_config)
-    yield from _over_sizes(rows, "batch_size", "batch", "resolution")
-    yield from _over_sizes(rows, "resolution", "pixels", "batch_size")
+        yield _times(f"batch {row.batch_size}, {picture}: milliseconds, p50 [p20, p80]", _by_config(cell))
+
+
+def matrix(rows: Sequence[Row]) -> Table:
+    """What pruning changes: a line for each method and ratio, columns by resolution, batch size and output length."""
+    cells = {key: list(group) for key, group in groupby(rows, key=_cell)}
+    resolutions = {resolution for resolution, _ in cells}
+    columns: dict[str, Callable[[Row], str]] = {}  # of the rows of a configuration in a cell, by the column's name
+    places: dict[str, tuple[tuple[int, int], int]] = {}  # the cell and output length that a column is about
+    for key, cell in cells.items():
+        resolution, batch = key
+        lengths = sorted({r.new_tokens for r in cell})
+        where = [f"{resolution} pixels"] * (len(resolutions) > 1) + [f"batch {batch}"] * (len(cells) > 1)
+        first = next(k for k in cells if k[0] == resolution) == key  # predictions are those of every batch
+        for name, of in _PREDICTED.items() if first else ():
+            at = "\n".join([*where[: len(resolutions) > 1], name])
+            columns[at], places[at] = of, (key, lengths[-1])
+        for name, length, of in _measured(lengths, spread=len(cells) == 1):
+            at = "\n".join([*where, name])
+            columns[at], places[at] = of, (key, length)
+    lines = []
+    for config in dict.fromkeys(r.config for r in rows):
+        mine = {(_cell(r), r.new_tokens): r for r in rows if r.config == config}
+        named = next(iter(mine.values()))
+        found = [of(mine[places[name]]) if places[name] in mine else "" for name, of in columns.items()]
+        lines.append([*_names(named), *found])
+    return Table("Relative to the unpruned model", [*NAMES, *columns], lines)
+
+
+def _cell(row: Row) -> tuple[int, int]:
+    return row.resolution, row.batch_size
+
+
+def _by_config(cell: Sequence[Row]) -> list[list[Row]]:
+    return [list(each) for _, each in groupby(cell, key=lambda r: r.config)]
+
+
+def _names(row: Row) -> list[str]:
+    return [row.method, "" if row.keep_ratio is None else f"{row.keep_ratio:g}"]
 
 
 def legend(rows: Sequence[Row]) -> Iterator[str]:
@@ -67,67 +113,46 @@ def legend(rows: Sequence[Row]) -> Iterator[str]:
         yield "No configuration gains time."
 
 
-def rich_table(table: Table) -> RichTable:
-    """For a terminal."""
-    made = RichTable(title=table.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for i, column in enumerate(table.header):
-        made.add_column(column, justify="right" if i else "left", no_wrap=bool(i))
-    for line in table.lines:
-        made.add_row(*line)
-    return made
-
-
 def _times(title: str, by_config: Sequence[Sequence[Row]]) -> Table:
     """Milliseconds of every phase."""
     lines = []
     for *_, row in by_config:
         spreads = [*(getattr(row, f"{phase}_ms") for phase in PHASES), row.first_token_ms, row.token_ms]
         shown = ("" if s is None else f"{_ms(s[1])} [{_ms(s[0])}, {_ms(s[2])}]" for s in spreads)
-        lines.append([row.name, *shown])
-    return Table(title, ["method", *PHASES, "first token", "later tokens, each"], lines)
+        lines.append([*_names(row), *shown])
+    return Table(title, [*NAMES, *PHASES, "first\ntoken", "later tokens,\neach"], lines)
 
 
-def _ratios(title: str, by_config: Sequence[Sequence[Row]]) -> Table:
-    """Measured ratios next to predicted ones, and break-even."""
-    totals = [f"total,\n{r.new_tokens} token{'s' * (r.new_tokens > 1)}" for r in by_config[0]]
-    header = ["method", "visual\ntokens", "first\ntoken", "FLOPs", "later\ntokens", "FLOPs", *totals]
-    header += ["gains\nat", "slower\nat", "KV\nMiB", "KV", "memory\nMiB"]
-    return Table(title, header, [_ratio_line(each) for each in by_config])
+def _measured(lengths: Sequence[int], spread: bool) -> Iterator[tuple[str, int, Callable[[Row], str]]]:
+    """Columns of one cell: their name, the output length that they are about, and what they show.
+
+    With `spread`, the first token and the longest output have their intervals.
+    """
+    longest = lengths[-1]
+    yield "first\ntoken", longest, lambda r: _ratio(r.first_token_ratio, r, interval=spread)
+    for n in lengths:
+        if n > 1:  # one token is the first
+            wide = spread and n == longest
+            yield f"total,\n{n} tokens", n, lambda r, wide=wide: _ratio(r.total_ratio, r, interval=wide)
+    yield "gains\nat", longest, lambda r: _lengths(r.gains)
+    yield "slower\nat", longest, lambda r: _lengths(r.losses)
+    yield "later\ntokens", longest, lambda r: _ratio(r.token_ratio, r)
+    yield "KV\nMiB", longest, lambda r: f"{r.kv_bytes / 2**20:.1f}"
+    yield "memory\nMiB", longest, lambda r: "" if r.above_bytes is None else f"{r.above_bytes / 2**20:.0f}"
 
 
-def _ratio_line(of_lengths: Sequence[Row]) -> list[str]:
-    """One configuration; with more than two output lengths, only the longest has its interval."""
-    row = of_lengths[-1]
+def _visual(row: Row) -> str:
     mean = "" if abs(row.n_mean - row.n_kept) < 0.05 else f" ({row.n_mean:.0f})"
-    return [
-        row.name,
-        f"{row.n_visual} -> {row.n_kept:.4g}{mean}",
-        _ratio(row.first_token_ratio, row),
-        _predicted(row.prefill_flops_ratio),
-        _ratio(row.token_ratio, row),
-        _predicted(row.token_flops_ratio),
-        *(_ratio(r.total_ratio, r, interval=r is row or len(of_lengths) < 3) for r in of_lengths),
-        _lengths(row.gains),
-        _lengths(row.losses),
-        f"{row.kv_bytes / 2**20:.1f}",
-        _predicted(row.kv_bytes_ratio),
-        "" if row.above_bytes is None else f"{row.above_bytes / 2**20:.0f}",
-    ]
+    return f"{row.n_visual} -> {row.n_kept:.4g}{mean}"
 
 
-def _over_sizes(rows: Sequence[Row], field: str, what: str, other: str) -> Iterator[Table]:
-    """Ratios of the total time by batch size or by resolution, if several were measured."""
-    sizes = sorted({getattr(r, field) for r in rows})
-    if len(sizes) < 2:
-        return
-    found: dict[tuple, dict[int, str]] = {}
-    for row in rows:
-        if row.method != NONE:
-            line = found.setdefault((row.name, row.new_tokens, getattr(row, other)), {})
-            line[getattr(row, field)] = _ratio(row.total_ratio, row)
-    header = ["method", "output\ntokens", other.replace("_", " "), *(f"{what} {size}" for size in sizes)]
-    lines = [[name, str(n), str(held), *(x.get(s, "") for s in sizes)] for (name, n, held), x in found.items()]
-    yield Table(f"total time by {field.replace('_', ' ')}, relative to the unpruned model", header, lines)
+# The same for every batch size.
+_PREDICTED: dict[str, Callable[[Row], str]] = {
+    "visual\ntokens": _visual,
+    "prefill\nFLOPs": lambda r: _predicted(r.prefill_flops_ratio),
+    "later\nFLOPs": lambda r: _predicted(r.token_flops_ratio),
+    "KV": lambda r: _predicted(r.kv_bytes_ratio),
+}
 
 
 def _lengths(ranges: Ranges) -> str:

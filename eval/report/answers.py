@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
 from ..run.rows import SampleRow
 from ..tasks import Sample
 from ..tasks.metrics import contains
+from .terminal import Grid
 
 N_WRONG = 5
 SUFFIX = "--suffix ' Answer with one word.'"
@@ -42,16 +38,13 @@ def hint(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> str:
     return ""
 
 
-def wrong(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Group | None:
+def wrong(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Grid | None:
     """The first wrong answers of the unpruned model; None where there is none. Arguments as in `hint`."""
     asked = {s.id: s for s in samples}
     lost = [r for r in rows if not r.right and r.sample in asked]
     if not lost:
         return None
     first = min(len(lost), N_WRONG)
-    out = Table(box=SIMPLE_HEAD)
-    for name in ("question", "expected", "answer"):
-        out.add_column(name, overflow="fold")
-    for row in lost[:first]:
-        out.add_row(*map(Text, (asked[row.sample].question, row.expected, row.answer)))  # no markup
-    return Group(f"Wrong answers of the unpruned model, {first} of {len(lost)}:", out)
+    header = ["question", "expected", "answer"]
+    lines = [[asked[row.sample].question, row.expected, row.answer] for row in lost[:first]]
+    return Grid(header, lines, f"Wrong answers of the unpruned model, {first} of {len(lost)}:", text=header)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
-from ..run.rows import DOWNSAMPLE, NONE, SHUFFLED, Row, pooled
-from .tables import FLOORS, budget, in_points, is_control, order
+from ..run.rows import DOWNSAMPLE, FRAMES, NONE, SHUFFLED, Row, pooled
+from .tables import FLOORS, budget, in_points, is_control, most_lost, order, table, times
+from .terminal import Grid
 
 NBSP = "\u00a0"
 _FEW = 100  # questions
+SAFE_POINTS = 5.0  # a method is safe if it loses at most so many percentage points, at 95 %
+UNEQUAL = 1.1  # how many times the FLOPs of another make a comparison at one budget unfair
 _GUESS = "the most frequent training answer"
 _CANNOT_TELL = "So this task cannot tell methods apart."
 
@@ -36,6 +39,100 @@ def headline(rows: Sequence[Row]) -> str:
     )
 
 
+def recommended(rows: Sequence[Row], points: float = SAFE_POINTS) -> Row | None:
+    """The cheapest by prefill FLOPs of the methods that lose at most so many points at 95 %; None if none do.
+
+    Where FLOPs are not known, the mean number of visual tokens over decoder layers counts. Of equally cheap ones it is
+    the one that may lose least. Controls and floors are never recommended.
+
+    Args:
+        rows: of one task.
+        points: lost at most, by the lower end of the interval of the difference from the unpruned run.
+    """
+    safe = [r for r in _candidates(rows) if (most_lost(r) or 0) <= points]
+    return min(safe, key=lambda r: (*_price(r), most_lost(r) or 0), default=None)
+
+
+def _candidates(rows: Sequence[Row]) -> list[Row]:
+    """Methods that were compared with the unpruned run, without controls."""
+    return [r for r in pooled(rows) if r.method not in FLOORS and not is_control(r.method) and most_lost(r) is not None]
+
+
+def _price(row: Row) -> tuple[float, float]:
+    """Prefill FLOPs, of the unpruned run's, then visual tokens; unknown FLOPs count alike."""
+    after, before = row.costs.prefill_flops_after, row.costs.prefill_flops_before
+    return (1.0 if after is None or not before else after / before), row.n_visual_mean
+
+
+def verdict(rows: Sequence[Row], question_only: float | None, points: float = SAFE_POINTS) -> str:
+    """Which method to use, in a sentence; empty where none was compared with the unpruned run.
+
+    Args:
+        rows: of one task.
+        question_only: the share of questions that the most frequent training answer gets right.
+        points: as in `recommended`.
+    """
+    candidates = _candidates(rows)
+    if not candidates:
+        return ""
+    if _against_floors(pooled(rows), question_only)[1]:
+        return f"No method can be recommended: without the right picture the model does as well. {_CANNOT_TELL}"
+    found = recommended(rows, points)
+    if found is None:
+        nearest = min(candidates, key=lambda r: most_lost(r) or 0)
+        return (
+            f"No method is safe at {points:g} points (95 %): the nearest, {_at(nearest)}, may lose "
+            f"{most_lost(nearest):.1f}. More questions narrow this; a larger budget loses less."
+        )
+    c = found.costs
+    saved = {
+        "prefill FLOPs": times(c.prefill_flops_after, c.prefill_flops_before),
+        "KV": times(c.kv_bytes_after, c.kv_bytes_before),
+        "time": times(found.prefill_ratio, 1),
+    }
+    shown = ", ".join(f"{what} {ratio}" for what, ratio in saved.items() if ratio)
+    return (
+        f"Use {_at(found)}: {shown + '; ' if shown else ''}loses at most {most_lost(found):.1f} points (the cheapest "
+        f"of those that lose at most {points:g}, at 95 %)."
+    )
+
+
+def _at(row: Row) -> str:
+    """As "vtc_cls at 0.25"."""
+    return f"{row.method} at {budget(row)}" if budget(row) else row.method
+
+
+def unequal(rows: Sequence[Row]) -> str:
+    """What to know where methods spend different FLOPs at one budget of tokens, and how to match; empty elsewhere.
+
+    The budget at which they differ most is named. FLOPs are those of the language model, which `--match flops` equals.
+    """
+    by_budget: dict[str, list[tuple[float, Row]]] = {}
+    for row in pooled(rows):
+        after, before = row.costs.llm_flops_after, row.costs.llm_flops_before
+        if row.flops_ratio is None and budget(row) and row.method not in (DOWNSAMPLE, FRAMES) and after and before:
+            by_budget.setdefault(budget(row), []).append((after / before, row))
+    ends = {
+        name: (min(some, key=lambda pair: pair[0]), max(some, key=lambda pair: pair[0]))
+        for name, some in by_budget.items()
+    }
+    apart = {name: high[0] / low[0] for name, (low, high) in ends.items()}
+    if not apart or max(apart.values()) <= UNEQUAL:
+        return ""
+    name = max(apart, key=lambda key: apart[key])
+    (least, cheap), (most, dear) = ends[name]
+    return (
+        f"Equal budgets are not equal costs: at {in_words(name)}, {dear.method} spends LLM FLOPs x {most:.2f} and "
+        f"{cheap.method} x {least:.2f}. To compare at equal FLOPs, use --match flops."
+    )
+
+
+def task_table(task: str, rows: Sequence[Row], question_only: float | None) -> Grid:
+    """One task's table for the terminal; under it whether budgets cost the same, and the verdict."""
+    notes = [text for text in (unequal(rows), verdict(rows, question_only)) if text]
+    return replace(table(task, rows, question_only), notes=notes)
+
+
 def findings(rows: Sequence[Row], question_only: float | None) -> list[Finding]:
     """Floors, then every budget from the largest, then how small a difference the run can detect.
 
@@ -49,6 +146,8 @@ def findings(rows: Sequence[Row], question_only: float | None) -> list[Finding]:
     if _one(rows, NONE) is not None:
         found += [f for name in budgets if (f := _budget(name, [r for r in shown if budget(r) == name])) is not None]
         found += _resolution(shown)
+    if text := unequal(rows):
+        found.append(Finding("Costs", text, True))
     return found + _missing(rows)
 
 
@@ -69,7 +168,7 @@ def _against_floors(rows: Sequence[Row], question_only: float | None) -> tuple[s
     floors = [r for r in rows if r.method in FLOORS and r.difference is not None]
     alike = [r.method for r in floors if r.is_noise]
     if alike:
-        return f"The unpruned model is within the noise of {' and '.join(alike)}. {_CANNOT_TELL}", True
+        return f"No difference is seen between the unpruned model and {' and '.join(alike)}. {_CANNOT_TELL}", True
     bare = _one(rows, NONE)
     above = [r.method for r in floors if (r.difference or 0) > 0]
     if bare is not None and question_only is not None and question_only >= bare.low:
@@ -80,7 +179,7 @@ def _against_floors(rows: Sequence[Row], question_only: float | None) -> tuple[s
 
 
 def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
-    """What is within the noise of the unpruned run at one budget, and whether random tokens are among it."""
+    """Which methods show no loss at one budget, and whether random tokens are among them."""
     pruned = [r for r in rows if r.method not in (*FLOORS, NONE) and r.difference is not None]
     if not pruned:
         return None
@@ -89,15 +188,15 @@ def _budget(name: str, rows: Sequence[Row]) -> Finding | None:
     better = [r.method for r in ranked if (r.difference_low or 0) > 0]
     texts = _alike(alike) if alike else [_apart(ranked)]
     if better:
-        texts.append(f"Better than unpruned, by more than noise: {'; '.join(better)}.")
+        texts.append(f"Measurably better than unpruned: {'; '.join(better)}.")
     return Finding(in_words(name).replace("keep", "Keep") or "Own budget", " ".join(texts))
 
 
 def _alike(alike: Sequence[Row]) -> list[str]:
     best, *others = alike
-    texts = [f"The best method within the noise of unpruned is {_described(best)}."]
+    texts = [f"No loss is seen with {_described(best)}."]
     if others:
-        texts.append(f"Also within the noise: {'; '.join(r.method for r in others)}.")
+        texts.append(f"Nor with {'; '.join(r.method for r in others)}.")
     if any(r.method.startswith("random") for r in alike):
         texts.append("Random tokens are among these: at this budget the run does not show that the choice matters.")
     return texts
@@ -106,8 +205,8 @@ def _alike(alike: Sequence[Row]) -> list[str]:
 def _apart(ranked: Sequence[Row]) -> str:
     best = min(ranked, key=lambda r: abs(r.difference or 0))
     if len(ranked) == 1:
-        return f"The difference from unpruned is larger than noise: {_described(best)}."
-    return f"All {len(ranked)} methods differ from unpruned by more than noise. The nearest is {_described(best)}."
+        return f"A difference from unpruned is measured: {_described(best)}."
+    return f"All {len(ranked)} methods differ measurably from unpruned. The nearest is {_described(best)}."
 
 
 def in_words(name: str) -> str:
@@ -117,8 +216,10 @@ def in_words(name: str) -> str:
 
 def _described(row: Row) -> str:
     control = " (a control)" if is_control(row.method) else ""
-    points = in_points(row.difference or 0, row.difference_low, row.difference_high)
-    return f"{row.method}{control} with {_percent(row.value)}, {points}{NBSP}points"
+    points = f"{in_points(row.difference or 0, row.difference_low, row.difference_high)}{NBSP}points"
+    if row.is_noise:
+        points = f"at most {most_lost(row):.1f}{NBSP}points lost (95{NBSP}%)"
+    return f"{row.method}{control} with {_percent(row.value)}, {points}"
 
 
 def _resolution(rows: Sequence[Row]) -> list[Finding]:

@@ -22,11 +22,11 @@ from ..run.folder import FILES
 from ..run.lines import counted
 from ..run.rows import NONE, Row, SampleRow, pooled
 from .exports import csv_table, markdown_tables
-from .findings import findings, headline, in_words
+from .findings import findings, headline, in_words, verdict
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
 from .pareto import COSTS, plots, styles
 from .stored import Run
-from .tables import COLUMNS, FLOORS, QUESTION_ONLY, accuracy, budget, columns, conditions, difference, order
+from .tables import COLUMNS, FLOORS, QUESTION_ONLY, accuracy, budget, columns, conditions, difference, not_seen, order
 
 TEMPLATE = "report.html.jinja"
 _LONG = 300  # characters of a text that others wrote
@@ -113,6 +113,7 @@ def _task(i: int, run: Run, task: str, looks: dict, found: dict, cards: list[dic
         "id": f"t{i}",
         "name": task,
         "headline": headline(rows),
+        "verdict": verdict(rows, floor),
         "findings": findings(rows, floor),
         "conditions": conditions(rows[0]),
         "plots": figures,
@@ -153,8 +154,8 @@ def _table(rows: Sequence[Row], floor: float | None, found: Mapping[tuple[str, s
     cells: dict[str, Callable[[Row], str]] = {
         "budget": budget,
         "accuracy [95 %]": accuracy,
-        "points from unpruned [95 %]": lambda r: difference(r).removesuffix(" noise"),
-        "noise": lambda r: "noise" if r.is_noise else "",
+        "points from unpruned [95 %]": difference,
+        "that is": not_seen,
         "p": _p_value,
         "lost / won": functools.partial(_lost_won, found),
         "words": COLUMNS["words"],
@@ -165,7 +166,7 @@ def _table(rows: Sequence[Row], floor: float | None, found: Mapping[tuple[str, s
         "prefill ms": _milliseconds,
     }
     used = columns(pooled(rows), cells)
-    css = {"accuracy [95 %]": "number strong", "noise": "noise"}
+    css = {"accuracy [95 %]": "number strong", "that is": "words"}
     header = [(name, css.get(name, "number")) for name in used]
     groups = _groups(rows, [cells[name] for name in used])
     if floor is not None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from ..run.rows import DOWNSAMPLE, EXACT_MATCH, FRAMES, NONE, SHUFFLED, Row, pooled
 from ..stats import wilson
+from .terminal import Grid
 
 FLOORS = (SHUFFLED, "blind")  # answers without the right picture
 CONTROLS = (NONE, DOWNSAMPLE, FRAMES, "random", "uniform", "pool")
 QUESTION_ONLY = "question only"
+LOSS = "against unpruned [95 %]"
+
+# What leaves a table that is too wide, the least important first. Accuracy, what is lost and the price stay.
+LEAVING = ("stop", "words", "visual tokens", "LLM FLOPs", "KV bytes", "prefill time")
 
 
 def is_control(method: str) -> bool:
@@ -55,11 +57,28 @@ def accuracy(row: Row) -> str:
 
 
 def difference(row: Row) -> str:
-    """Percentage points from the unpruned run on the same questions, and whether they may be noise."""
+    """Percentage points from the unpruned run on the same questions: "-4.1 [-6.3, -1.9]"; empty if not known."""
     if row.difference is None or row.difference_low is None or row.difference_high is None:
         return ""
-    points = in_points(row.difference, row.difference_low, row.difference_high)
-    return f"{points}{' noise' if row.is_noise else ''}"
+    return in_points(row.difference, row.difference_low, row.difference_high)
+
+
+def most_lost(row: Row) -> float | None:
+    """The most percentage points that a row loses against the unpruned run, at 95 %; never below 0."""
+    return None if row.difference_low is None else max(0.0, -100 * row.difference_low)
+
+
+def not_seen(row: Row) -> str:
+    """What can be said where no difference is seen, "no loss seen; at most 5.3 points (95 %)"; empty elsewhere."""
+    return f"no loss seen; at most {most_lost(row):.1f} points (95 %)" if row.is_noise else ""
+
+
+def loss(row: Row) -> str:
+    """The same where the interval holds 0, else how many points are lost: "-4.1 points [-6.3, -1.9]"."""
+    if not difference(row):
+        return ""
+    value, _, ends = difference(row).partition(" ")
+    return not_seen(row) or f"{value} points {ends}"
 
 
 def visual(row: Row) -> str:
@@ -78,7 +97,7 @@ COLUMNS: Cells = {
     "method": lambda r: r.method,
     "keep": budget,
     "accuracy [95 %]": accuracy,
-    "points from none [95 %]": difference,
+    LOSS: loss,
     "words": lambda r: _share(r.words_value),
     "stop": lambda r: _share(r.stop_rate),
     "visual tokens": visual,
@@ -151,17 +170,18 @@ def body(rows: Sequence[Row], floor: float | None) -> tuple[list[str], list[list
     return header, lines
 
 
-def table(task: str, rows: Sequence[Row], floor: float | None) -> Table:
+def table(task: str, rows: Sequence[Row], floor: float | None) -> Grid:
     """One task's table for the terminal."""
-    out = Table(title=f"{task}: {caption(rows[0])}\n{unpruned(rows[0])}", title_justify="left", box=SIMPLE_HEAD)
     header, lines = body(rows, floor)
-    for name in header:
-        wrapped = name.replace(" [", "\n[") if "[" in name else name.replace(" ", "\n")
-        first = name == "method"
-        out.add_column(wrapped, justify="left" if first else "right", no_wrap=not first, overflow="fold")
-    for line in lines:
-        out.add_row(*line)
-    return out
+    broken = {name: name.replace(" [", "\n[") if "[" in name else name.replace(" ", "\n") for name in header}
+    return Grid(
+        [broken[name] for name in header],
+        lines,
+        title=f"{task}: {caption(rows[0])}\n{unpruned(rows[0])}".strip(),
+        names=sum(name in ("method", "keep") for name in header),
+        leaving=[broken[name] for name in LEAVING if name in broken],
+        text=[broken[LOSS]] if LOSS in broken else [],
+    )
 
 
 def of_kinds(row: Row, kinds: Sequence[str]) -> tuple[float, float, float, int]:

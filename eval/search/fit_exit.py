@@ -30,7 +30,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table as RichTable
 from safetensors import SafetensorError, safe_open
 from tokprune.integrations.transformers import family_of
 from torch import Tensor, nn
@@ -41,6 +40,7 @@ from tokprune.core.files import write_tensors
 from tokprune.core.signals import Decoder
 from tokprune.methods.gates import Gates, Weights, gate_features, gate_logits, write_gates
 
+from ..report.terminal import Grid
 from ..run.locks import alone_at
 from ..run.runner import Runner
 from ..tasks import Sample, Task
@@ -364,16 +364,15 @@ def _notes(weights: dict, fit: Seen, held: Seen, limit: float) -> dict[str, Any]
 def show(notes: Any, console: Console) -> None:
     """Print the figures of a gate file as a table, and the best fixed layer."""
     title = f"{notes['n_held_out']} held-out training questions; fitted to {notes['n_fit']}"
-    table = RichTable(title=title, title_justify="left")
-    for name in ("exit before layer", "exit is right", "gate is right", "gates exit", "labels exit", "KL, nats"):
-        table.add_column(name, justify="right")
+    lines = []
     for i, share in enumerate(notes["label_share"]):
         counts = [str(notes[name][str(i + 1)]) for name in ("exit_layers", "label_exit_layers")]
-        table.add_row(
-            str(i + 1), f"{share:.3f}", f"{notes['accuracy'][i]:.3f}", *counts, f"{notes['held_out_kl'][i]:.4f}"
+        lines.append(
+            [str(i + 1), f"{share:.3f}", f"{notes['accuracy'][i]:.3f}", *counts, f"{notes['held_out_kl'][i]:.4f}"]
         )
-    table.add_row(NEVER, "", "", str(notes["exit_layers"][NEVER]), str(notes["label_exit_layers"][NEVER]), "")
-    console.print(table)
+    lines.append([NEVER, "", "", str(notes["exit_layers"][NEVER]), str(notes["label_exit_layers"][NEVER]), ""])
+    header = ["exit before layer", "exit is right", "gate is right", "gates exit", "labels exit", "KL, nats"]
+    console.print(Grid(header, lines, title))
     fixed = notes["fixed_layer"]
     if fixed is None:
         console.print(

@@ -18,7 +18,6 @@ from typing import Any
 from optuna.trial import Trial
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from tokprune.integrations.transformers import family_of
 
 import tokprune
@@ -28,6 +27,7 @@ from tokprune.core.signals import Decoder
 from tokprune.core.tokens import Stage
 
 from ..compare import settings
+from ..report.terminal import Grid
 from ..run.plan import Plan
 from ..run.rows import NONE, Config, conditions
 from ..run.runner import Runner
@@ -289,14 +289,12 @@ def _show(progress: Progress, bar: Any, trials: Trials, point: Point) -> None:
 def _print(console: Console, out: Path, scorer: Scorer, points: tuple[Point, Point]) -> None:
     """Print the schedule, its accuracy, and how to use it."""
     bare, found = points
-    table = Table("layer", "tokens left", "ratio")
-    for layer, (n, before) in enumerate(zip(found.tokens, bare.tokens, strict=True)):
-        table.add_row(str(layer), f"{n:.4g}", f"{n / before:.3f}")
+    pairs = list(zip(found.tokens, bare.tokens, strict=True))
+    lines = [[str(layer), f"{n:.4g}", f"{n / before:.3f}"] for layer, (n, before) in enumerate(pairs)]
     whole, left = mean(bare.tokens), mean(found.tokens)
-    table.add_section()
-    table.add_row("mean", f"{left:.4g}", f"{left / whole:.3f}")
+    lines.append(["mean", f"{left:.4g}", f"{left / whole:.3f}"])
     console.print(f"Visual tokens by decoder layer, in {out}:")
-    console.print(table)
+    console.print(Grid(["layer", "tokens left", "ratio"], lines, sections=[len(pairs)]))
     console.print(f"Accuracy [95 % interval] on {found.n} questions that are not test questions:")
     for name, point in (("unpruned", bare), ("found", found)):
         low, high = wilson(point.right, point.n)

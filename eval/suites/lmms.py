@@ -29,7 +29,7 @@ from tokprune.core.errors import RunError
 
 from ..compare import chosen_samples, configurations
 from ..models import path_of
-from ..report.tables import table
+from ..report.findings import task_table
 from ..run.folder import RunFolder
 from ..run.rows import DOWNSAMPLE, FRAMES, NONE, Config, commit
 from ..tasks import TASKS, Sample, Task, load_task
@@ -210,7 +210,7 @@ def _show(suite: Suite, found: dict[Config, list[TaskResult]], console: Console)
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
         name = task if own[0].metric in task else f"{task}, {own[0].metric}"
-        console.print(table(name, own, None))
+        console.print(task_table(name, own, None))
 
 
 def _there(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[TaskResult] | None:

@@ -518,9 +518,12 @@ def test_one_model_at_a_time_is_in_memory(tmp_path, monkeypatch):
     rows = Bench(settings(resolutions=(84, 168)), tmp_path / "x.jsonl", quiet()).run()
     assert len(built) == 2
     assert [(r.resolution, r.n_visual) for r in rows if r.method == NONE] == [(84, 36), (168, 144)]
-    *_, last = bench_tables.tables(rows)
-    assert last.header == ["method", "output\ntokens", "batch size", "pixels 84", "pixels 168"]
-    assert [line[:3] for line in last.lines] == [["uniform 0.25", "3", "1"]]
+    found = bench_tables.matrix(rows)
+    assert {name.partition("\n")[0] for name in found.header[2:]} == {"84 pixels", "168 pixels"}
+    assert [line[:2] for line in found.lines] == [["none", ""], ["uniform", "0.25"]]
+    cells = [dict(zip(found.header, line, strict=True)) for line in found.lines]
+    assert [c["84 pixels\nvisual\ntokens"] for c in cells] == ["36 -> 36", "36 -> 9"]
+    assert [c["168 pixels\nvisual\ntokens"] for c in cells] == ["144 -> 144", "144 -> 36"]
     built.clear()
     rows = Bench(settings("llava-next-small", resolutions=(336, 672)), tmp_path / "y.jsonl", quiet()).run()
     assert len(built) == 1  # more crops, the same model
@@ -549,8 +552,8 @@ def test_terminal_shows_tables_verdicts_and_conditions(tmp_path):
     for text in ("vision", "selection", "prefill", "later tokens", "gains", "slower", "KV", "[50 % interval]"):
         assert text in shown
     assert "tiny-llava (real weights, 8 decoder and 5 vision layers), x86_64 cpu" in shown
-    assert shown.count("vtc_cls 0.25 ") == 2 * 2 + 2  # two tables a batch size; two output lengths over batch sizes
-    assert "total time by batch size" in shown
+    assert len(re.findall(r"^vtc_cls +0.25 ", shown, re.MULTILINE)) == 1 + 2  # the matrix, and a table a batch size
+    assert "Relative to the unpruned model" in shown
     assert "see noise" in shown
     assert "12 rows are in" in shown
 
@@ -560,7 +563,7 @@ def test_tables_fit_a_terminal_of_140_columns(sweep):
     console = quiet()
     longer = [replace(r, new_tokens=n) for r in rows if r.new_tokens == 4 for n in (1, 16, 128)]
     for table in (*bench_tables.tables(rows), *bench_tables.tables(longer)):
-        console.print(bench_tables.rich_table(table))
+        console.print(table.grid())
     shown = console.file.getvalue()
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 140
@@ -582,27 +585,50 @@ def cells_of(rows, title: str) -> list[dict[str, str]]:
 def test_gains_and_losses_are_columns(sweep):
     rows, _ = sweep
     lost = [slower(r, 1.0 if r.method == NONE else 1.2) for r in rows]
-    said = {line["method"]: (line["gains\nat"], line["slower\nat"]) for line in cells_of(lost, "picture: relative")}
-    assert said.pop("none") == ("-", "-")
-    assert set(said.values()) == {("-", "1+")}
+    at = {batch: [f"batch {batch}\n{what}\nat" for what in ("gains", "slower")] for batch in (1, 2)}
+    for names in at.values():
+        said = {line["method"]: tuple(line[name] for name in names) for line in cells_of(lost, "Relative")}
+        assert said.pop("none") == ("-", "-")
+        assert set(said.values()) == {("-", "1+")}
     assert "No configuration gains time." in list(bench_tables.legend(lost))
     some = [replace(r, gains=[[1, 3], [8, 8], [52, None]], losses=[]) if r.method == "vtc_cls" else r for r in lost]
-    said = {line["method"]: line["gains\nat"] for line in cells_of(some, "picture: relative")}
-    assert said["vtc_cls 0.25"] == "1-3, 8, 52+"
+    said = {line["method"]: line[at[2][0]] for line in cells_of(some, "Relative")}
+    assert said["vtc_cls"] == "1-3, 8, 52+"
     assert "No configuration gains time." not in list(bench_tables.legend(some))
     won = [r if r.method == NONE or r.batch_size == 1 else slower(r, 0.8) for r in lost]
-    (line, *_) = cells_of(won, "total time by batch size")
-    assert (line["batch 1"], line["batch 2"]) == ("1.20", "0.80")
+    line = cells_of(won, "Relative")[1]
+    assert (line["batch 1\ntotal,\n4 tokens"], line["batch 2\ntotal,\n4 tokens"]) == ("1.20", "0.80")
+
+
+def test_the_matrix_has_every_figure_once(sweep):
+    """A line for each configuration; of every batch its own columns, and predictions once."""
+    rows, _ = sweep
+    found = bench_tables.matrix(rows)
+    assert [tuple(line[:2]) for line in found.lines] == [
+        (c.method, "" if c.keep_ratio is None else f"{c.keep_ratio:g}") for c in configurations(METHODS, (0.5, 0.25))
+    ]
+    assert len(set(found.header)) == len(found.header)
+    assert [name for name in found.header if "batch" not in name] == [
+        *("method", "keep", "visual\ntokens", "prefill\nFLOPs", "later\nFLOPs", "KV")
+    ]
+    line = found.lines[1]
+    cells = dict(zip(found.header, line, strict=True))
+    for batch in (1, 2):
+        (own,) = [r for r in rows if (r.name, r.batch_size, r.new_tokens) == (f"{line[0]} {line[1]}", batch, 4)]
+        assert cells[f"batch {batch}\ntotal,\n4 tokens"].removesuffix(" ~") == f"{own.total_ratio[1]:.2f}"
+        assert cells[f"batch {batch}\nfirst\ntoken"].removesuffix(" ~") == f"{own.first_token_ratio[1]:.2f}"
+        assert cells[f"batch {batch}\nKV\nMiB"] == f"{own.kv_bytes / 2**20:.1f}"
+        assert f"batch {batch}\ntotal,\n1 tokens" not in cells  # it is the first token
 
 
 def test_few_rounds_are_marked_as_noise(sweep):
     rows, _ = sweep
     *_, last = bench_tables.legend(rows)  # of two rounds
     assert "--rounds 6" in last
-    for line in cells_of(rows, "picture: relative"):
-        assert line["first\ntoken"].endswith("~") == (line["method"] != NONE)
-    enough = [slower(r, 0.5) for r in rows if r.method != NONE]
-    assert not any(line["total,\n1 token"].endswith("~") for line in cells_of(enough, "picture: relative"))
+    for line in cells_of(rows, "Relative"):
+        assert line["batch 1\nfirst\ntoken"].endswith("~") == (line["method"] != NONE)
+    enough = [slower(r, 0.5) for r in rows]
+    assert not any(line["batch 1\ntotal,\n4 tokens"].endswith("~") for line in cells_of(enough, "Relative"))
 
 
 def test_a_run_of_one_token(tmp_path):
@@ -610,7 +636,7 @@ def test_a_run_of_one_token(tmp_path):
     assert rows[1].token_ms is rows[1].token_ratio is None
     assert all(r in ([], [[1, None]]) for r in (rows[1].gains, rows[1].losses))
     for line in cells_of(rows, "milliseconds"):
-        assert line["later tokens, each"] == ""
+        assert line["later tokens,\neach"] == ""
 
 
 def test_block_of_the_readme_is_rendered_from_a_file(sweep, tmp_path, monkeypatch):
@@ -619,8 +645,8 @@ def test_block_of_the_readme_is_rendered_from_a_file(sweep, tmp_path, monkeypatc
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     block = render.BLOCKS["bench"]("bench.jsonl")
     assert bench_tables.conditions_line(rows[0]) in block
-    assert len(re.findall(r"\| method +\|", block)) == 2 * 2 + 1  # two tables a batch size, and one over batch sizes
-    assert len(re.findall(r"\| `vtc_cls 0.25` +\|", block)) == 2 * 2 + 2
+    assert len(re.findall(r"\| method +\|", block)) == 1 + 2  # the matrix, and a table a batch size
+    assert len(re.findall(r"\| `vtc_cls` +\| 0.25 +\|", block)) == 1 + 2
     for table in block.split("**")[2::2]:
         widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) == 1

@@ -183,7 +183,7 @@ def test_all_configurations_are_in_the_table_with_the_figures_of_the_rows(compar
     for row in rows:
         cells = shown[row.method, budget(row)]
         assert cells["accuracy [95 %]"] == accuracy(row) == f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
-        assert cells["points from unpruned [95 %]"] == difference(row).removesuffix(" noise")
+        assert cells["points from unpruned [95 %]"] == difference(row)
         assert cells["visual tokens"].replace("→", "->").split()[2] == f"{row.n_visual_after:.4g}"
         assert cells["mean over layers"] == f"{row.n_visual_mean:.4g}"
         c = row.costs
@@ -193,15 +193,16 @@ def test_all_configurations_are_in_the_table_with_the_figures_of_the_rows(compar
         assert cells["prefill time"] == f"{row.prefill_ratio:.2f}"
 
 
-def test_noise_stands_exactly_where_the_interval_holds_zero(compared):
+def test_no_loss_is_seen_exactly_where_the_interval_holds_zero(compared):
     header, *lines = page_of(compared).tables["configurations"]
-    at, place = header.index("points from unpruned [95 %]"), header.index("noise")
+    at, place = header.index("points from unpruned [95 %]"), header.index("that is")
     verdicts = []
     for line in lines:
         found = re.fullmatch(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", line[at])
         assert bool(found) == (line[0] not in ("none", "question only"))
         holds = bool(found) and float(found[2]) <= 0 <= float(found[3])
-        assert line[place] == ("noise" if holds else "")
+        said = f"no loss seen; at most {-float(found[2]):.1f} points (95 %)" if holds else ""
+        assert line[place] == said
         verdicts.append(holds)
     assert {True, False} <= set(verdicts)
 
@@ -214,7 +215,8 @@ def test_findings_are_those_of_the_rows(compared):
     assert f"no visual token: {100 * by_name['blind', ''].value:.1f} %" in page
     alike = [r for r in by_name.values() if budget(r) == "0.5" and r.is_noise]
     best = max(alike, key=lambda r: r.value)
-    assert f"The best method within the noise of unpruned is {best.method}" in page
+    most = f"at most {-100 * best.difference_low:.1f} points lost (95 %)"
+    assert f"No loss is seen with {best.method} with {100 * best.value:.1f} %, {most}" in page
     assert "24 questions are too few" in page
 
 
@@ -239,8 +241,8 @@ def test_a_task_that_a_blind_model_solves_is_called_so(compared):
     assert any("Random tokens are among these" in f.text for f in others)
     lost = [dataclasses.replace(r, difference=-0.3, difference_low=-0.4, difference_high=-0.2) for r in rows]
     texts = [f.text for f in findings.findings(lost, 0.3)]
-    assert any("All 3 methods differ from unpruned by more than noise" in text for text in texts)
-    assert not any("within the noise" in text or "Random" in text for text in texts)
+    assert any("All 3 methods differ measurably from unpruned" in text for text in texts)
+    assert not any("No loss is seen" in text or "Random" in text for text in texts)
     pruned = [r for r in rows if r.method not in ("blind", "shuffled pictures")]
     assert "not known whether this task needs pictures" in findings.findings(pruned, None)[0].text
 
@@ -691,7 +693,11 @@ def told(method: str, value: float, difference: float | None = None, keep: float
     ("blind", "question_only", "says"),
     [
         (0.2, 0.3, "is clearly better"),
-        (0.59, 0.3, "within the noise of blind. So this task cannot tell methods apart"),
+        (
+            0.59,
+            0.3,
+            "is seen between the unpruned model and blind. So this task cannot tell methods apart",
+        ),
         (0.8, 0.3, "is not measurably better than blind. So this task cannot tell methods apart"),
         (
             0.2,
@@ -711,7 +717,99 @@ def test_methods_better_than_unpruned_are_named_and_nearest_is_nearest():
     bare = [told("none", 0.6), told("blind", 0.2, -0.4)]
     apart = findings.findings([*bare, told("a", 0.75, 0.15, 0.25), told("b", 0.55, -0.05, 0.25)], None)[1].text
     assert "The nearest is b with 55.0" in apart
-    assert apart.endswith("Better than unpruned, by more than noise: a.")
+    assert apart.endswith("Measurably better than unpruned: a.")
     one = findings.findings([*bare, told("a", 0.75, 0.15, 0.25), told("b", 0.59, -0.01, 0.25)], None)[1].text
-    assert one.startswith("The best method within the noise of unpruned is b with ")
-    assert one.endswith("Better than unpruned, by more than noise: a.")
+    assert one.startswith("No loss is seen with b with ")
+    assert one.endswith("Measurably better than unpruned: a.")
+
+
+# ---- the verdict, by hand
+
+
+def priced(method: str, prefill: float, low: float | None, keep: float | None = 0.25, llm: float = 30, **more) -> Row:
+    """A row of 800 questions that spends so many of 100 prefill FLOPs and may lose `-low` points of a hundred."""
+    costs = Costs(100, llm, 100, prefill, 100, 29)
+    spread = {} if low is None else dict(difference=low + 0.02, difference_low=low, difference_high=low + 0.04)
+    return dataclasses.replace(
+        told(method, 0.8, None, keep), **{"costs": costs, "n_visual_mean": prefill} | spread | more
+    )
+
+
+BARE = dataclasses.replace(told("none", 0.9), costs=Costs(100, 100, 100, 100, 100, 100))
+
+
+def test_the_cheapest_that_is_safe_is_recommended():
+    dear, cheap, lossy = priced("a", 60, -0.01, 0.5), priced("b", 48, -0.05), priced("c", 40, -0.051, 0.11)
+    controls = [priced(name, 1, 0.0) for name in ("random", "uniform", "pool:a=1", "downsample", "blind")]
+    rows = [BARE, dear, cheap, lossy, *controls]
+    assert findings.recommended(rows) is cheap  # c may lose 5.1 points
+    assert findings.recommended(rows, points=5.2) is lossy
+    assert findings.recommended(rows, points=4) is dear
+    assert findings.recommended(rows, points=0.5) is None
+    assert findings.recommended([BARE, cheap, priced("d", 48, -0.03)]).method == "d"  # as cheap, and may lose less
+    assert findings.recommended([BARE, *controls]) is None
+    assert findings.recommended([BARE, priced("e", 48, None)]) is None  # not compared with the unpruned run
+
+
+def test_without_known_flops_the_fewest_tokens_are_the_cheapest():
+    a, b = (priced(name, tokens, -0.01, costs=Costs()) for name, tokens in (("a", 60), ("b", 40)))
+    assert findings.recommended([BARE, a, b]) is b
+    assert findings.verdict([BARE, a, b], None).startswith("Use b at 0.25: loses at most 1.0 points (")
+
+
+def test_the_verdict_is_a_sentence():
+    rows = [BARE, told("blind", 0.3, -0.6), priced("vtc_cls", 48, -0.043, prefill_ratio=0.43)]
+    assert findings.verdict(rows, 0.3) == (
+        "Use vtc_cls at 0.25: prefill FLOPs x 0.48, KV x 0.29, time x 0.43; loses at most 4.3 points (the cheapest "
+        "of those that lose at most 5, at 95 %)."
+    )
+    better = priced("a", 48, 0.01, None, prefill_ratio=None)
+    assert findings.verdict([BARE, better], None).startswith(
+        "Use a: prefill FLOPs x 0.48, KV x 0.29; loses at most 0.0"
+    )
+
+
+def test_without_a_safe_method_the_verdict_says_so():
+    rows = [BARE, priced("a", 48, -0.08), priced("b", 60, -0.063, 0.5), priced("uniform", 40, 0.0)]
+    assert findings.verdict(rows, None) == (
+        "No method is safe at 5 points (95 %): the nearest, b at 0.5, may lose 6.3. More questions narrow this; a "
+        "larger budget loses less."
+    )
+    assert findings.verdict([BARE, priced("uniform", 40, 0.0)], None) == ""
+
+
+def test_a_task_without_need_of_pictures_recommends_nothing():
+    rows = [BARE, told("blind", 0.89, -0.01), priced("a", 48, -0.01)]
+    assert findings.verdict(rows, None).startswith("No method can be recommended: ")
+
+
+def test_unequal_costs_at_one_budget_are_said():
+    before, between = priced("vtc_cls", 48, -0.01, llm=27), priced("fastv", 60, -0.01, llm=44)
+    said = findings.unequal([BARE, before, between, priced("c", 60, -0.01, 0.5, llm=90)])
+    assert said == (
+        "Equal budgets are not equal costs: at keep 0.25, fastv spends LLM FLOPs x 0.44 and vtc_cls x 0.27. To compare "
+        "at equal FLOPs, use --match flops."
+    )
+    assert findings.unequal([before, priced("fastv", 60, -0.01, llm=29.7)]) == ""  # 10 % more
+    assert findings.unequal([before, priced("fastv", 60, -0.01, llm=29.8)])
+    assert findings.unequal([before, priced("fastv", 60, -0.01, 0.5, llm=44)]) == ""  # at another budget
+    assert findings.unequal([before, priced("prumerge", 60, -0.01, None, llm=44)]) == ""  # has no budget
+    matched = [dataclasses.replace(r, keep_ratio=None, flops_ratio=0.5) for r in (before, between)]
+    assert findings.unequal(matched) == ""
+    assert findings.unequal([before, dataclasses.replace(between, costs=Costs())]) == ""
+
+
+def test_losses_in_words():
+    seen, unseen = told("a", 0.8, -0.041), told("a", 0.8, -0.01)
+    assert tables.loss(seen) == "-4.1 points [-6.1, -2.1]"
+    assert tables.loss(unseen) == "no loss seen; at most 3.0 points (95 %)"
+    assert tables.loss(told("a", 0.8, 0.05)) == "+5.0 points [+3.0, +7.0]"
+    assert tables.loss(told("none", 0.8)) == ""
+    at_zero = dataclasses.replace(seen, difference=0.02, difference_low=0.0, difference_high=0.04)
+    assert tables.loss(at_zero) == "no loss seen; at most 0.0 points (95 %)"
+
+
+def test_the_terminal_and_the_page_end_with_the_verdict(compared):
+    said = findings.verdict(rows_of(compared), 0.29)
+    assert said in " ".join("".join(page_of(compared).text).split())
+    assert findings.task_table("t", rows_of(compared), 0.29).notes[-1] == said

@@ -7,9 +7,9 @@ import sys
 from collections import Counter
 
 from rich.console import Console
-from rich.table import Table
 
 import tokprune
+from tokprune.eval.report.terminal import Grid
 
 from ..core.tokens import Stage
 from ..cost.flops import COMPAT, PARTS, Ledger, Ops, Shape
@@ -24,14 +24,13 @@ def console(quiet: bool = False) -> Console:
     return Console(markup=False, quiet=quiet, width=None if sys.stdout.isatty() else 150)
 
 
-def methods_table() -> Table:
+def methods_table() -> Grid:
     """What each method keeps, where it acts, and its source."""
-    table = Table("method", "keeps", "where", "count", "source", title="Methods", title_justify="left")
-    own = METHODS.own_names()
+    own, lines = METHODS.own_names(), []
     for name in METHODS.names():
         fault = "" if name in own else METHODS.fault(name)
         if fault:
-            table.add_row(name, fault, "-", "-", "-")
+            lines.append([name, fault, "-", "-", "-"])
             continue
         method = METHODS.build(name)
         preset = "" if str(method).endswith("()") else f" As {method}."
@@ -39,8 +38,9 @@ def methods_table() -> Table:
         where = "between layers" if method.stage is Stage.DECODER else "before the LLM"
         said = "control" if name in own else _said_source(type(method))
         source = ALIAS_SOURCES.get(name) or method.source or said
-        table.add_row(name, _first_line(type(method)) + preset, where, count, source)
-    return table
+        lines.append([name, _first_line(type(method)) + preset, where, count, source])
+    header, words = ["method", "keeps", "where", "count", "source"], ["keeps", "where", "count", "source"]
+    return Grid(header, lines, "Methods", leaving=["count", "where", "source"], text=["keeps"], left=words)
 
 
 def _first_line(cls: type) -> str:
@@ -53,30 +53,21 @@ def _said_source(cls: type) -> str:
     return found[1].strip() if found else "-"
 
 
-def support_table() -> Table:
+def support_table() -> Grid:
     """How many methods run on each model family and vision tower."""
     answers: dict[tuple[str, str], Counter] = {}
     for pair in tokprune.list_support():
         answers.setdefault((pair.model, pair.tower), Counter())[_kind_of(pair.answer)] += 1
-    table = Table(title="Methods by model; tokprune models NAME lists those of one", title_justify="left")
-    for name, is_number in (
-        ("model", False),
-        ("vision tower", False),
-        ("run", True),
-        ("with an option", True),
-        ("not", True),
-    ):
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=not is_number)
-    for (model, tower), n in answers.items():
-        table.add_row(model, tower, *(str(n[kind] or "") for kind in ("yes", "option", "no")))
-    return table
+    header = ["model", "vision tower", "run", "with an option", "not"]
+    lines = [[*names, *(str(n[kind] or "") for kind in ("yes", "option", "no"))] for names, n in answers.items()]
+    return Grid(header, lines, "Methods by model; tokprune models NAME lists those of one", names=2, left=header[:2])
 
 
 def _kind_of(answer: str) -> str:
     return answer if answer in ("yes", "no") else "option"
 
 
-def model_table(name: str) -> Table:
+def model_table(name: str) -> Grid:
     """Which method runs on one model family, by vision tower.
 
     Raises:
@@ -87,16 +78,15 @@ def model_table(name: str) -> Table:
     FAMILIES.load(name)
     pairs = [pair for pair in tokprune.list_support() if pair.model == name]
     towers = list(dict.fromkeys(pair.tower for pair in pairs))
-    table = Table("method", title=f"{name}: an option is needed where one is shown", title_justify="left")
-    for tower in towers:
-        table.add_column(tower)
     answers = {(pair.tower, pair.method): pair.answer for pair in pairs}
-    for method in dict.fromkeys(pair.method for pair in pairs):
-        table.add_row(method, *(answers[tower, method].removeprefix(f"{method}:") for tower in towers))
-    return table
+    lines = [
+        [method, *(answers[tower, method].removeprefix(f"{method}:") for tower in towers)]
+        for method in dict.fromkeys(pair.method for pair in pairs)
+    ]
+    return Grid(["method", *towers], lines, f"{name}: an option is needed where one is shown", left=towers)
 
 
-def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, list[int]], layers: bool) -> Table:
+def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, list[int]], layers: bool) -> Grid:
     """Parts of two ledgers side by side.
 
     Args:
@@ -109,33 +99,33 @@ def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, 
     mean = sum(left) / len(left)
     by_layer = "" if left[0] == left[-1] else f" ({mean:.1f} on average over layers)"
     title = f"{shape.name}: {columns[0]} -> {left[-1]} tokens{by_layer}; 1 MAC = 2 FLOPs, attention counted dense"
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(("part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all")):
-        table.add_column(name, justify="left" if i == 0 else "right")
+    lines, sections = [], []
     for part in PARTS:
-        _add(table, _PART_NAMES.get(part, part), pair[0].part(part), pair[1].part(part))
+        lines.append(_line(_PART_NAMES.get(part, part), pair[0].part(part), pair[1].part(part)))
         if part == "decoder" and layers:
             for i, (before, after) in enumerate(zip(pair[0].layers, pair[1].layers, strict=True)):
-                _add(table, f"  layer {i}", before, after)
-    table.add_section()
-    _add(table, "LLM", pair[0].llm, pair[1].llm)
-    _add(table, "whole prefill", pair[0].prefill, pair[1].prefill)
-    _add(table, "decode, per token", shape.decode(columns[0]), shape.decode(columns[1]))
-    table.add_section()
+                lines.append(_line(f"  layer {i}", before, after))
+    sections.append(len(lines))
+    lines.append(_line("LLM", pair[0].llm, pair[1].llm))
+    lines.append(_line("whole prefill", pair[0].prefill, pair[1].prefill))
+    lines.append(_line("decode, per token", shape.decode(columns[0]), shape.decode(columns[1])))
+    sections.append(len(lines))
     for name, formula in COMPAT.items():
         # The papers have one number of tokens for all layers.
         a, b = formula(shape.text, columns[0]).macs, formula(shape.text, round(mean)).macs
-        table.add_row(f"{name}'s formula (LLM alone)", f"{a / 1e9:,.2f}", "", f"{b / 1e9:,.2f}", "", _percent(a, b))
-    table.add_section()
+        lines.append([f"{name}'s formula (LLM alone)", f"{a / 1e9:,.2f}", "", f"{b / 1e9:,.2f}", "", _percent(a, b)])
+    sections.append(len(lines))
     for dtype, size in (("half precision", 2), ("float32", 4)):
         a, b = (shape.read(n, bytes_per_value=size).kv_bytes for n in (columns[0], left))
-        table.add_row(f"KV cache, {dtype}", f"{a / 2**20:.1f} MiB", "", f"{b / 2**20:.1f} MiB", "", _percent(a, b))
-    return table
+        sizes = [f"{a / 2**20:.1f} MiB", "", f"{b / 2**20:.1f} MiB", ""]
+        lines.append([f"KV cache, {dtype}", *sizes, _percent(a, b)])
+    header = ["part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all"]
+    return Grid(header, lines, title, leaving=["GFLOPs", "kept: GFLOPs"], sections=sections)
 
 
-def _add(table: Table, name: str, before: Ops, after: Ops) -> None:
+def _line(name: str, before: Ops, after: Ops) -> list[str]:
     numbers = [_giga(n) for ops in (before, after) for n in (ops.macs, ops.flops)]
-    table.add_row(name, *numbers, _percent(before.macs, after.macs))
+    return [name, *numbers, _percent(before.macs, after.macs)]
 
 
 def _giga(n: int) -> str:
