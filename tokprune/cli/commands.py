@@ -20,6 +20,7 @@ from ..prune.pictures import open_picture
 from ..prune.videos import is_video as is_video_file
 from ..prune.videos import open_clip
 from . import estimate, runs, tables
+from . import new as templates
 from .arguments import App, check_fraction, check_least, check_most, run
 from .describe import method_page
 from .extras import eval_module, load_runner
@@ -206,6 +207,20 @@ def doctor() -> None:
         typer.echo(f"tokprune: {failed} checks failed; do not trust a number from this installation", err=True)
         raise typer.Exit(1)
     console.print("All checks passed.")
+
+
+@app.command(no_args_is_help=True, short_help="Write a method or a task to begin with.")
+def new(
+    kind: Annotated[str, typer.Argument(help="method or task.")],
+    name: Annotated[str, typer.Argument(help="Name of the file, such as my_method.")],
+    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path(),
+) -> None:
+    """Write a file to begin with, and a test that passes as it is.
+
+    Example: tokprune new method longest && pytest test_longest.py
+    """
+    for path in templates.write(kind, name, folder):
+        typer.echo(f"wrote {path}")
 
 
 app.add_typer(runs.app)
