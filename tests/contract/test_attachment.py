@@ -625,5 +625,6 @@ def test_the_handle_shows_only_what_is_for_users():
     with tokprune.attach(tiny.fresh_model(), "uniform", keep_ratio=0.5) as attachment:
         shown = {name for name in dir(attachment) if not name.startswith("_")}
     assert shown == {
-        *("budget", "detach", "kept", "label", "method", "newlines", "paused", "positions", "report", "salts", "save")
+        *("budget", "detach", "kept", "label", "method", "newlines", "on_call", "paused", "positions", "report"),
+        *("salts", "save", "using"),
     }
