@@ -108,6 +108,9 @@ def compare(
     metric: str = "",
     baseline: bool = True,
     device_map: str | None = None,
+    dtype: str = "",
+    attn: str = "",
+    device: str = "",
     out: str | Path | None = None,
     overwrite: bool = False,
     console: Console | None = None,
@@ -131,7 +134,10 @@ def compare(
         max_new_tokens: where an answer is cut.
         metric: how answers are graded; empty for what each question asks for, else exact.
         baseline: whether the unpruned model answers, too.
-        device_map: as in transformers, where the model is loaded here.
+        device_map: as in transformers, where the model is loaded here; as are
+        dtype: such as "bfloat16";
+        attn: such as "sdpa" or "flash_attention_2";
+        device: "cpu" or "cuda".
         out: the folder to write; a run that it holds is resumed, and gets what is new. None for a temporary one.
         overwrite: start over.
         console: where progress and tables are printed; None for nowhere.
@@ -153,7 +159,8 @@ def compare(
     kept = tempfile.TemporaryDirectory(prefix="tokprune-") if out is None else None
     folder, processes = Path(out if kept is None else kept.name), Processes.started()
     console = console if console and processes.is_main else Console(quiet=True)
-    with _answering(model, processor, device_map, options) as (runner, name):
+    loading = {"device_map": device_map, "dtype": dtype, "attn": attn, "device": device}
+    with _answering(model, processor, loading, options) as (runner, name):
         configs = comparing.runnable(runner, chosen, configs, match == "flops", methods is not None, console)
         plan = planned(chosen, configs, batch_size, None if overwrite else folder)
         more = {} if frames == N_FRAMES else {"frames": frames}
@@ -167,13 +174,13 @@ def compare(
 
 @contextlib.contextmanager
 def _answering(
-    model: str | torch.nn.Module, processor: Any, device_map: str | None, options: dict[str, Any]
+    model: str | torch.nn.Module, processor: Any, loading: dict[str, Any], options: dict[str, Any]
 ) -> Iterator[tuple[Runner, str]]:
     """A runner and a name for its model; a model that was handed over is left as it was."""
     if isinstance(model, str):
         if model in EMBEDDED:
             logging.disable_progress_bar()
-        yield Runner.load(model, device_map=device_map, **options), model
+        yield Runner.load(model, **loading, **options), model
         return
     if processor is None:
         raise RunError("a loaded model needs its processor: compare(model, processor, ...)")
@@ -210,7 +217,7 @@ def explain(
     if picture is None:
         raise RunError("name a picture: explain(model, processor, picture=Image.open('a.png'))")
     budgets = [{"keep_ratio": keep} if tokprune.get_method(m).takes_budget else {} for m in methods]
-    with _answering(model, processor, None, {}) as (runner, _):
+    with _answering(model, processor, {}, {}) as (runner, _):
         return asked(runner, picture, question, list(zip(methods, budgets, strict=True)))
 
 

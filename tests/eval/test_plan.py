@@ -144,3 +144,20 @@ def test_without_a_baseline_nothing_is_compared_with_it(tmp_path):
 def test_numbers_of_tokens_are_checked(given, said, tmp_path):
     line = refusal(tokprune_cli(*RUN, "--keep-tokens", given, "--out", str(tmp_path / "a")))
     assert said in line
+
+
+# ---- where and how a model runs
+
+
+@pytest.mark.parametrize(("option", "value"), [("--dtype", "bfloat16"), ("--attn", "eager"), ("--device", "cpu")])
+def test_how_a_model_runs_is_an_option(option, value, tmp_path):
+    run = [*RUN, "--methods", "uniform", "--keep", "0.5", "--limit", "2", "--out", str(tmp_path / "a"), option, value]
+    done = tokprune_cli(*run)
+    assert done.returncode == 0, done.stderr
+    row = jsonl(tmp_path / "a" / "rows.jsonl")[-1]
+    assert value in (row["dtype"], row["attn_implementation"], row["device"].split()[1].rstrip(","))
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path):
+    assert "use cpu" in refusal(tokprune_cli(*RUN, "--device", "toaster", "--out", str(tmp_path / "a")))
+    assert "use lmms-eval" in refusal(tokprune_cli(*RUN, "--suite", "vlmeval", "--out", str(tmp_path / "a")))

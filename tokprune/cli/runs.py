@@ -24,10 +24,13 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="easyvqa, findit, findit_hd, watchit, a package's task, or a folder with metadata.jsonl; repeatable."
+            help="easyvqa, findit, findit_hd, watchit, a package's task, a folder with metadata.jsonl or "
+            "metadata.csv, or ./file.py:Class; repeatable."
         ),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Names, specifications or ./file.py:Class, separated by commas; none is included.")
+    ] = "",
     keep: Annotated[
         str, typer.Option(help="Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
     ] = "",
@@ -67,6 +70,14 @@ def compare(
     no_baseline: Annotated[
         bool, typer.Option("--no-baseline", help="Leave out the unpruned model, which every method is compared with.")
     ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights. Default: float32 on a CPU, the checkpoint's own on a GPU.")
+    ] = "",
+    attn: Annotated[str, typer.Option(help="Attention: sdpa, eager or flash_attention_2.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")] = "",
+    suite: Annotated[
+        str, typer.Option(help="lmms-eval: run benchmarks of that suite; tokprune eval has its further options.")
+    ] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
@@ -81,6 +92,18 @@ def compare(
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
     if form not in ("", "latex", "markdown", "csv"):
         raise RunError(f"invalid --format {form!r}: use latex, markdown or csv")
+    if suite:
+        return eval_(
+            tasks=",".join(task or ()),
+            suite=suite,
+            model=model,
+            methods=methods or "vtc_cls",
+            keep=keep or "0.25",
+            out=out,
+            limit=limit,
+            batch_size=batch_size,
+            overwrite=overwrite,
+        )
     api = eval_module("api")
     is_main = eval_module("run.processes").Processes.started().is_main
     console = Console(stderr=True, quiet=True) if form else tables.console(quiet=not is_main)
@@ -100,6 +123,9 @@ def compare(
         metric=metric,
         baseline=not no_baseline,
         device_map=device_map,
+        dtype=dtype,
+        attn=attn,
+        device=device,
         out=out,
         overwrite=overwrite,
         console=console,
@@ -122,7 +148,9 @@ def fit_exit(
     ] = "tiny-llava",
     steps: Annotated[int, typer.Option(help="Training steps, each at one layer.")] = 2000,
     hidden: Annotated[int, typer.Option(help="Hidden width of a gate. The paper uses 2048 for 7B.")] = 256,
-    samples: Annotated[int, typer.Option(help="Questions to fit to, plus a quarter as many for validation.")] = 2048,
+    samples: Annotated[
+        int, typer.Option("--samples", "--limit", help="Questions to fit to, plus a quarter as many for validation.")
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="Seed for questions, initial weights and steps.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions per step.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate. The paper uses 6e-5 for 7B.")] = 1e-3,
@@ -158,7 +186,9 @@ def search(
         "schedule.json"
     ),
     score: Annotated[str, typer.Option(help="The method between decoder layers that ranks the tokens.")] = "fastv",
-    samples: Annotated[int, typer.Option(help="Number of questions, none from the test split.")] = 200,
+    samples: Annotated[
+        int, typer.Option("--samples", "--limit", help="Number of questions, none from the test split.")
+    ] = 200,
     calibration: Annotated[
         str | None, typer.Option(help="A folder with metadata.jsonl to take the questions from instead.")
     ] = None,
@@ -191,7 +221,10 @@ def search(
 @app.command("eval", no_args_is_help=True, short_help="Benchmarks of lmms-eval.")
 def eval_(
     tasks: Annotated[
-        str, typer.Option(help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas.")
+        str,
+        typer.Option(
+            "--tasks", "--task", help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas."
+        ),
     ],
     suite: Annotated[str, typer.Option(help="Only lmms-eval for now.")] = "lmms-eval",
     model: Annotated[
