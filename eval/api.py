@@ -218,7 +218,7 @@ def explain(
         raise RunError("name a picture: explain(model, processor, picture=Image.open('a.png'))")
     budgets = [{"keep_ratio": keep} if tokprune.get_method(m).takes_budget else {} for m in methods]
     with _answering(model, processor, {}, {}) as (runner, _):
-        return asked(runner, picture, question, list(zip(methods, budgets, strict=True)))
+        return asked(runner, picture, question, list(zip(methods, budgets, strict=True)), answers=True)
 
 
 @dataclass(repr=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +140,14 @@ def test_picture_is_what_explain_draws(command):
 
     from tokprune.prune.pictures import open_picture
 
-    words = command.split()
+    words = shlex.split(command)
     options = dict(zip(words[3::2], words[4::2], strict=True))
     keep = float(options.get("--keep", "0.25"))
     runner = Runner.load(options.get("--model", "tiny-llava"))
     methods = [(m, {"keep_ratio": keep}) for m in options["--method"].split(",")]
-    sheet, _ = explained(runner, open_picture(ROOT / words[2]), "what is in the image?", methods)
+    sheet, _ = explained(
+        runner, open_picture(ROOT / words[2]), options.get("--question", "what is in the image?"), methods
+    )
     with Image.open(ROOT / options["--out"]) as committed:
         difference = np.abs(np.asarray(sheet).astype(int) - np.asarray(committed.convert("RGB")).astype(int))
     assert (difference.max(-1) > 0).mean() < 0.02  # a rounding elsewhere may move a token, not a picture

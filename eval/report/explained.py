@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from tokprune.integrations.transformers import family_of
 
 import tokprune
 from tokprune.core.errors import RunError
 from tokprune.core.files import replacing, write_text
-from tokprune.core.layout import Layout
+from tokprune.core.layout import Layout, Region
+from tokprune.core.scores import Scored, listen
 from tokprune.prune.explain import (
-    below_each_other,
     dimmed,
     dimmed_frames,
     enlarged,
+    frames_of,
     row_of,
     seen,
     side_by_side,
@@ -30,8 +32,14 @@ from tokprune.prune.report import ImageReport, Report
 from tokprune.prune.videos import Clip
 
 from ..run.runner import Runner
+from . import drawing
+from .drawing import Panel
 
 FORMAT, VERSION = "tokprune-kept", 1
+A_ROW = 4  # methods beside each other on a sheet
+_ROUNDED = 1e-4  # of a row's length: what rounding alone may change in float32; in half precision it is more
+
+Draw = Callable[[Image.Image, Region], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -43,18 +51,29 @@ class Shown:
         budget: as keywords of `attach`; empty for a method that takes none.
         kept: the entry of `attachment.kept`: indices, or indices by layer.
         report: of the call.
+        answer: with these tokens; None where it was not asked for.
+        merged: kept rows that the language model is given changed, mostly since others were merged into them.
+        scores: of each row, from the first selection that ranks single tokens; empty where none does.
     """
 
     spec: str
     budget: dict[str, Any]
     kept: torch.Tensor | dict[int, torch.Tensor]
     report: Report
+    answer: str | None = None
+    merged: Sequence[int] = ()
+    scores: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def image(self) -> ImageReport:
         """The report of the picture."""
         (image,) = self.report.images
         return image
+
+    @property
+    def name(self) -> str:
+        """Method and budget, as in tables."""
+        return " ".join([self.spec, *(f"{value:g}" for value in self.budget.values())])
 
     def to_dict(self) -> dict[str, Any]:
         """An entry of "methods" in `Explained.to_dict`."""
@@ -75,6 +94,9 @@ class Shown:
             ],
             "newlines": [i for i in left if layout.crop[i] < 0],
             "grids": [[region.height, region.width] for region in layout.regions],
+            "merged": list(self.merged),
+            **({} if self.answer is None else {"answer": self.answer}),
+            **({"scores": [self.scores.get(i) for i in range(len(layout.crop))]} if self.scores else {}),
         }
 
 
@@ -86,13 +108,19 @@ class Explained:
         picture: the original, a video for a clip.
         pixels: (crops, 3, H, W), the input of the model; None where it is given patches.
         runner: the model with its processor.
-        shown: one entry for each method.
+        shown: one entry for each method and budget.
+        question: as asked.
+        answer: of the unpruned model; None where it was not asked for.
+        with_scores: whether a panel shows the scores of each method.
     """
 
     picture: Image.Image | Clip
     pixels: torch.Tensor | None
     runner: Runner
     shown: list[Shown]
+    question: str = ""
+    answer: str | None = None
+    with_scores: bool = False
 
     @property
     def lines(self) -> list[str]:
@@ -105,24 +133,94 @@ class Explained:
         self.sheet().save(file, format="PNG")
         return file.getvalue()
 
-    def sheet(self) -> Image.Image:
-        """The picture as the model sees it, and next to it what each method keeps; of a video frame by frame."""
-        return (below_each_other if isinstance(self.picture, Clip) else side_by_side)(self.panels())
+    @property
+    def answers(self) -> list[str]:
+        """The question, and the answers without and with pruning, a line each; empty where they were not asked for."""
+        if self.answer is None:
+            return []
+        lines = [f"question: {self.question}", f"unpruned: {self.answer}"]
+        return lines + [f"{one.name}: {one.answer}{self._unlike(one)}" for one in self.shown]
+
+    def _unlike(self, one: Shown) -> str:
+        return "" if one.answer == self.answer else " (another answer)"
+
+    def sheet(self, marks: bool = True) -> Image.Image:
+        """The picture as the model sees it, and next to it what each method keeps; of a video frame by frame.
+
+        Args:
+            marks: whether crops are numbered and merged tokens framed.
+        """
+        first, *others = self._panels(marks)
+        if isinstance(self.picture, Clip):
+            return drawing.sheet([[panel] for panel in (first, *others) if panel])
+        n_budgets = max((sum(other.spec == one.spec for other in self.shown) for one in self.shown), default=1)
+        each = 1 + self.with_scores
+        return drawing.sheet(drawing.in_rows(first, others, each * n_budgets if n_budgets > 1 else A_ROW))
 
     def panels(self) -> list[tuple[str, Image.Image]]:
-        """The parts of `sheet` with their titles."""
-        if isinstance(self.picture, Clip):
-            return [(title, row_of([enlarged(f, 112) for f in frames])) for title, frames in self._films(self.picture)]
-        panels = []
+        """The picture, and what each method keeps of it, with their titles and without marks."""
+        return [(_title(None), self._drawn(self.shown[0]))] + [
+            (_title(one), self._drawn(one, one.image.left)) for one in self.shown
+        ]
+
+    def _panels(self, marks: bool) -> list[Panel | None]:
+        """The parts of `sheet`; None where there are no scores to show."""
+        asked = [self.question] if self.question else []
+        asked += [] if self.answer is None else [f"unpruned: {self.answer}"]
+        label = self._label if marks else None
+        found: list[Panel | None] = [Panel(_title(None), self._drawn(self.shown[0], draw=label), asked)]
         for one in self.shown:
-            image = one.image
-            order = list(dict.fromkeys(crop for crop in image.layout.crop if crop >= 0))
-            whole = self._whole(order, self.picture)
-            if not panels:
-                panels.append(("as the model sees it", _both(whole, self.picture, image.layout)))
-            cells = whole if len(order) > 1 or self.pixels is None else _covered(whole, image.layout, self._patch)
-            panels.append((_title(one), _both(cells, self.picture, image.layout, image.left)))
-        return panels
+            found.append(self._kept_panel(one, marks))
+            found += [self._scores_panel(one) if one.scores else None] if self.with_scores else []
+        return found
+
+    def _kept_panel(self, one: Shown, marks: bool) -> Panel:
+        said = [] if one.answer is None else [f"answer: {one.answer or '(empty)'}{self._unlike(one)}"]
+        if one.merged:
+            said.append(f"{len(one.merged)} of them hold merged tokens (framed)")
+        if self.with_scores and not one.scores:
+            said.append("it has no scores of single tokens")
+
+        def draw(picture: Image.Image, region: Region) -> Image.Image:
+            left = set(one.image.left.tolist())
+            return drawing.framed(picture, region, [i for i in one.merged if i in left])
+
+        drawn = self._drawn(one, one.image.left, draw if marks and one.merged else None)
+        return Panel(_title(one), drawn, said, differs=one.answer != self.answer)
+
+    def _scores_panel(self, one: Shown) -> Panel:
+        ranks = drawing.ranks_of(one.scores)
+        drawn = self._drawn(one, draw=lambda picture, region: drawing.heated(picture, region, ranks))
+        return Panel(f"scores of {one.name}, by rank", drawn, ["dark blue: lowest; yellow: highest"])
+
+    def _label(self, picture: Image.Image, region: Region) -> Image.Image:
+        """With the numbers of crops; of frames, those of the steps of time in which they share tokens."""
+        layout = self.shown[0].image.layout
+        if not isinstance(self.picture, Clip):
+            return drawing.labelled(picture, layout, region)
+        picture = picture.copy()
+        drawing.tag(ImageDraw.Draw(picture), (0, 0), f"{layout.crops.index(layout.crop[region.index[0]]) + 1}")
+        return picture
+
+    def _drawn(self, one: Shown, kept: torch.Tensor | None = None, draw: Draw | None = None) -> Image.Image:
+        """The picture, dropped tokens dim unless `kept` is None, with what `draw` does to each region or frame."""
+        layout = one.image.layout
+        if isinstance(self.picture, Clip):
+            frames = [enlarged(f, 112) for f in dimmed_frames(self.picture.frames, layout, kept)]
+            tokens = frames_of(layout)
+            per_step = -(-len(frames) // len(tokens))
+            regions = [_region_of(layout, tokens[number // per_step]) for number in range(len(frames))]
+            return row_of([draw(*pair) if draw else pair[0] for pair in zip(frames, regions, strict=True)])
+        order = list(dict.fromkeys(crop for crop in layout.crop if crop >= 0))
+        whole = self._whole(order, self.picture)
+        if (kept is not None or draw) and len(order) == 1 and self.pixels is not None:
+            whole = _covered(whole, layout, self._patch)
+        parts = [whole, self.picture][: len(layout.regions)] if 0 in layout.crops else [self.picture]
+        if kept is not None:
+            parts = [dimmed(p, layout, kept, region=r) for p, r in zip(parts, layout.regions, strict=True)]
+        parts = _as_wide(list(map(enlarged, parts)))
+        parts = [draw(*pair) if draw else pair[0] for pair in zip(parts, layout.regions, strict=False)]
+        return parts[0] if len(parts) == 1 else stacked(*parts)
 
     def animation(self) -> list[Image.Image]:
         """For every frame of a video what `sheet` shows of a picture.
@@ -156,7 +254,7 @@ class Explained:
 
     def _films(self, clip: Clip) -> list[tuple[str, list[Image.Image]]]:
         """The frames of a video, and those that show what each method keeps, with their titles."""
-        films = [("as the model sees it", list(clip.frames))]
+        films = [(_title(None), list(clip.frames))]
         films += [(_title(one), dimmed_frames(clip.frames, one.image.layout, one.image.left)) for one in self.shown]
         return films
 
@@ -187,6 +285,9 @@ class Explained:
           the only crop; rows and columns of other crops count in their mosaic.
         - `newlines`: indices of the rows left at the end that show no patch.
         - `grids`: rows and columns of the thumbnail or only crop, then of the mosaic, if they exist.
+        - `merged`: kept indices into which others were merged before the language model.
+        - `answer`: with these tokens; `answer` beside `methods` is that of the unpruned model. Both may be absent.
+        - `scores`: of every placeholder, null where it has none; absent unless they were asked for and exist.
 
         What was kept can be replayed on the same prompt, unless the method merges tokens:
 
@@ -197,7 +298,9 @@ class Explained:
                 replay = torch.tensor(kept, dtype=torch.int64)
             tokprune.attach(model, values["methods"][0]["spec"], replay=[replay])
         """
-        return {"format": FORMAT, "format_version": VERSION, **asked, "methods": [one.to_dict() for one in self.shown]}
+        answer = {} if self.answer is None else {"answer": self.answer}
+        methods = [one.to_dict() for one in self.shown]
+        return {"format": FORMAT, "format_version": VERSION, **asked, **answer, "methods": methods}
 
     def write_json(self, path: Path, **asked: Any) -> None:
         """Write `to_dict` to a file, complete or not at all.
@@ -212,41 +315,132 @@ Methods = Sequence[tuple[str, dict[str, Any]]]
 
 
 @torch.no_grad()
-def asked(runner: Runner, picture: Image.Image | Clip, question: str, methods: Methods, salt: int = 0) -> Explained:
+def asked(
+    runner: Runner,
+    picture: Image.Image | Clip,
+    question: str,
+    methods: Methods,
+    salt: int = 0,
+    answers: bool = False,
+    scores: bool = False,
+) -> Explained:
     """What each method with its budget keeps of a picture or video with a question.
 
-    Seeded methods mix in `salt`: a run has one for each question, see `tokprune.Attachment.salts`.
+    Args:
+        runner: a model.
+        picture: what is asked about.
+        question: as asked.
+        methods: with their budgets.
+        salt: mixed in by seeded methods: a run has one for each question, see `tokprune.Attachment.salts`.
+        answers: whether the model answers, without pruning and with each method.
+        scores: whether methods' scores are kept and drawn.
     """
     inputs = runner.inputs([question], [picture])
+    merges = any(_merges(spec) for spec, _ in methods)
+    bare = _entering(runner.model, inputs) if merges else None
+    bare_answer = _answer(runner, inputs) if answers else None
     shown = []
     for spec, budget in methods:
         with tokprune.attach(runner.model, spec, **budget) as attachment:
             attachment.salts = [salt]
-            runner.model(**inputs)
-            (kept,) = attachment.kept
-            shown.append(Shown(spec, budget, kept, attachment.report))
+            with listen() as scored:
+                entered = _entering(runner.model, inputs)
+            (kept,), report = attachment.kept, attachment.report
+            (image,) = report.images
+            merged = _changed(runner, inputs, image, bare, entered) if bare is not None and _merges(spec) else ()
+            answer = _answer(runner, inputs) if answers else None
+            found = _scores(scored, image.layout) if scores else {}
+            shown.append(Shown(spec, budget, kept, report, answer, merged, found))
     pixels = inputs.get("pixel_values")
-    return Explained(picture, None if pixels is None or pixels.ndim < 4 else pixels.flatten(0, -4), runner, shown)
+    crops = None if pixels is None or pixels.ndim < 4 else pixels.flatten(0, -4)
+    return Explained(picture, crops, runner, shown, question, bare_answer, scores)
+
+
+def _merges(spec: str) -> bool:
+    """Whether a method merges tokens before the language model."""
+    before = tokprune.get_method(spec).stages[0]
+    return before is not None and not all(part.keeps_features for part in before.members)
+
+
+def _entering(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+    """(S, D): what the first decoder layer is given of one prompt."""
+    found: list[torch.Tensor] = []
+
+    def watch(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"])[0].float())
+
+    hook = family_of(model).language_model.layers[0].register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def _changed(
+    runner: Runner, inputs: Any, image: ImageReport, before: torch.Tensor, after: torch.Tensor
+) -> tuple[int, ...]:
+    """Kept tokens that the language model is not given as they were, at their own place or at another's.
+
+    Where [CLS] has the place of a token, that token is among them.
+
+    Args:
+        runner: the model.
+        inputs: of one prompt with one picture.
+        image: its report.
+        before: (S, D), what the first decoder layer is given without pruning.
+        after: (K, D), with it.
+    """
+    place = runner.placeholders(inputs["input_ids"][0])
+    stays = torch.ones_like(place)
+    if int(place.sum()) != len(image.keep):
+        return ()
+    stays[place] = image.keep.to(place.device)
+    if len(after) != int(stays.sum()):
+        return ()
+    own, given = before[place], after[place[stays]]
+    rounded = max(_ROUNDED, torch.finfo(runner.model.dtype).eps)
+    same = torch.cdist(given, own, compute_mode="donot_use_mm_for_euclid_dist") <= rounded * own.norm(dim=1)
+    there = set(same.any(0).nonzero()[:, 0].tolist())
+    return tuple(i for i in image.kept.tolist() if i not in there)
+
+
+def _answer(runner: Runner, inputs: Any) -> str:
+    out = runner.model.generate(**inputs, max_new_tokens=runner.max_new_tokens, do_sample=False)
+    (text,) = runner.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def _scores(found: Sequence[Scored], layout: Layout) -> dict[int, float]:
+    """Of the first selection, by row; empty where no tokens were ranked."""
+    if not found:
+        return {}
+    index = layout.visual if found[0].index is None else found[0].index[0].tolist()
+    return dict(zip(index, found[0].scores[0].float().tolist(), strict=True))
 
 
 def explained(
-    runner: Runner, picture: Image.Image | Clip, question: str, methods: Methods
+    runner: Runner, picture: Image.Image | Clip, question: str, methods: Methods, marks: bool = True
 ) -> tuple[Image.Image, list[str]]:
     """`Explained.sheet` and `Explained.lines` of a picture with a question."""
-    found = asked(runner, picture, question, methods)
-    return found.sheet(), found.lines
+    found = asked(runner, picture, question, methods, answers=True)
+    return found.sheet(marks), found.lines
 
 
-def _title(one: Shown) -> str:
-    return f"{one.spec}: {one.image.n_visual} -> {one.image.n_kept}"
+def _title(one: Shown | None) -> str:
+    return f"{one.name}: {one.image.n_visual} -> {one.image.n_kept}" if one else "as the model sees it"
 
 
-def _both(whole: Image.Image, picture: Image.Image, layout: Layout, kept: torch.Tensor | None = None) -> Image.Image:
-    """The only crop; or the thumbnail and, below it, the picture that was cut into crops."""
-    parts = [whole, picture][: len(layout.regions)] if 0 in layout.crops else [picture]
-    if kept is not None:
-        parts = [dimmed(p, layout, kept, region=r) for p, r in zip(parts, layout.regions, strict=True)]
-    return enlarged(parts[0]) if len(parts) == 1 else stacked(*map(enlarged, parts))
+def _region_of(layout: Layout, tokens: tuple[int, ...]) -> Region:
+    """The grid of one frame."""
+    n_columns = 1 + max(layout.column[i] for i in tokens)
+    return Region(len(tokens) // n_columns, n_columns, tokens)
+
+
+def _as_wide(parts: list[Image.Image]) -> list[Image.Image]:
+    """All as wide as the widest."""
+    width = max(p.width for p in parts)
+    return [p.resize((width, p.height * width // p.width), Image.Resampling.NEAREST) for p in parts]
 
 
 def _covered(whole: Image.Image, layout: Layout, patch: int) -> Image.Image:

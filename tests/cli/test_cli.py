@@ -461,12 +461,14 @@ def test_explain_draws_kept_cells_bright_and_dropped_ones_dark(scene):
 
 
 def test_explain_writes_a_picture(scene, tmp_path):
+    from tokprune.eval.report.drawing import LINE
+
     out = tmp_path / "kept.png"
     methods = ["--method", "vtc_cls,fopru", "--method", "random"]
     done = tokprune_cli("explain", str(scene), *methods, "--keep", "0.25", "--out", str(out))
     assert done.returncode == 0, done.stderr
     with Image.open(out) as picture:
-        assert picture.size == (4 * 384 + 5 * 12, 384 + 22 + 2 * 12)
+        assert picture.size == (4 * 384 + 5 * 12, 384 + 22 + 2 * 12 + 2 * LINE)  # question and answer below
     assert done.stdout.count("144 -> 36 each") == 3
 
 

@@ -67,7 +67,13 @@ def test_file_says_what_was_asked_and_printed(written, scene):
     assert [m["budget"] for m in values["methods"]] == [
         {"keep_ratio": 0.25} if m != "blind" else {} for m in METHODS.split(",")
     ]
-    assert printed.splitlines()[:-1] == [m["report"] for m in values["methods"]]
+    question, unpruned, *answers = printed.splitlines()[:8]
+    assert (question, unpruned) == (f"question: {QUESTION}", f"unpruned: {values['answer']}")
+    assert printed.splitlines()[8:-1] == [m["report"] for m in values["methods"]]
+    for line, one in zip(answers, values["methods"], strict=True):
+        budget = "".join(f" {value:g}" for value in one["budget"].values())
+        other = "" if one["answer"] == values["answer"] else " (another answer)"
+        assert line == f"{one['spec']}{budget}: {one['answer']}{other}"
     assert printed.splitlines()[-1].endswith("kept.json: kept indices of 6 methods")
 
 

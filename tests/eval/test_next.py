@@ -197,7 +197,7 @@ def test_explain_draws_crops_in_place(runner):
     from tokprune.prune.explain import _GAP, _TITLE, DIM
 
     picture = Image.fromarray(findit_hd.draw("test", 1)[0])  # 144 high, 192 wide
-    sheet, (line,) = explained(runner, picture, "what is it?", [("globalcom2", {"keep_ratio": 0.2})])
+    sheet, (line,) = explained(runner, picture, "what is it?", [("globalcom2", {"keep_ratio": 0.2})], marks=False)
     inputs = runner.processor(images=[picture], text=[runner.prompt("what is it?")], return_tensors="pt")
     with tokprune.attach(runner.model, "globalcom2", keep_ratio=0.2) as attachment:
         runner.model(**inputs)

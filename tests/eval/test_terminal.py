@@ -67,6 +67,8 @@ def test_columns_leave_in_the_order_that_is_declared():
 
 def test_below_80_a_row_is_a_block():
     rows, floor = rows_of("compare-tiny-llava.jsonl")
+    assert "vtc_cls, keep 0.25" in printed(table("t", rows, floor), 79)  # though fewer columns would fit
+    assert "vtc_cls, keep 0.25" not in printed(table("t", rows, floor), 80)
     shown = printed(table("t", rows, floor), 60)
     start = shown.index("vtc_cls, keep 0.25")
     row = next(r for r in rows if r.config == "vtc_cls@0.25")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +10,12 @@ import typer
 import tokprune
 
 from ..core.errors import RunError
-from ..core.files import replacing
 from ..cost.flops import Ledger, Ops
-from ..prune.pictures import open_picture
-from ..prune.videos import is_video as is_video_file
-from ..prune.videos import open_clip
-from . import estimate, runs, tables
+from . import estimate, explaining, runs, tables
 from . import new as templates
 from .arguments import App, check_fraction, check_least, check_most, run
 from .describe import method_page
-from .extras import eval_module, load_runner
+from .extras import load_runner
 
 app = App(
     add_completion=False,
@@ -112,85 +104,6 @@ def flops(
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
 
 
-@app.command(no_args_is_help=True, short_help="Draw which visual tokens a method keeps.")
-def explain(
-    image: Annotated[Path, typer.Argument(help="A picture, a video, or a folder of frames.")],
-    method: Annotated[
-        list[str] | None, typer.Option(help="Name or specification; repeatable, or separated by commas.")
-    ] = None,
-    keep: Annotated[float | None, typer.Option(help="Fraction of the visual tokens to keep. Default: 0.25.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The PNG to write. Default: kept.png, unless --json is given.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="The JSON file to write, with indices of kept tokens.")] = None,
-    animation: Annotated[Path | None, typer.Option(help="The GIF to write, for a video.")] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video, evenly spaced.")] = 8,
-    model: Annotated[
-        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
-    ] = "tiny-llava",
-    question: Annotated[str, typer.Option(help="The question to ask about the picture.")] = "what is in the image?",
-) -> None:
-    """Draw which visual tokens a method keeps: kept ones bright, dropped ones dim, several methods side by side."""
-    explained = eval_module("report.explained", needs=())
-    out = Path("kept.png") if out is None and json is None and animation is None else out
-    _check_apart({"the picture": image, "--out": out, "--json": json, "--animation": animation})
-    specs = [s.strip() for text in method or ["vtc_cls"] for s in text.split(",")]
-    ratio = 0.25 if keep is None else keep
-    check_fraction("--keep", ratio)
-    decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
-    if keep is not None and decides:
-        raise RunError(
-            f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
-        )
-    budgets = [{"keep_ratio": ratio} if tokprune.get_method(s).takes_budget else {} for s in specs]
-    is_video = is_video_file(image)
-    picture = open_clip(image, frames) if is_video else open_picture(image)
-    if animation is not None and not is_video:
-        raise RunError(f"{image} is a picture, which cannot be animated; leave --animation out, or name a video")
-    found = explained.asked(load_runner(model), picture, question, list(zip(specs, budgets, strict=True)))
-    if json is not None:
-        from . import doctor as checks
-
-        here = checks.versions()
-        versions = {name: here[name] for name in ("python", "tokprune", "torch", "transformers", "device")}
-        asked = {"model": model, "image": str(image), "question": question, "versions": versions}
-        with _writing(json, "--json"):
-            found.write_json(json, **asked)
-    if out is not None:
-        with _writing(out, "--out"):
-            sheet = found.sheet()
-            with replacing(out) as new:
-                sheet.save(new, format="PNG")
-    if animation is not None:
-        with _writing(animation, "--animation"):
-            n_frames = found.write_animation(animation)
-    for line in found.lines:
-        typer.echo(line)
-    if json is not None:
-        typer.echo(f"{json}: kept indices of {len(specs)} method{'s' * (len(specs) > 1)}")
-    if out is not None:
-        typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
-    if animation is not None:
-        typer.echo(f"{animation}: {n_frames} frames")
-
-
-def _check_apart(named: Mapping[str, Path | None]) -> None:
-    """Raise if two of the files are the same."""
-    given = [(name, os.path.realpath(path)) for name, path in named.items() if path is not None]
-    for (one, first), (other, second) in itertools.combinations(given, 2):
-        if first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)):
-            raise RunError(f"{one} and {other} are both {first}: use another file for {other}")
-
-
-@contextlib.contextmanager
-def _writing(path: Path, option: str) -> Iterator[None]:
-    """Turn an OSError into a RunError that names the option."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; use another file for {option}") from error
-
-
 @app.command(short_help="Check this installation.")
 def doctor() -> None:
     """Show versions and check pruning on the embedded model; exit with 1 if a check fails."""
@@ -223,6 +136,7 @@ def new(
         typer.echo(f"wrote {path}")
 
 
+app.add_typer(explaining.app)
 app.add_typer(runs.app)
 
 

@@ -15,6 +15,7 @@ from ..core import ops
 from ..core.errors import MethodError, OptionError
 from ..core.layout import Layout
 from ..core.registry import check
+from ..core.scores import heard
 from ..core.signals import Form, Heads, Kind, Signal, Tower
 from ..core.tokens import Count, Stage, VisualTokens
 from ..cost.flops import Ops
@@ -136,6 +137,7 @@ class ScoreMethod(Method):
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Keep high scores; ties go to the lower index, filtered tokens come last."""
         scores = checked_scores(self, self.score(tokens), tokens)
+        heard(scores, tokens.index)
         ranked = scores.masked_fill(~tokens.keep, -torch.inf)
         return replace(tokens, keep=self.chosen(ranked, tokens, n_keep), scores=scores)
 

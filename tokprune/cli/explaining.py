@@ -1,0 +1,156 @@
+"""The command that draws what methods keep of a picture or a video, and what the model then answers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json as json_
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import tokprune
+
+from ..core.errors import RunError
+from ..core.files import replacing, write_text
+from ..prune.pictures import open_picture
+from ..prune.videos import is_video as is_video_file
+from ..prune.videos import open_clip
+from . import estimate, runs
+from .arguments import App, check_least
+from .extras import eval_module, load_runner
+
+app = App()
+
+
+@app.command(no_args_is_help=True, short_help="Draw which visual tokens a method keeps.")
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, videos, or folders of frames.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="Name or specification; repeatable, or separated by commas.")
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Fractions of the visual tokens to keep, separated by commas. Default: 0.25.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG to write. Default: kept.png, unless --json is given.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="The JSON file to write, with indices of kept tokens.")] = None,
+    animation: Annotated[Path | None, typer.Option(help="The GIF to write, for a video.")] = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Show the scores of methods that rank single tokens, as colours.")
+    ] = False,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video, evenly spaced.")] = 8,
+    model: Annotated[
+        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
+    ] = "tiny-llava",
+    question: Annotated[str, typer.Option(help="The question to ask about the picture.")] = "what is in the image?",
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
+) -> None:
+    """Draw which visual tokens a method keeps, and show what the model answers with and without the others.
+
+    Kept tokens are bright, dropped ones dim; those into which others were merged have a frame. Several methods,
+    ratios and pictures go on one sheet.
+
+    Example: tokprune explain docs/scene.png --method vtc_cls,fopru --keep 0.5,0.1 --question "is there a red ring?"
+    """
+    explained = eval_module("report.explained", needs=())
+    out = Path("kept.png") if out is None and json is None and animation is None else out
+    named = {("the picture" if len(images) == 1 else f"picture {i}"): path for i, path in enumerate(images, 1)}
+    _check_apart(named, {"--out": out, "--json": json, "--animation": animation})
+    check_least(max_new_tokens=max_new_tokens)
+    configurations = _configurations([s.strip() for text in method or ["vtc_cls"] for s in text.split(",")], keep)
+    shown = [open_clip(path, frames) if is_video_file(path) else open_picture(path) for path in images]
+    _check_animation(animation, images)
+    runner = load_runner(model, max_new_tokens=max_new_tokens)
+    found = [
+        explained.asked(runner, picture, question, configurations, answers=True, scores=scores) for picture in shown
+    ]
+    if json is not None:
+        with _writing(json, "--json"):
+            _write_json(json, images, found, {"model": model, "question": question})
+    if out is not None:
+        with _writing(out, "--out"):
+            sheet = eval_module("report.drawing", needs=()).stacked_sheets([one.sheet() for one in found])
+            with replacing(out) as new:
+                sheet.save(new, format="PNG")
+    if animation is not None:
+        with _writing(animation, "--animation"):
+            n_frames = found[0].write_animation(animation)
+    for path, one in zip(images, found, strict=True):
+        for line in ([f"{path}:"] if len(images) > 1 else []) + one.answers + one.lines:
+            typer.echo(line)
+    if json is not None:
+        n = len(configurations)
+        typer.echo(f"{json}: kept indices of {n} method{'s' * (n > 1)}")
+    if out is not None:
+        typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
+    if animation is not None:
+        typer.echo(f"{animation}: {n_frames} frames")
+
+
+def _configurations(specs: Sequence[str], keep: str) -> list[tuple[str, dict[str, float]]]:
+    """Methods with their budgets, each at every ratio.
+
+    Raises:
+        RunError: a ratio is none, or was typed for a method that takes none.
+    """
+    ratios = list(dict.fromkeys(runs._ratios(keep))) if keep else [0.25]
+    decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
+    if keep and decides:
+        raise RunError(
+            f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
+        )
+    return [
+        (spec, budget)
+        for spec in specs
+        for budget in ([{"keep_ratio": r} for r in ratios] if tokprune.get_method(spec).takes_budget else [{}])
+    ]
+
+
+def _check_animation(animation: Path | None, images: Sequence[Path]) -> None:
+    """Raise where there is nothing, or more than one thing, to animate."""
+    if animation is not None and len(images) > 1:
+        raise RunError(f"--animation takes one video, not {len(images)}; name one")
+    if animation is not None and not is_video_file(images[0]):
+        raise RunError(f"{images[0]} is a picture, which cannot be animated; leave --animation out, or name a video")
+
+
+def _write_json(path: Path, images: Sequence[Path], found: Sequence[Any], asked: Mapping[str, Any]) -> None:
+    """One picture as it is; of several, a list of them under "pictures"."""
+    from . import doctor as checks
+
+    here = checks.versions()
+    versions = {name: here[name] for name in ("python", "tokprune", "torch", "transformers", "device")}
+    each = [
+        one.to_dict(model=asked["model"], image=str(image), question=asked["question"], versions=versions)
+        for image, one in zip(images, found, strict=True)
+    ]
+    values = (
+        each[0]
+        if len(each) == 1
+        else {"format": each[0]["format"], "format_version": each[0]["format_version"], "pictures": each}
+    )
+    write_text(path, json_.dumps(values, indent=1) + "\n")
+
+
+def _check_apart(pictures: Mapping[str, Path], files: Mapping[str, Path | None]) -> None:
+    """Raise if a file to write is a picture, or two of them are the same."""
+    given = [(name, os.path.realpath(path)) for name, path in {**pictures, **files}.items() if path is not None]
+    for (one, first), (other, second) in itertools.combinations(given, 2):
+        if other in pictures:
+            continue
+        if first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)):
+            raise RunError(f"{one} and {other} are both {first}: use another file for {other}")
+
+
+@contextlib.contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
+    """Turn an OSError into a RunError that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; use another file for {option}") from error
