@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tokprune.core.layout import Layout, Region
 
@@ -139,7 +139,7 @@ def framed(picture: Image.Image, region: Region, rows: Collection[int]) -> Image
 
 def heated(picture: Image.Image, region: Region, ranks: Mapping[int, float]) -> Image.Image:
     """The cells in the colours of their ranks in 0..1, the picture in grey beneath; cells without a rank stay grey."""
-    pixels = np.asarray(picture.convert("L").convert("RGB")).astype(float)
+    pixels = np.asarray(Image.merge("RGB", [ImageOps.grayscale(picture)] * 3)).astype(float)
     for place, i in enumerate(region.index):
         if i in ranks:
             left, top, right, bottom = _cell(region, place, picture)
