@@ -308,15 +308,17 @@ def code_of(specs: Sequence[str]) -> dict[str, int]:
 
 
 def chosen_tasks(
-    names: Sequence[str], limit: int | None = None, full: bool = False, n_frames: int = N_FRAMES
+    names: Sequence[str | Task], limit: int | None = None, full: bool = False, n_frames: int = N_FRAMES
 ) -> list[tuple[Task, list[Sample]]]:
-    """Tasks by name or folder, with the samples to answer; of videos in a folder up to `n_frames` frames are taken.
+    """Tasks by name or folder, or themselves, with the samples to answer.
+
+    Of videos in a folder up to `n_frames` frames are taken.
 
     Raises:
         UnknownNameError, TaskError: there is no such task.
         RunError: two have one name.
     """
-    loaded = [load_task(name, n_frames) for name in names]
+    loaded = [load_task(name, n_frames) if isinstance(name, str) else name for name in names]
     if len({t.name for t in loaded}) < len(loaded):
         raise RunError(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"

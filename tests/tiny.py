@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from tokprune.integrations.transformers import FAMILIES
+from tokprune.integrations.transformers.compat import is_at_least
 from tokprune.integrations.transformers.families import VARIANTS
 from tokprune.integrations.transformers.families.sizes import Sizes
 from transformers import AutoModelForImageTextToText
@@ -40,7 +42,7 @@ GEMMA4 = ("gemma4", "gemma4-e2b")  # pictures that see themselves; per-layer inp
 CROPPED = ("idefics3", "smolvlm")  # a picture is crops and a thumbnail, each a run of placeholders
 PIXTRAL = ("mistral3", "llava_pixtral")  # pictures of any size, a token of text behind every row of placeholders
 MORE = CROPPED + PIXTRAL
-KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2")  # of LLaVA
+KIN = ("vipllava", "video_llava", "deepseek_vl", "llava_next_video", "ovis2", "got_ocr2")  # of LLaVA
 ONE_SIZE = (*TOWERS, *FIXED, *(kind for kind in KIN if kind != "llava_next_video"))
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [96, 96]]
 TILE, N_TILE = 32, 16  # InternVL: pixels a side, tokens after the pixel shuffle
@@ -82,6 +84,8 @@ OTHERWISE = {
     **{kind: dict(tower_type="pixtral", tower_options={}, text_type="mistral", grids=(), side=48) for kind in PIXTRAL},
     "deepseek_vl": SIGLIP,
     "gemma4": dict(tower_options={}),
+    # 12 x 12 patches in windows of 5 x 5, so that those at the edges are filled up.
+    "got_ocr2": dict(patch=2, tower_options=dict(window_size=5, output_channels=8), text_type="qwen2"),
     "ovis2": dict(tower_options=dict(vocab_size=1024), text_type="qwen2"),
     "internvl": dict(
         tower_type="internvl_vision", tower_options=dict(use_qk_norm=True), text_type="qwen2", side=TILE, grids=()
@@ -103,6 +107,17 @@ def family(kind: str):
     if kind == "llava_pixtral":
         return VARIANTS.load("llava/pixtral")
     return FAMILIES.load("llava" if kind in TOWERS else kind.split("-")[0])
+
+
+def served(cases: Iterable) -> list:
+    """Kinds, or tuples that begin with one; what `attach` refuses on this release is skipped and says why."""
+    return [_served(*((case,) if isinstance(case, str) else case)) for case in cases]
+
+
+def _served(kind: str, *others):
+    oldest = family(kind).oldest
+    refused = pytest.mark.skip(reason=f"attach refuses {kind} before transformers {oldest}")
+    return pytest.param(kind, *others, marks=() if is_at_least(oldest) else refused)
 
 
 def config(kind: str = "clip"):
@@ -355,6 +370,11 @@ def row(inputs: dict[str, torch.Tensor], r: int, layout=MIXED, kind="clip") -> d
 
 # generate() of transformers 4 passes pictures with an empty cache alone, and whole: the bare model fails, too.
 later_pictures = pytest.mark.skipif(RELEASE.major < 5, reason="the bare model of transformers 4 cannot do this")
+
+# generate() of earlier releases passes no pictures with the chunks of a prompt: the bare model answers without them.
+pictures_in_chunks = pytest.mark.skipif(
+    RELEASE.release < (5, 23), reason="the bare model of earlier releases does not see pictures with prefill_chunk_size"
+)
 
 
 def cached(cache) -> dict:

@@ -6,6 +6,7 @@ from .core import interrupts as _interrupts  # noqa: F401 (before anything that 
 
 # isort: split
 from collections.abc import Sequence as _Sequence
+from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
@@ -158,13 +159,21 @@ def list_support() -> list[Support]:
     return pairs()
 
 
+_FROM_EVAL = ("bench", "compare", "explain")  # functions of tokprune.eval.api, which needs the extra eval
+
+
 def __getattr__(name: str) -> _Any:
-    """The type of the handle, for annotations; the host that it comes from is imported when it is asked for."""
+    """Names that are imported when they are asked for: the type of the handle, and functions of tokprune.eval."""
     if name == "Attachment":
         from .integrations.transformers.attachment import Attachment
 
         return Attachment
-    raise AttributeError(f"module 'tokprune' has no attribute {name!r}")
+    if name not in _FROM_EVAL:
+        raise AttributeError(f"module 'tokprune' has no attribute {name!r}")
+    try:
+        return getattr(_import_module("tokprune.eval.api"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"tokprune.{name} needs {error.name}: use pip install 'tokprune[eval]'") from error
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,12 @@ class Explained:
     def lines(self) -> list[str]:
         """The reports."""
         return [str(one.report) for one in self.shown]
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        file = io.BytesIO()
+        self.sheet().save(file, format="PNG")
+        return file.getvalue()
 
     @property
     def answers(self) -> list[str]:

@@ -52,16 +52,25 @@ def csv_table(rows: Sequence[Row], question_only: Mapping[str, float | None]) ->
     Seeds have a line each. Costs are columns of their own, options and kinds are JSON, `is_noise` is added. What is not
     known is empty. Texts that a spreadsheet would read as a formula begin with an apostrophe.
     """
-    lines: list[dict[str, Any]] = [
-        {"task": task, "method": QUESTION_ONLY, "value": value}
-        for task, value in question_only.items()
-        if value is not None
-    ]
-    lines += [_flat(row) for row in rows]
+    lines = _lines(rows, question_only)
     names = dict.fromkeys(name for line in reversed(lines) for name in line)
     cells = [{name: _no_formula(value) for name, value in line.items()} for line in lines]
     frame = pd.DataFrame(cells, columns=list(names), dtype=object)  # as floats, whole numbers would get a ".0"
     return frame.to_csv(index=False, lineterminator="\n")
+
+
+def frame_of(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> pd.DataFrame:
+    """The lines of `csv_table` as a data frame."""
+    return pd.DataFrame(_lines(rows, question_only))
+
+
+def _lines(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    floors: list[dict[str, Any]] = [
+        {"task": task, "method": QUESTION_ONLY, "value": value}
+        for task, value in question_only.items()
+        if value is not None
+    ]
+    return [*floors, *map(_flat, rows)]
 
 
 def _flat(row: Row) -> dict[str, Any]:

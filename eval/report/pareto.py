@@ -294,19 +294,24 @@ def floors_of(rows: Sequence[Row], question_only: float | None) -> dict[str, flo
 
 
 def write_png(rows: Sequence[Row], question_only: Mapping[str, float | None], path: Path) -> None:
-    """All plots of a run in one picture: a column for each task, or two columns for one task.
+    """`figure_of` as a file; without points, none is written."""
+    figure = figure_of(rows, question_only)
+    if figure is not None:
+        with _drawing(), replacing(path) as new:
+            figure.savefig(new, dpi=_DPI, format="png")
 
-    Without points, no file is written.
+
+def figure_of(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> Figure | None:
+    """All plots of a run in one picture: a column for each task, or two columns for one task; None without points.
 
     Args:
         rows: of all tasks.
         question_only: that floor by task.
-        path: the file.
     """
     tasks = {t: [r for r in rows if r.task == t] for t in dict.fromkeys(r.task for r in points(rows))}
     looks, kinds = styles(rows), axes_of(rows)
     if not tasks:
-        return
+        return None
     floors = {task: floors_of(mine, question_only.get(task)) for task, mine in tasks.items()}
     cells = [(task, axis) for axis in kinds for task in tasks]
     n_columns = len(tasks) if len(tasks) > 1 else min(2, len(kinds))
@@ -321,8 +326,7 @@ def write_png(rows: Sequence[Row], question_only: Mapping[str, float | None], pa
             _draw(canvas, tasks[task], floors[task], axis, looks)
             canvas.set_title(f"{task} ({tasks[task][0].n_samples} questions)", parse_math=False)
         _legend(figure, looks, {name for some in floors.values() for name in some}, 2 * n_columns)
-        with replacing(path) as new:
-            figure.savefig(new, dpi=_DPI, format="png")
+    return figure
 
 
 @contextlib.contextmanager

@@ -56,21 +56,38 @@ class Runner:
     grading: Grading = AS_ASKED
 
     @classmethod
-    def load(cls, path: str, device_map: str | None = None, **options: Any) -> Runner:
+    def load(
+        cls,
+        path: str,
+        device_map: str | None = None,
+        dtype: str = "",
+        attn: str = "",
+        device: str = "",
+        **options: Any,
+    ) -> Runner:
         """An embedded model by its name, or from a local folder or a hub id.
 
         It goes to this process' GPU where there is one; with `device_map`, such as "auto", over all that there is. Code
         that a folder or a hub id brings along is never run.
 
+        Args:
+            path: the name, the folder or the hub id.
+            device_map: as in transformers.
+            dtype: of the weights; empty for float32 on a CPU and the checkpoint's own on a GPU.
+            attn: attention implementation; empty for transformers' choice.
+            device: "cpu" or "cuda"; empty for the GPU if there is one.
+            **options: fields of this class.
+
         Raises:
             RunError: it cannot be loaded.
         """
-        gpu, path = torch.cuda.is_available(), path_of(path)
+        gpu, path = _on_gpu(device), path_of(path)
         placed = {} if device_map is None else {"device_map": device_map}
+        placed |= {"attn_implementation": attn} if attn else {}
         try:
             processor = load_processor(path)
             model = AutoModelForImageTextToText.from_pretrained(
-                path, trust_remote_code=False, dtype="auto" if gpu else torch.float32, **placed
+                path, trust_remote_code=False, dtype=dtype or ("auto" if gpu else torch.float32), **placed
             )
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
             near = difflib.get_close_matches(path, EMBEDDED, n=1)
@@ -342,6 +359,17 @@ def batches(n: int, configs: Sequence[Config], done: Container[tuple[str, int]] 
         if open_:
             found.append((batch, open_))
     return found
+
+
+def _on_gpu(device: str) -> bool:
+    """Whether a model goes to a GPU.
+
+    Raises:
+        RunError: no such device here.
+    """
+    if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise RunError(f"invalid --device {device!r}: use cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    return torch.cuda.is_available() and device != "cpu"
 
 
 @dataclass

@@ -28,6 +28,7 @@ from tokprune.core.tokens import Stage
 
 from ..compare import settings
 from ..report.terminal import Grid
+from ..run.plan import Plan
 from ..run.rows import NONE, Config, conditions
 from ..run.runner import Runner
 from ..stats import wilson
@@ -211,7 +212,8 @@ def search(
     checksum = getattr(task, "checksum", None)
     pictures = 0 if checksum is None else zlib.crc32(repr([checksum(s.image_id) for s in samples]).encode())
     asked = {k: v for k, v in vars(wanted).items() if k != "trials"}  # more trials resume it
-    facts = settings(runner, model_name, [(task, samples)], [], **asked, split=_split(task), pictures=pictures)
+    plan = Plan([(task, [samples])], [])
+    facts = settings(runner, model_name, plan, **asked, split=_split(task), pictures=pictures)
     with opened(out, facts, overwrite) as trials:
         if trials.points:
             console.print(f"The search resumes: {len(trials.points)} schedules in {trials.path} are evaluated already")

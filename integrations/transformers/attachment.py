@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from tokprune.core.errors import AlreadyAttachedError, NotCopyable, UnsupportedModelError
+from tokprune.core.errors import AlreadyAttachedError, NotCopyable, OptionError, UnsupportedModelError
 from tokprune.core.signals import Signal
+from tokprune.methods import Labelled
 from tokprune.prune.copies import folded
 from tokprune.prune.report import Report, describe_signals
-from tokprune.prune.request import Request
+from tokprune.prune.request import Request, request_of
 from tokprune.prune.saved import Folder, write_saved
 
 from .compat import warn_if_untested
@@ -22,6 +26,8 @@ from .families.base import ModelFamily
 from .observer import Observer
 from .passes import Call
 from .support import checked_signals
+
+LOG = logging.getLogger("tokprune")
 
 
 def attach(model: nn.Module, request: Request) -> Attachment:
@@ -70,7 +76,8 @@ class Attachment(NotCopyable):
         self._family, self._request = family, request
         self.method, self.label, self.budget = request.method, request.label, request.budget
         self.positions, self.newlines = request.positions, request.newlines
-        self._observer = Observer(family, request, signals)
+        self._observer, self._listeners = Observer(family, request, signals), OrderedDict()
+        self._observer.on_done = self._tell
         self._observer.install()
         for name in family.encode_functions:
             getattr(family.base, name)._tokprune_attachment = self
@@ -115,13 +122,70 @@ class Attachment(NotCopyable):
         """
         return self._observer.pauses.hold()
 
+    @contextmanager
+    def using(
+        self, *, keep_ratio: float | None = None, keep_tokens: int | None = None, flops_ratio: float | None = None
+    ) -> Iterator[None]:
+        """Another budget inside a `with` block, in this thread; nests.
+
+        What was pruned into a cache stays pruned: a block is for whole calls.
+
+        Args:
+            keep_ratio: fraction of each image's visual tokens; or
+            keep_tokens: their number; or
+            flops_ratio: fraction of the language model's FLOPs, as for `attach`.
+
+        Raises:
+            OptionError: the method cuts between decoder layers, or keeps a replay.
+            BudgetError: a budget that `attach` would refuse.
+        """
+        asked = self._request
+        if asked.between is not None or asked.replay is not None:
+            why = "cuts between decoder layers" if asked.between is not None else "replays kept tokens"
+            raise OptionError(f"{self.label!r} {why}, which is fixed by attach; detach and attach with another budget")
+        budgets = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens, "flops_ratio": flops_ratio}
+        request = request_of(
+            Labelled(self.method, self.label), **budgets, positions=self.positions, newlines=self.newlines
+        )
+        request.check(self._family.decoder, self._family.shape)
+        with self._observer.using(request):
+            yield
+
+    def on_call(self, callback: Callable[[Report], None]) -> RemovableHandle:
+        """Call back with the report after every call, in the thread that made it.
+
+        An exception of the callback is logged under "tokprune" and never reaches the call.
+
+        Returns:
+            a handle: `remove()` ends it, and so does the end of a `with` block.
+        """
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = callback
+        return handle
+
+    def _tell(self, call: Call) -> None:
+        """Log a call, and tell those who asked for it."""
+        if not self._listeners and not LOG.isEnabledFor(logging.INFO):
+            return
+        report = self._report_of(call)
+        LOG.info("%s", report)
+        for callback in list(self._listeners.values()):
+            try:
+                callback(report)
+            except Exception:
+                LOG.exception("a callback of on_call failed")
+
     @property
     def report(self) -> Report:
         """What the last call did."""
-        call, observer = self._call or Call(), self._observer
+        return self._report_of(self._call or Call())
+
+    def _report_of(self, call: Call) -> Report:
+        observer = self._observer
+        on_cpu = self._family.language_model.device.type == "cpu"
         return Report(
             method=self.label,
-            budget=self._request.budget_text,
+            budget=call.budget or self._request.budget_text,
             signals=describe_signals(observer.signals),
             n_layers=len(self._family.language_model.layers),
             images=folded(call.images, call.rows),
@@ -131,6 +195,9 @@ class Attachment(NotCopyable):
             between=observer.cutter is not None,
             shape=self._family.shape,
             bytes_per_value=self._family.language_model.dtype.itemsize,
+            rows_of=call.rows_of,
+            encode_s=call.encode_s if on_cpu and call.ran else None,
+            prefill_s=call.prefill_s if on_cpu and call.ran else None,
         )
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +48,8 @@ class Observer(NotCopyable):
         self.salts: Sequence[int] = (0,)
         self.passes, self.pauses = Passes(), Pauses()
         self.newest: Context | None = None  # of the thread that began a call last
-        self.pruner = Pruner(family, request, signals)
+        self.on_done: Callable[[Call], None] = lambda call: None  # told of every call of the user that has ended
+        self._pruner, self._budgets = Pruner(family, request, signals), Budgets()
         self.cutter = LayerSelector(family, request, self) if request.between else None
         self._reads_prompt = family.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
         reads_states = self.pruner.reads_states
@@ -89,6 +93,21 @@ class Observer(NotCopyable):
         hooks.after(family.language_model, functools.partial(self._leave, DECODER))
 
     @property
+    def pruner(self) -> Pruner:
+        """Of the budget that counts in this thread."""
+        return self._budgets.pruner or self._pruner
+
+    @contextlib.contextmanager
+    def using(self, request: Request) -> Iterator[None]:
+        """Another budget of the method before the language model, in this thread."""
+        before = self._budgets.pruner
+        self._budgets.pruner = Pruner(self.family, request, self.signals)
+        try:
+            yield
+        finally:
+            self._budgets.pruner = before
+
+    @property
     def paused(self) -> bool:
         """Whether this thread is to see the bare model."""
         return self.pauses.hold_here
@@ -100,7 +119,16 @@ class Observer(NotCopyable):
         found = (x for x in (*args[:1], *map(kwargs.get, PROMPTS)) if isinstance(x, Tensor) and x.ndim > 1)
         n_rows, n_prompt = next(found, torch.empty(0, 0)).shape[:2]
         with self.passes.generating(n_rows or None, n_prompt or None, _brings_features(kwargs)):
-            return original(*args, **kwargs)
+            out = original(*args, **kwargs)
+        self._done()
+        return out
+
+    def _done(self) -> None:
+        """Tell of a call of the user that has ended, once."""
+        call = None if self.passes.busy else self.passes.calls.shown
+        if call is not None and call.ran and not call.told:
+            call.told = True
+            self.on_done(call)
 
     def _positions(self, original: Callable, *args, **kwargs) -> Any:
         """Positions as if the cache held everything that was passed."""
@@ -114,6 +142,7 @@ class Observer(NotCopyable):
 
     def _begin(self, context: Context) -> Call:
         call = context.begin()
+        call.budget = self.pruner.request.budget_text
         if context is self.passes.calls:
             self.newest = context
         return call
@@ -132,6 +161,7 @@ class Observer(NotCopyable):
 
     def _leave(self, level: int, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         self.passes.leave(level)
+        self._done()
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Count the prompt's placeholders, on the device; take what the cache holds already out of the prompt."""
@@ -157,7 +187,10 @@ class Observer(NotCopyable):
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         """Take the marks out of the features that the model hands back."""
         this = self.passes.leave(BASE)
+        if this is not None and this.facts and (call := this.call) is not None:
+            call.prefill_s += time.perf_counter() - this.started
         out = replace_features(out, without_marks)
+        self._done()
         return Again.expanded(out, this.n_again) if this and this.n_again else out
 
     # ------------------------------------------------------------------------------- pictures
@@ -171,7 +204,7 @@ class Observer(NotCopyable):
             raise OptionError(f"{name}(return_dict=False) cannot carry marks; leave it out, or use attachment.paused()")
         self.hooks.check()
         context = self.passes.context
-        call = self._call_of_encode(name, context)
+        call, started = self._call_of_encode(name, context), time.perf_counter()
         try:
             out, collected = self._collect(name, functools.partial(original, *args, **kwargs))
             features, put_back = split_features(out)
@@ -190,6 +223,7 @@ class Observer(NotCopyable):
         except BaseException:
             context.call = None  # what was half encoded must not be taken for the next call's
             raise
+        call.encode_s += time.perf_counter() - started
         return put_back(marked) if call.touched else out
 
     def _collect(self, name: str, original: Callable[[], Any]) -> tuple[Any, dict]:
@@ -364,8 +398,16 @@ class Observer(NotCopyable):
         if this.generation is not None and this.context.main is None:
             this.context.main = call
         facts = this.facts
+        if facts.get("placeholders") and not call.counts:
+            call.counts = {name: mask.sum(1) for name, mask in this.masks.items()}
         if ran.past_inner == 0 or facts.get("marked") or facts.get("placeholders"):
             call.prefills.append(Prefill(**vars(ran)))
+
+
+class Budgets(threading.local):
+    """The pruner of a budget for this thread alone; None for that of the attachment."""
+
+    pruner: Pruner | None = None
 
 
 PROMPTS = ("inputs", "input_ids", "inputs_embeds")

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -47,6 +48,30 @@ class Call:
     by_hand: bool = False  # begun by an encode of the user, outside of any generate or forward
     ran: bool = False
     rows: Tensor | None = None  # input_ids whose rows may be beam copies
+    counts: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # placeholders of every row, by encode function, on the device
+    budget: str = ""  # that it began with, for the report
+    told: bool = False  # to those who listen for calls
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+
+    def rows_of(self) -> list[int | None]:
+        """The row of the batch of every image in `images`; None where the prompt does not tell."""
+        found: list[int | None] = [None] * len(self.images)
+        for name, places in self.by_name.items():
+            lengths = [len(self.images[i].layout.crop) for i in places]
+            counts = self.counts[name].tolist() if name in self.counts else []
+            n_copies = sum(counts) // sum(lengths) if sum(lengths) else 0  # beams have copies of a row below each other
+            if n_copies < 1 or sum(counts) != n_copies * sum(lengths):
+                continue
+            own = counts[::n_copies]
+            row, left = 0, own[0]
+            for place, length in zip(places, lengths, strict=True):
+                while left < length and row + 1 < len(own):
+                    row, left = row + 1, own[row + 1]
+                found[place], left = row, left - length
+        return found
 
 
 @dataclass
@@ -94,6 +119,7 @@ class Pass:
         n_candidates: draft tokens after the prompt, of assisted decoding.
         n_again: leading columns that the cache holds already.
         aside: the call of a pass that a generation makes for something else.
+        started: when, in seconds.
         shortening, layers, prompt, tap: what is under way before and between the decoder layers.
     """
 
@@ -114,6 +140,7 @@ class Pass:
     layers: Any = None
     prompt: Any = None
     tap: Any = None
+    started: float = field(default_factory=time.perf_counter)
     entered: dict[int, FrameType | None] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
 
@@ -158,6 +185,11 @@ class Passes(threading.local):
     @property
     def _top(self) -> Pass | Generation | Encoding | None:
         return self._stack[-1] if self._stack else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way."""
+        return bool(self._stack)
 
     @property
     def current(self) -> Pass | None:

@@ -57,7 +57,9 @@ def _pair(family: type[ModelFamily], tower_name: str, name: str, tower: Tower, s
     method = METHODS.build(name)
     cuts = method.stage is Stage.DECODER and bool(family.no_layer_cuts)
     works = not cuts and all(s.kind in supplied for s in method.needs(tower))
-    instead = "" if works or cuts or not method.if_missing else f"{name}:{method.if_missing}"
+    typed = f"{name}:{method.if_missing}"
+    helps = bool(method.if_missing) and all(s.kind in supplied for s in METHODS.build(typed).needs(tower))
+    instead = typed if helps and not works and not cuts else ""
     return Support(family.model_type, tower_name, name, works, instead)
 
 
@@ -71,11 +73,11 @@ def checked_signals(method: Method, label: str, family) -> frozenset[Signal]:
     if not family.supplies_all(signals):
         missing = sorted({s.kind.name for s in signals if s.kind not in family.supplies})
         works = [n for n in METHODS.working() if family.supplies_all(METHODS.build(n).needs(family.tower))]
-        tower = "has no [CLS] token" if not family.tower.has_cls else "does not supply it"
-        typed = label in METHODS.names() and method.if_missing
+        lacks = family.no_tower_signals or ("does not supply it" if family.tower.has_cls else "has no [CLS] token")
+        typed = label in METHODS.names() and method.if_missing and not family.no_tower_signals
         option = f" (or {label}:{method.if_missing})" if typed else ""
         raise MissingSignalError(
-            f"{label!r} needs {', '.join(missing)}, but this model's vision tower {tower}. "
+            f"{label!r} needs {', '.join(missing)}, but this model's vision tower {lacks}. "
             f"Methods that work here: {', '.join(works)}{option}"
         )
     return signals

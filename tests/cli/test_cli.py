@@ -233,9 +233,7 @@ def test_compare_finished_asks_nothing_again(uninterrupted):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["--keep", "0.5"], "configurations"),
         (["--batch-size", "8"], "batch_size"),
-        (["--limit", "20"], "tasks"),
         (["--suffix", " now"], "suffix"),
     ],
     ids=str,
@@ -251,7 +249,7 @@ def test_compare_refuses_a_folder_of_other_settings(change, named, uninterrupted
 def test_compare_overwrites_when_told_to(uninterrupted, tmp_path):
     for path in uninterrupted.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    short = ["--task", "findit", "--limit", "4", "--methods", "none", "--out", str(tmp_path)]
+    short = ["--task", "findit", "--limit", "4", "--methods", "none", "--suffix", " now", "--out", str(tmp_path)]
     assert "other settings" in refusal(tokprune_cli("compare", *short))
     done = tokprune_cli("compare", *short, "--overwrite")
     assert done.returncode == 0, done.stderr

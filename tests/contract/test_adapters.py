@@ -28,8 +28,8 @@ METHOD = defaultdict(
 POSITIONS = ("contiguous", "original")
 # Half precision arithmetic of double: exact. Eager masks overflow in double, so eager runs in single.
 NUMERICS = {"sdpa": (torch.float64, 1e-9), "eager": (torch.float32, 5e-5)}
-# Beams with several pictures in a prompt scatter them into the wrong rows upstream before transformers 5.18.
-MULTI_IMAGE_BEAMS_WORK = Version(transformers.__version__) >= Version("5.18")
+# Beams with several pictures in a prompt scatter them into the wrong rows upstream before transformers 5.23.
+MULTI_IMAGE_BEAMS_WORK = Version(transformers.__version__) >= Version("5.23")
 
 towers = pytest.mark.parametrize("tower", TOWERS)
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +154,7 @@ SINGLE_TILES = ((0,), (5,), ())
 
 
 def images_that_beams_can_show(kind):
-    """Before transformers 5.18 beams also scatter the tiles of one InternVL picture into the wrong rows."""
+    """Before transformers 5.23 beams also scatter the tiles of one InternVL picture into the wrong rows."""
     return SINGLE_TILES if kind == "internvl" and not MULTI_IMAGE_BEAMS_WORK else SINGLE_IMAGES
 
 

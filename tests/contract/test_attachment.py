@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-import transformers
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokprune
@@ -312,9 +310,7 @@ def test_features_encoded_elsewhere_raise(warm):
         warm(**inputs)
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5"), reason="chunked prefill with pixels is unsupported upstream"
-)
+@tiny.pictures_in_chunks
 @pytest.mark.parametrize("chunk", [20, 30])
 @torch.no_grad()
 def test_chunked_prefill_equals_prefill(warm, chunk):
@@ -629,5 +625,6 @@ def test_the_handle_shows_only_what_is_for_users():
     with tokprune.attach(tiny.fresh_model(), "uniform", keep_ratio=0.5) as attachment:
         shown = {name for name in dir(attachment) if not name.startswith("_")}
     assert shown == {
-        *("budget", "detach", "kept", "label", "method", "newlines", "paused", "positions", "report", "salts", "save")
+        *("budget", "detach", "kept", "label", "method", "newlines", "on_call", "paused", "positions", "report"),
+        *("salts", "save", "using"),
     }

@@ -26,7 +26,7 @@ def test_equal_rows_of_the_user_are_no_beam_copies(with_cache):
         assert len(attachment.kept) == 1
 
 
-@tiny.later_pictures
+@tiny.pictures_in_chunks
 @torch.no_grad()
 def test_a_chunk_may_hold_padding_alone_of_some_row():
     rows = [[1] + [tiny.IMAGE] * 36 + [5] * 60, [1, *[tiny.IMAGE] * 36, 5]]

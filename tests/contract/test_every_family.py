@@ -12,13 +12,24 @@ from specs import CUTTING, PRUNING, build, scaled
 from tokprune.integrations.transformers import compat, family_of
 
 import tokprune
-from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.errors import MissingSignalError, UnsupportedModelError
 
 NEWER = ("gemma3", "paligemma", *tiny.GLM, "paddleocr_vl", "qwen3_5", *tiny.GEMMA4, *tiny.KIN)
-KINDS = [kind for kind in NEWER if compat.is_at_least(tiny.family(kind).oldest)]  # attach refuses the others
+UNREAD = ("got_ocr2",)  # nothing is read from the tower
+READS_THE_TOWER = (
+    "damro_filter",
+    "fastervlm",
+    "fopru",
+    "hired",
+    "prumerge",
+    "prumerge_plus",
+    "tokencorr",
+    "visionzip",
+    "vtc_cls",
+)
 TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves
-kinds = pytest.mark.parametrize("kind", KINDS)
-all_kinds = pytest.mark.parametrize("kind", [*KINDS, *tiny.MORE])
+kinds = pytest.mark.parametrize("kind", tiny.served(NEWER))
+all_kinds = pytest.mark.parametrize("kind", tiny.served([*NEWER, *tiny.MORE]))
 
 
 def model_of(kind, dtype=torch.float64):
@@ -47,8 +58,12 @@ def budget_of(spec):
 @pytest.mark.parametrize("spec", PRUNING)
 @torch.no_grad()
 def test_every_method_before_the_language_model_runs(kind, spec):
-    """A batch equals its rows, in what is kept and in the answer."""
+    """A batch equals its rows, in what is kept and in the answer; or it is refused with what to use instead."""
     model, inputs = model_of(kind), tiny.batch(dtype=torch.float64, kind=kind)
+    if kind in UNREAD and any(part.split(":")[0] in READS_THE_TOWER for part in spec.split("+")):
+        with pytest.raises(MissingSignalError, match=r"relative positions.*Methods that work here: .*divprune[\w, ]*$"):
+            tokprune.attach(model, scaled(spec), **budget_of(spec))
+        return
     with tokprune.attach(model, for_family(spec, family_of(model)), **budget_of(spec)) as attachment:
         together, kept = model(**inputs).logits[:, -1], attachment.kept
         rows = []
@@ -57,6 +72,13 @@ def test_every_method_before_the_language_model_runs(kind, spec):
             rows += attachment.kept if tiny.MIXED[r] else []
             assert (together[r] - alone[0]).abs().max() < TOLERANCE.get(kind, 1e-5), r
     assert [k.tolist() for k in kept] == [k.tolist() for k in rows]
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_support_promises_nothing_that_is_read_from_such_a_tower(kind):
+    answers = {p.method: p.answer for p in tokprune.list_support() if p.model == kind}
+    assert {name for name, answer in answers.items() if answer == "no"} == set(READS_THE_TOWER)
+    assert set(answers.values()) == {"yes", "no"}
 
 
 @all_kinds
@@ -96,7 +118,22 @@ def test_the_familys_own_image_processor_fits_the_model(kind):
     rows = family.encode("get_image_features", **given)
     layouts = family.layouts("get_image_features", given, rows, [len(r) for r in rows])
     assert [len(layout.crop) for layout in layouts] == [len(r) for r in rows]
-    with tokprune.attach(model, "fopru", keep_ratio=0.5):
+    with tokprune.attach(model, "divprune" if kind in UNREAD else "fopru", keep_ratio=0.5):
         marked = [r[:, 0].isnan() for r in family_of(model).encode("get_image_features", **given)]
     n_kept = [int((~m).sum()) for m in marked]
     assert n_kept == [len(layout.crop) - layout.n_visual + int(layout.n_visual / 2 + 0.5) for layout in layouts]
+
+
+def test_families_that_need_a_newer_release_are_refused_in_one_line():
+    """Those that this release of transformers has models of; the newest one refuses none."""
+    for kind in {*NEWER, *tiny.MORE, *tiny.FIXED, *tiny.M_ROPE}:
+        oldest = tiny.family(kind).oldest
+        if compat.is_at_least(oldest):
+            continue
+        try:
+            model = tiny.fresh_model(kind)
+        except (ValueError, KeyError, AttributeError):
+            continue  # this release does not know the model type, or has another configuration of it
+        with pytest.raises(UnsupportedModelError, match=rf"needs transformers {oldest} or newer") as error:
+            tokprune.attach(model, "divprune", keep_ratio=0.5)
+        assert "\n" not in str(error.value)

@@ -1,4 +1,5 @@
-"""Laws of LLaVA's kin, against sequences built by hand: ViP-LLaVA, Video-LLaVA, DeepSeek-VL, LLaVA-NeXT-Video, Ovis2.
+"""Laws of LLaVA's kin, against sequences built by hand: ViP-LLaVA, Video-LLaVA, DeepSeek-VL, LLaVA-NeXT-Video, Ovis2,
+GOT-OCR 2.
 
 Rows of a batch show a picture, two pictures, and text alone; those with videos also a video and a picture.
 """
@@ -11,7 +12,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from counter import counted
-from tokprune.integrations.transformers import compat, family_of
+from tokprune.integrations.transformers import family_of
 from tokprune.integrations.transformers.hooks import Hooks
 from tokprune.integrations.transformers.passes import Passes
 from tokprune.integrations.transformers.tower_taps import TowerTap
@@ -22,13 +23,15 @@ from tokprune.core.layout import NO_PATCH
 from tokprune.core.signals import Kind, Signal
 
 DTYPE = torch.float64
-KINDS = [kind for kind in tiny.KIN if compat.is_at_least(tiny.family(kind).oldest)]  # attach refuses the others
-VIDEOS = [kind for kind in KINDS if "video" in kind]
+VIDEOS = [kind for kind in tiny.KIN if "video" in kind]
 N_FRAMES = 3
 FRAME = {"video_llava": 1 + tiny.N_VISUAL, "llava_next_video": 9}  # rows of a frame
 METHODS = ("vtc_cls", "fopru", "divprune", "visionzip")
-kinds = pytest.mark.parametrize("kind", KINDS)
-with_videos = pytest.mark.parametrize("kind", VIDEOS)
+UNREAD = ("got_ocr2",)  # nothing is read from the tower
+READ = [kind for kind in tiny.KIN if kind not in UNREAD]
+kinds = pytest.mark.parametrize("kind", tiny.served(tiny.KIN))
+with_videos = pytest.mark.parametrize("kind", tiny.served(VIDEOS))
+unread = pytest.mark.parametrize("kind", tiny.served(UNREAD))
 policies = pytest.mark.parametrize("positions", ["contiguous", "original"])
 AROUND = list(range(tiny.IMAGE - 5, tiny.IMAGE))  # Ovis2 shows these as visual words where pictures are encoded
 
@@ -38,6 +41,9 @@ def model_of(kind):
 
 
 def method_of(kind, name):
+    """With its option where the tower has no [CLS] token; another one where nothing is read from the tower."""
+    if kind in UNREAD and name in ("vtc_cls", "fopru", "visionzip"):
+        return "divprune"
     option = tokprune.get_method(name).if_missing
     has_cls = family_of(model_of(kind)).tower.has_cls
     return name if has_cls or not option else f"{name}:{option}"
@@ -126,7 +132,7 @@ def test_keep_all_is_bit_identical(kind):
 def test_pruned_forward_equals_the_short_sequence(kind, positions):
     model, (inputs, singles) = model_of(kind), batch_of(kind)
     bare = model(**inputs).logits
-    with tokprune.attach(model, "fopru", keep_ratio=0.3, positions=positions) as attachment:
+    with tokprune.attach(model, method_of(kind, "fopru"), keep_ratio=0.3, positions=positions) as attachment:
         logits, found = model(**inputs).logits, by_row(found_in(attachment))
     for r, single in enumerate(singles):
         keep, embeds = kept_columns(single, found[r]), embeds_of(model, single)
@@ -152,7 +158,7 @@ def test_pruned_forward_equals_the_short_sequence(kind, positions):
 @torch.no_grad()
 def test_generation_equals_recomputing_and_rows_alone(kind, positions):
     model, (inputs, singles) = model_of(kind), batch_of(kind)
-    with tokprune.attach(model, "fopru", keep_ratio=0.3, positions=positions) as attachment:
+    with tokprune.attach(model, method_of(kind, "fopru"), keep_ratio=0.3, positions=positions) as attachment:
         tokens, found = generate(model, inputs), by_row(found_in(attachment))
         report = attachment.report
         assert torch.equal(tokens, generate(model, inputs, use_cache=False))
@@ -290,10 +296,10 @@ def given_to(kind, what):
     return tiny.pixels(kind, [[0], [1]])
 
 
-PAIRS = [(kind, what) for kind in KINDS for what in ("image", "video") if what == "image" or kind in VIDEOS]
+PAIRS = [(kind, what) for kind in READ for what in ("image", "video") if what == "image" or kind in VIDEOS]
 
 
-@pytest.mark.parametrize(("kind", "what"), PAIRS)
+@pytest.mark.parametrize(("kind", "what"), tiny.served(PAIRS))
 @torch.no_grad()
 def test_received_attention_is_the_towers_own(kind, what):
     """And nothing of the attention of the [CLS] row but what it gives."""
@@ -314,7 +320,7 @@ def test_received_attention_is_the_towers_own(kind, what):
     torch.testing.assert_close(found[signal][:, :, 0], received, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("kind", "what"), [p for p in PAIRS if p != ("llava_next_video", "image")])
+@pytest.mark.parametrize(("kind", "what"), tiny.served(p for p in PAIRS if p != ("llava_next_video", "image")))
 def test_a_token_shows_the_patches_that_its_score_is_of(kind, what):
     """With the tower's attention switched off, the gradient of a row is at its own patches alone."""
     model = tiny.fresh_model(kind)
@@ -340,6 +346,40 @@ def test_a_token_shows_the_patches_that_its_score_is_of(kind, what):
         crops = gradient.flatten(0, -4).abs().sum(1).unflatten(1, (side, -1)).unflatten(3, (side, -1)).sum((2, 4))
         touched = crops.flatten(1).gt(0)
         assert packed[t] == every[..., 0][touched].mean()
+
+
+@unread
+def test_tokens_of_got_ocr2_lie_around_every_fourth_patch(kind):
+    """With the tower's attention switched off, two convolutions of stride 2 and one before them see 9 x 9 patches."""
+    model, side = tiny.fresh_model(kind), 12
+    family = family_of(model)
+    for layer in model.model.vision_tower.layers:
+        torch.nn.init.zeros_(layer.attn.proj.weight)
+    pixels = tiny.pictures(1).requires_grad_()
+    (rows,) = family.encode("get_image_features", pixel_values=pixels)
+    (layout,) = family.layouts("get_image_features", {}, [rows])
+    assert len(layout.visual) == len(rows) == 9
+    for t in layout.visual:
+        (gradient,) = torch.autograd.grad(rows[t].square().sum(), pixels, retain_graph=True)
+        touched = gradient[0].abs().sum(0).unflatten(0, (side, -1)).unflatten(2, (side, -1)).sum((1, 3)).gt(0)
+        near = [(torch.arange(side) - 4 * place).abs() <= 4 for place in (layout.row[t], layout.column[t])]
+        assert torch.equal(touched, near[0][:, None] & near[1])
+
+
+@unread
+@torch.no_grad()
+def test_crops_and_pages_in_one_run_of_placeholders_are_images_of_their_own(kind):
+    """As the processor of GOT-OCR 2 writes them: no token between them."""
+    model, n = model_of(kind), 3
+    ids = torch.tensor([[1, 5, *[tiny.IMAGE] * (9 * n), 6, 7, 8]])
+    single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": tiny.pictures(n).to(DTYPE)}
+    with tokprune.attach(model, "divprune", keep_ratio=0.5, positions="original") as attachment:
+        logits, found = model(**single).logits[0], found_in(attachment)
+        tokens = generate(model, single)
+    assert [(len(index), n_rows) for index, n_rows in found] == [(5, 9)] * n
+    keep, embeds = kept_columns(single, found), embeds_of(model, single)
+    assert (logits[keep] - oracle.short_logits(model, embeds, keep, "original")[0]).abs().max() < 1e-9
+    assert tokens[0].tolist() == greedy(model, embeds, keep, "original")
 
 
 # ---- the ledger, and what is refused
@@ -372,6 +412,30 @@ def test_the_ledger_equals_the_counter(kind):
     assert abs(ledger.decoder.flops - language) <= 0.01 * language
 
 
+@pytest.mark.parametrize("options", [{}, {"use_rel_pos": False}, {"window_size": 0}, {"window_size": 4}], ids=str)
+@unread
+@torch.no_grad()
+def test_the_ledger_counts_windows_and_convolutions(kind, options):
+    """32 x 32 patches in windows of 14 x 14, which are filled up to 42 x 42, or in windows that fit; thin layers."""
+    config = tiny.config(kind)
+    sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=4, mlp_dim=96, image_size=512)
+    config.vision_config = type(config.vision_config)(**sizes, global_attn_indexes=[1], **options)
+    model = type(tiny.model(kind))(config).eval()
+    shape, parts, pictures = family_of(model).shape, model.model, torch.zeros(1, 3, 512, 512)
+    assert shape.n_visual == 64
+    assert shape.encode().vision.flops == counted(lambda: parts.vision_tower(pictures))["all"]
+    states = parts.vision_tower(pictures).last_hidden_state
+    assert shape.encode().projector.flops == counted(lambda: parts.multi_modal_projector(states))["all"]
+
+
+@unread
+def test_the_ledger_counts_no_method_that_attach_refuses(kind):
+    shape = family_of(model_of(kind)).shape
+    assert shape.picture(9, signals=[Signal(Kind.TEXT_EMBEDS)]) == shape.encode()
+    with pytest.raises(UnsupportedModelError, match="relative positions.*use 'divprune'"):
+        shape.picture(9, signals=[Signal(Kind.RECEIVED, (2,))])
+
+
 @kinds
 @torch.no_grad()
 def test_detaching_gives_everything_back(kind):
@@ -379,17 +443,17 @@ def test_detaching_gives_everything_back(kind):
     logits = model(**inputs).logits  # transformers leaves things of its own behind
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     n_hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    with tokprune.attach(model, "fopru+fastv", keep_ratio=[0.5, 0.5]):
+    with tokprune.attach(model, f"{method_of(kind, 'fopru')}+fastv", keep_ratio=[0.5, 0.5]):
         model(**inputs)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == n_hooks
     assert torch.equal(model(**inputs).logits, logits)
 
 
-@pytest.mark.skipif("vipllava" not in KINDS, reason="attach refuses the family there")
-def test_a_tower_that_vip_llava_cannot_cut_is_refused():
+@pytest.mark.parametrize("kind", tiny.served(["vipllava"]))
+def test_a_tower_that_vip_llava_cannot_cut_is_refused(kind):
     """It cuts the first row off, whichever tower it has."""
-    config = tiny.config("vipllava")
+    config = tiny.config(kind)
     config.vision_config = tiny.config("siglip").vision_config
     with pytest.raises(UnsupportedModelError, match="knows the towers clip_vision_model"):
-        family_of(type(tiny.model("vipllava"))(config))
+        family_of(type(tiny.model(kind))(config))

@@ -566,6 +566,7 @@ def test_a_videos_budget_is_over_all_its_frames(kind):
     report = videos_report(kind)
     *pictures, video = report.images
     assert ("1 image and 1 video, " if pictures else " 1 video, ") in str(report)
+    assert report.rows == [0] * len(report.images)
     assert [image.n_visual for image in pictures] == ([4] if kind in MIXED else [])
     assert (video.n_visual, video.n_kept) == (16, 4)
     assert video.layout.n_crops == tiny.VIDEO_GRIDS[0][0]

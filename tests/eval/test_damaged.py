@@ -20,6 +20,7 @@ from tokprune.eval.report import html as report
 from tokprune.eval.report import losses, paired
 from tokprune.eval.run.folder import RunFolder
 from tokprune.eval.run.lines import typed
+from tokprune.eval.run.plan import Plan
 from tokprune.eval.run.rows import BatchTime, Config, Row, SampleRow, pooled
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.search.trials import Point, opened
@@ -266,7 +267,7 @@ def test_whatever_a_line_became_its_batch_is_whole_or_asked_again(name, run, fin
         for (task, _, batch), rows in folder.answers.items():
             assert {row.sample for row in rows} == known[task, batch]
         if len(folder.times) == N_BATCHES:
-            comparison = Comparison(TINY(), "tiny-llava", folder, CONFIGS, 4)
+            comparison = Comparison(TINY(), "tiny-llava", folder, Plan([], CONFIGS))
             assert len(comparison._summaries(load_task("findit"))) == 3
         for other in {"samples.jsonl", "times.jsonl"} - {name}:
             shutil.copy(finished / other, run / other)

@@ -380,7 +380,7 @@ def test_found_file_prunes_exactly_what_was_measured(tmp_path, runner):
 
 
 BAD_SEARCHES = {
-    "nothing": ([], "type --tolerance 0.01"),
+    "neither": (["--seed", "1"], "type --tolerance 0.01"),
     "both": (["--tolerance", "0.1", "--budget", "0.5"], "not both"),
     "tolerance": (["--tolerance", "1"], "type --tolerance 0.01"),
     "budget": (["--budget", "25"], "--budget 0.25"),

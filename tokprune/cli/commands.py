@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ import tokprune
 from ..core.errors import RunError
 from ..cost.flops import Ledger, Ops
 from . import estimate, explaining, runs, tables
+from . import new as templates
 from .arguments import App, check_fraction, check_least, check_most, run
 from .describe import method_page
 from .extras import load_runner
@@ -118,6 +120,20 @@ def doctor() -> None:
         typer.echo(f"tokprune: {failed} checks failed; do not trust a number from this installation", err=True)
         raise typer.Exit(1)
     console.print("All checks passed.")
+
+
+@app.command(no_args_is_help=True, short_help="Write a method or a task to begin with.")
+def new(
+    kind: Annotated[str, typer.Argument(help="method or task.")],
+    name: Annotated[str, typer.Argument(help="Name of the file, such as my_method.")],
+    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path(),
+) -> None:
+    """Write a file to begin with, and a test that passes as it is.
+
+    Example: tokprune new method longest && pytest test_longest.py
+    """
+    for path in templates.write(kind, name, folder):
+        typer.echo(f"wrote {path}")
 
 
 app.add_typer(explaining.app)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from ..core.errors import RunError
 from . import tables
@@ -24,10 +24,13 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="easyvqa, findit, findit_hd, watchit, a package's task, or a folder with metadata.jsonl; repeatable."
+            help="easyvqa, findit, findit_hd, watchit, a package's task, a folder with metadata.jsonl or "
+            "metadata.csv, or ./file.py:Class; repeatable."
         ),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Names, specifications or ./file.py:Class, separated by commas; none is included.")
+    ] = "",
     keep: Annotated[
         str, typer.Option(help="Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
     ] = "",
@@ -61,9 +64,20 @@ def compare(
     device_map: Annotated[
         str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk (as in transformers).")
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="Print the table as latex, markdown or csv, and nothing else.")
+    ] = "",
     no_baseline: Annotated[
         bool, typer.Option("--no-baseline", help="Leave out the unpruned model, which every method is compared with.")
     ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights. Default: float32 on a CPU, the checkpoint's own on a GPU.")
+    ] = "",
+    attn: Annotated[str, typer.Option(help="Attention: sdpa, eager or flash_attention_2.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")] = "",
+    suite: Annotated[
+        str, typer.Option(help="lmms-eval: run benchmarks of that suite; tokprune eval has its further options.")
+    ] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
@@ -73,32 +87,52 @@ def compare(
 
     Example: tokprune compare --methods vtc_cls,fopru --keep 0.5,0.25 --limit 100
     """
-    compared, embedded = eval_module("compare"), eval_module("models")
     check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
-    usual = embedded.EMBEDDED.get(model, embedded.EMBEDDED[embedded.DEFAULT])
-    names = [n.strip() for n in methods.split(",")] if methods else list(usual.methods)
-    names = [n for n in names if n != "none"] if no_baseline else list(dict.fromkeys(["none", *names]))
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
-    counts = _tokens(keep_tokens) if keep_tokens else ()
-    ratios = _ratios(keep) if keep else () if counts else usual.ratios
-    configs = compared.configurations(names, ratios, tokens=counts)
-    chosen = compared.chosen_tasks(task or usual.tasks, limit, full, frames)
-    processes = eval_module("run.processes").Processes.started()
-    console = tables.console(quiet=not processes.is_main)
-    grading = eval_module("tasks.grading").Grading.load(metric)
-    grading.check(chosen)
-    runner = load_runner(model, device_map=device_map, max_new_tokens=max_new_tokens, suffix=suffix, grading=grading)
-    configs = compared.runnable(runner, chosen, configs, match == "flops", bool(methods), console)
-    more = {} if frames == 8 else {"frames": frames}
-    plan = eval_module("run.plan").planned(chosen, configs, batch_size, None if overwrite else out)
-    settings = compared.settings(runner, model, plan, batch_size=batch_size, **more)
-    with contextlib.closing(
-        eval_module("run.folder").RunFolder(out, settings, overwrite, processes, plan.questions)
-    ) as results:
-        compared.Comparison(runner, model, results, plan).run(console)
-    processes.end()
-    if model in embedded.EMBEDDED:
+    if form not in ("", "latex", "markdown", "csv"):
+        raise RunError(f"invalid --format {form!r}: use latex, markdown or csv")
+    if suite:
+        return eval_(
+            tasks=",".join(task or ()),
+            suite=suite,
+            model=model,
+            methods=methods or "vtc_cls",
+            keep=keep or "0.25",
+            out=out,
+            limit=limit,
+            batch_size=batch_size,
+            overwrite=overwrite,
+        )
+    api = eval_module("api")
+    is_main = eval_module("run.processes").Processes.started().is_main
+    console = Console(stderr=True, quiet=True) if form else tables.console(quiet=not is_main)
+    done = api.compare(
+        model,
+        task=task,
+        methods=_names(methods) or None,
+        keep=_ratios(keep) if keep else (),
+        keep_tokens=_tokens(keep_tokens) if keep_tokens else (),
+        match=match,
+        limit=limit,
+        full=full,
+        batch_size=batch_size,
+        frames=frames,
+        suffix=suffix,
+        max_new_tokens=max_new_tokens,
+        metric=metric,
+        baseline=not no_baseline,
+        device_map=device_map,
+        dtype=dtype,
+        attn=attn,
+        device=device,
+        out=out,
+        overwrite=overwrite,
+        console=console,
+    )
+    if form and is_main:
+        typer.echo({"latex": done.to_latex, "markdown": done.to_markdown, "csv": done.to_csv}[form](), nl=False)
+    if model in eval_module("models").EMBEDDED:
         console.print(
             "A model this small shows that pruning works and what it saves, not which method is best on large models."
         )
@@ -114,7 +148,9 @@ def fit_exit(
     ] = "tiny-llava",
     steps: Annotated[int, typer.Option(help="Training steps, each at one layer.")] = 2000,
     hidden: Annotated[int, typer.Option(help="Hidden width of a gate. The paper uses 2048 for 7B.")] = 256,
-    samples: Annotated[int, typer.Option(help="Questions to fit to, plus a quarter as many for validation.")] = 2048,
+    samples: Annotated[
+        int, typer.Option("--samples", "--limit", help="Questions to fit to, plus a quarter as many for validation.")
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="Seed for questions, initial weights and steps.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions per step.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate. The paper uses 6e-5 for 7B.")] = 1e-3,
@@ -150,7 +186,9 @@ def search(
         "schedule.json"
     ),
     score: Annotated[str, typer.Option(help="The method between decoder layers that ranks the tokens.")] = "fastv",
-    samples: Annotated[int, typer.Option(help="Number of questions, none from the test split.")] = 200,
+    samples: Annotated[
+        int, typer.Option("--samples", "--limit", help="Number of questions, none from the test split.")
+    ] = 200,
     calibration: Annotated[
         str | None, typer.Option(help="A folder with metadata.jsonl to take the questions from instead.")
     ] = None,
@@ -183,7 +221,10 @@ def search(
 @app.command("eval", no_args_is_help=True, short_help="Benchmarks of lmms-eval.")
 def eval_(
     tasks: Annotated[
-        str, typer.Option(help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas.")
+        str,
+        typer.Option(
+            "--tasks", "--task", help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas."
+        ),
     ],
     suite: Annotated[str, typer.Option(help="Only lmms-eval for now.")] = "lmms-eval",
     model: Annotated[

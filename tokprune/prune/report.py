@@ -156,6 +156,9 @@ class Report:
         prefills: one entry a pass over prompt tokens.
         clamped: whether a count above an image's number of tokens was asked for.
         between: whether tokens may be dropped between decoder layers.
+        rows_of: gives the rows of `encoded`.
+        encode_s: seconds for the vision tower, the projector and the selection before the language model.
+        prefill_s: seconds for the base model's passes over the prompt; both are None on a GPU, which works on its own.
     """
 
     method: str
@@ -169,6 +172,15 @@ class Report:
     encoded: list[ImageReport] = field(default_factory=list)
     shape: Shape | None = None
     bytes_per_value: int = 2
+    rows_of: Callable[[], list[int | None]] = list
+    encode_s: float | None = None
+    prefill_s: float | None = None
+
+    @property
+    def rows(self) -> list[int | None]:
+        """The row of the batch that each of `images` is in; None where the prompt does not tell."""
+        by_image = {id(image): row for image, row in zip(self.encoded, self.rows_of(), strict=False)}
+        return [by_image.get(id(image)) for image in self.images]
 
     @property
     def layers(self) -> list[int]:
@@ -229,6 +241,7 @@ class Report:
             "method": self.method,
             "budget": self.budget,
             "signals": self.signals,
+            "rows": self.rows,
             "n_visual": [i.n_visual for i in self.images],
             "n_kept": [i.n_kept for i in self.images],
             "n_given": [i.n_given for i in self.images],
@@ -239,6 +252,8 @@ class Report:
             "prompt_columns": self.n_prompt,
             "prompt_columns_kept": self.n_prompt_kept,
             "layers": self.layers,
+            "encode_s": self.encode_s,
+            "prefill_s": self.prefill_s,
             **self._costs(),
         }
 

@@ -24,6 +24,7 @@ FAMILIES = Registry(
         "gemma4": "tokprune.integrations.transformers.families.gemma4:Gemma4",
         "glm46v": "tokprune.integrations.transformers.families.glm4v:Glm46V",
         "glm4v": "tokprune.integrations.transformers.families.glm4v:Glm4V",
+        "got_ocr2": "tokprune.integrations.transformers.families.got_ocr2:GotOcr2",
         "idefics3": "tokprune.integrations.transformers.families.idefics3:Idefics3",
         "internvl": "tokprune.integrations.transformers.families.internvl:InternVL",
         "llava": "tokprune.integrations.transformers.families.llava:Llava",

@@ -74,6 +74,7 @@ class ModelFamily:
         recurrent_caches: whether layers may hold a state of all that they have read, which cannot be taken back, in
             place of keys.
         no_layer_cuts: why nothing can be cut between decoder layers; empty where it can.
+        no_tower_signals: what its vision tower does so that attention cannot be read; empty where it can.
         picture_processor: class of its processor that is loaded for pictures alone where torchvision is missing, which
             video processors need; empty if it needs none.
         patches_clips: whether clips are then cut into patches by the image processor, two frames a step of time.
@@ -102,6 +103,7 @@ class ModelFamily:
     patches_clips: ClassVar[bool] = False
     recurrent_caches: ClassVar[bool] = False
     no_layer_cuts: ClassVar[str] = ""
+    no_tower_signals: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -217,7 +219,9 @@ class ModelFamily:
     @classmethod
     def supplies_of(cls, tower: Tower) -> frozenset[Kind]:
         """Kinds of signals from such a tower."""
-        kinds = {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TEXT_EMBEDS} | {k for k in Kind if k.is_decoder}
+        kinds = {Kind.TEXT_EMBEDS} | {k for k in Kind if k.is_decoder}
+        if not cls.no_tower_signals:
+            kinds |= {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS}
         if tower.has_cls:
             kinds |= {Kind.CLS_ROW, Kind.CLS_STATE} if tower.projects_rows else {Kind.CLS_ROW}
         return frozenset(kinds)

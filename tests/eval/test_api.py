@@ -1,0 +1,143 @@
+"""Comparisons, drawings and benchmarks from Python; the command is a skin over them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from commands import jsonl, refusal, tokprune_cli
+from PIL import Image
+from tokprune.eval.report.latex import escaped, latex_table
+from tokprune.eval.run.runner import Runner
+from tokprune.eval.tasks import Sample
+
+import tokprune
+from tokprune.core.errors import RunError, TokPruneError
+
+ASKED = dict(task="findit", methods=["vtc_cls", "uniform"], keep=[0.25], limit=12)
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return tokprune.compare("tiny-llava", **ASKED)
+
+
+def test_a_comparison_is_that_of_the_command(compared, tmp_path):
+    run = ["compare", "--task", "findit", "--methods", "vtc_cls,uniform", "--keep", "0.25", "--limit", "12"]
+    done = tokprune_cli(*run, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    rows = [r for r in jsonl(tmp_path / "run" / "rows.jsonl") if r["method"] != "question only"]
+    assert [(r["config"], r["value"]) for r in rows] == [(r.config, r.value) for r in compared.rows]
+
+
+def test_a_loaded_model_is_left_as_it_was(compared):
+    runner = Runner.load("tiny-llava")
+    runner.processor.tokenizer.padding_side = "right"
+    runner.model.train()
+    done = tokprune.compare(runner.model, runner.processor, **ASKED)
+    assert [r.value for r in done.rows] == [r.value for r in compared.rows]
+    assert runner.processor.tokenizer.padding_side == "right"
+    assert runner.model.training
+    with pytest.raises(RunError, match="processor"):
+        tokprune.compare(runner.model, **ASKED)
+
+
+def test_a_task_object_will_do():
+    class Colours:
+        name = "colours"
+
+        def samples(self):
+            return [Sample("1", "red", "what color is the circle?", "red")]
+
+        def image(self, image_id):
+            return Image.new("RGB", (96, 96), image_id)
+
+        def train_samples(self):
+            return None
+
+    done = tokprune.compare("tiny-llava", task=Colours(), methods=["uniform"], keep_tokens=[9], baseline=False)
+    assert [(r.task, r.method, r.n_visual_after) for r in done.rows] == [("colours", "uniform", 9)]
+
+
+def test_a_comparison_as_a_data_frame(compared):
+    frame = compared.to_pandas()
+    assert isinstance(frame, pd.DataFrame)
+    assert list(frame["method"]) == ["question only", "none", "shuffled pictures", "vtc_cls", "uniform"]
+    assert frame.loc[frame["method"] == "vtc_cls", "n_visual_after"].item() == 36
+    answers = compared.answers()
+    assert len(answers) == 4 * 12
+    assert {"sample", "config", "expected", "answer", "right"} <= set(answers)
+
+
+def test_a_comparison_as_text(compared):
+    assert repr(compared).startswith("Comparison(4 rows, findit, ")
+    assert "| vtc_cls " in compared.to_markdown()
+    assert "\\" not in compared.to_markdown()
+    assert compared.to_csv().startswith("model,")
+    html = compared._repr_html_()
+    assert html.count("<tr>") == 6
+    assert "vtc_cls" in html
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.removesuffix(r"\\").split("&")]
+
+
+def test_a_comparison_as_latex(compared):
+    lines = compared.to_latex().splitlines()
+    (columns,) = re.findall(r"\\begin\{tabular\}\{(\w+)\}", lines[1])
+    table = [cells(line) for line in lines if line.endswith(r"\\")]
+    assert {len(line) for line in table} == {len(columns)}
+    assert [line[0] for line in table[1:]] == ["question only", "shuffled pictures", "none", r"vtc\_cls", "uniform"]
+    assert lines.count(r"\midrule") == 2
+    best = max((r for r in compared.rows if r.keep_ratio), key=lambda r: r.value)
+    assert [line[0] for line in table if "textbf" in line[2]] == [escaped(best.method)]
+    marked = {line[0] for line in table if line[3].endswith(r"{\circ}$")}
+    assert marked == {escaped(r.method) for r in compared.rows if r.difference is not None and r.is_noise}
+    assert (lines[2], lines[-2], lines[-1]) == (r"\toprule", r"\bottomrule", r"\end{tabular}")
+
+
+def test_latex_names_are_escaped():
+    assert escaped("a_b & 5 % {x}") == r"a\_b \& 5 \% \{x\}"
+
+
+@pytest.mark.parametrize(("form", "begins"), [("latex", "% findit"), ("markdown", "**findit**"), ("csv", "model,")])
+def test_the_command_prints_one_form_alone(form, begins, compared, tmp_path):
+    run = ["compare", "--task", "findit", "--methods", "vtc_cls,uniform", "--keep", "0.25", "--limit", "12"]
+    done = tokprune_cli(*run, "--out", str(compared.folder), "--format", form)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(begins)
+    if form == "latex":
+        assert done.stdout == latex_table(compared.rows, compared.floors)
+    assert "use latex, markdown or csv" in refusal(tokprune_cli(*run, "--out", str(tmp_path), "--format", "xml"))
+
+
+def test_a_figure_has_an_axis_a_cost(compared):
+    figure = compared.figure()
+    assert figure is not None
+    assert len(figure.axes) >= 2
+
+
+def test_a_drawing_shows_itself():
+    drawn = tokprune.explain("tiny-llava", picture=Image.open("docs/scene.png"), methods=["vtc_cls", "pool"])
+    assert drawn._repr_png_().startswith(b"\x89PNG")
+    assert len(drawn.shown) == 2
+    with pytest.raises(TokPruneError, match="picture="):
+        tokprune.explain("tiny-llava")
+
+
+def test_a_benchmark_is_a_table():
+    measured = tokprune.bench(model="tiny-llava", methods=["uniform"], rounds=1, warmup=0, new_tokens=[2], n_text=8)
+    assert list(measured.to_pandas()["method"]) == ["none", "uniform"]
+    assert "uniform" in measured.to_markdown()
+    assert measured.to_latex().count("uniform") == 1
+    assert repr(measured) == "Benchmark(2 rows, tiny-llava)"
+
+
+def test_without_its_packages_the_door_says_what_to_install():
+    code = "import sys; sys.modules['pandas'] = None\nimport tokprune\ntokprune.compare"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'tokprune[eval]'" in done.stderr.splitlines()[-1]
