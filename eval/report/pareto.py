@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import math
+import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,12 +28,15 @@ from .tables import FLOORS, QUESTION_ONLY, budget, is_control
 # Okabe and Ito's colours without yellow, which is too pale on white.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-_INK, _GRID, _GREY = "#1c1e21", "#d9dadb", "#7d7d7d"
+_INK, _GRID, _GREY = "#1c1e21", "#d9dadb", "#5f6368"
+_SMALL = 8.5  # points, of what is written into a plot
+_LONG = 24  # letters; a legend of longer names has one column, so that a phone can show it
+_ALIKE = 0.035  # of the width of a plot: points of one budget that are closer have one label
 _FLOOR_LINES = {QUESTION_ONLY: ":", SHUFFLED: "--", "blind": "-."}
 _FRONT: dict[str, Any] = {"color": _INK, "alpha": 0.55, "linewidth": 1}
 _DPI = 150
 _RC = {
-    "font.size": 8.5,
+    "font.size": 10,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _INK,
     "axes.spines.top": False,
@@ -135,7 +139,7 @@ class Style:
     @property
     def line(self) -> dict[str, Any]:
         """As keywords of matplotlib."""
-        face = self.colour if self.filled else "none"
+        face = self.colour if self.filled else "white"  # lines and bands do not show through
         size = 8 if self.marker == "*" else 5
         look = dict(color=self.colour, marker=self.marker, markeredgecolor=self.colour, markersize=size)
         return look | {"markerfacecolor": face}
@@ -169,7 +173,9 @@ def _draw(canvas, rows: Sequence[Row], floors: Mapping[str, float], axis: Axis, 
     for row in shown:
         lines[row.method].append(row)
         if row.method == NONE:
-            canvas.axhspan(*row.ends, color=_GREY, alpha=0.13, linewidth=0, zorder=0.5)
+            canvas.axhspan(*row.ends, color=_GREY, alpha=0.08, linewidth=0, zorder=0.5)
+            for end in row.ends:
+                canvas.axhline(end, color=_GREY, alpha=0.5, linewidth=0.6, zorder=0.6)
     best = front(shown, axis.of)
     canvas.step([axis.of(r) for r in best], [r.value for r in best], where="post", zorder=2, **_FRONT)
     for name, mine in lines.items():
@@ -180,12 +186,83 @@ def _draw(canvas, rows: Sequence[Row], floors: Mapping[str, float], axis: Axis, 
         canvas.errorbar(xs, ys, [below, above], fmt="none", ecolor=look.colour, elinewidth=0.8, alpha=0.45)
         canvas.plot(xs, ys, **look.line, linestyle="", zorder=3)
     _frame(canvas, shown, floors, axis)
+    _write_budgets(canvas, shown, axis)
 
 
 def _bars(row: Row) -> tuple[float, float]:
     """How far the interval reaches below and above the value."""
     low, high = row.ends
     return row.value - low, high - row.value
+
+
+def _write_budgets(canvas, shown: Sequence[Row], axis: Axis) -> None:
+    """The budget at the highest of the points that have it and lie close beside each other, where there is room."""
+    (left, right), (bottom, top) = canvas.get_xlim(), canvas.get_ylim()
+    found = budget_labels([(budget(r), axis.of(r) or 0, r.value) for r in shown], _ALIKE * (right - left))
+    inches = [0.8 * side for side in canvas.figure.get_size_inches() / _shape(canvas)]
+    letter = _SMALL / 72 / inches[0] * (right - left) * 0.62
+    line = _SMALL / 72 / inches[1] * (top - bottom) * 1.2
+    for name, x, y, above in without_overlaps(found, letter, line):
+        canvas.annotate(
+            *(name, (x, y)),
+            xytext=(0, 4 if above else -4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=_SMALL,
+            zorder=4,
+            bbox={"facecolor": "white", "alpha": 0.55, "edgecolor": "none", "pad": 0.6},
+            parse_math=False,
+        )
+
+
+def _shape(canvas) -> tuple[int, int]:
+    """Columns and lines of plots in the figure."""
+    grid = canvas.get_gridspec()
+    return (grid.ncols, grid.nrows) if grid else (1, 1)
+
+
+Label = tuple[str, float, float]
+
+
+def without_overlaps(labels: Sequence[Label], letter: float, line: float) -> list[tuple[str, float, float, bool]]:
+    """Labels above their points, else below them, else left out, so that none lies on another.
+
+    Args:
+        labels: text, x and y.
+        letter: width of a letter in units of x.
+        line: height of a line in units of y.
+    """
+    boxes: list[tuple[float, float, float, float]] = []
+    found = []
+    for name, x, y in labels:
+        half = letter * len(name) / 2
+        for is_above in (True, False):
+            low = y + 0.4 * line if is_above else y - 1.4 * line
+            box = x - half, x + half, low, low + line
+            if not any(box[0] < b[1] and b[0] < box[1] and box[2] < b[3] and b[2] < box[3] for b in boxes):
+                boxes.append(box)
+                found.append((name, x, y, is_above))
+                break
+    return found
+
+
+def budget_labels(placed: Sequence[tuple[str, float, float]], reach: float) -> list[Label]:
+    """Where budgets are written: at the highest point of every row of points that are at most `reach` apart.
+
+    Args:
+        placed: budget (empty where there is none), x and y of every point.
+        reach: in units of x.
+    """
+    found: list[Label] = []
+    for name in dict.fromkeys(name for name, _, _ in placed if name):
+        group: list[tuple[float, float]] = []
+        for x, y in [*sorted((x, y) for other, x, y in placed if other == name), (math.inf, 0.0)]:
+            if group and x - group[-1][0] > reach:
+                found.append((name, *max(group, key=lambda point: point[1])))
+                group = []
+            group.append((x, y))
+    return found
 
 
 def _frame(canvas, shown: Sequence[Row], floors: Mapping[str, float], axis: Axis) -> None:
@@ -198,12 +275,15 @@ def _frame(canvas, shown: Sequence[Row], floors: Mapping[str, float], axis: Axis
     below = {name: value for name, value in floors.items() if name not in within}
     if below:
         text = "below: " + ", ".join(f"{name} {100 * value:.0f} %" for name, value in below.items())
-        canvas.text(0.99, 0.015, text, transform=canvas.transAxes, ha="right", va="bottom", fontsize=7.5)
-        margin = max(margin, 0.09 * (high - low))
+        lines = textwrap.wrap(text, 42)
+        canvas.text(0.99, 0.015, "\n".join(lines), transform=canvas.transAxes, ha="right", va="bottom", fontsize=_SMALL)
+        margin = max(margin, (0.03 + 0.07 * len(lines)) * (high - low))
     lowest = min([low, *within.values()])
-    canvas.set_ylim(max(lowest - margin, -0.02), min(high + margin, 1.02))
+    bottom = max(lowest - margin, -0.02)
+    canvas.set_ylim(bottom, min(high + margin, 1.02))
     canvas.set_xlim(0, 1.04 * max(axis.of(r) or 0 for r in shown) or 1)
-    canvas.set(xlabel=axis.label, ylabel="accuracy")
+    cut = f" (the axis begins at {100 * bottom:.0f} %)" if bottom > 0.005 else ""
+    canvas.set(xlabel=axis.label, ylabel=f"accuracy{cut}")
     canvas.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
@@ -297,14 +377,15 @@ def plots(
     found = {}
     with _drawing():
         for axis in axes_of(rows):
-            figure = Figure(figsize=(4.9, 3.5), layout="constrained")
+            figure = Figure(figsize=(4.9, 3.7), layout="constrained")
             _draw(figure.subplots(), rows, floors, axis, looks)
             best = [described(r) for r in front(shown, axis.of)]
             found[axis.name] = Plot(_encoded(figure), _alt(shown, floors, axis), best)
         methods = {r.method for r in shown}
         mine = {name: look for name, look in looks.items() if name in methods}
         figure = Figure(figsize=(9.8, 1))
-        legend = _legend(figure, mine, floors, 4)
+        longest = max(map(len, mine), default=0)
+        legend = _legend(figure, mine, floors, 1 if longest > _LONG else 2)
         words = "; ".join(text.get_text() for text in legend.get_texts())
         return found, Plot(_encoded(figure, bbox_inches="tight"), f"Legend: {words}")
 

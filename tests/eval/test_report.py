@@ -549,7 +549,12 @@ def test_methods_without_a_budget_are_points_and_floors_are_lines(compared):
     canvas = Figure().subplots()
     pareto._draw(canvas, rows, floors, axis, pareto.styles(rows))
     assert canvas.get_xlabel() == axis.label
-    assert [t.get_text()[:26] for t in canvas.texts] == ["below: question only 30 %,"]
+    below, *budgets = (t.get_text().replace("\n", " ") for t in canvas.texts)
+    assert below.startswith("below: question only 30 %, ")
+    assert set(budgets) == {"0.5", "0.11"}
+    bottom = canvas.get_ylim()[0]
+    assert canvas.get_ylabel() == f"accuracy (the axis begins at {100 * bottom:.0f} %)"
+    assert all(bottom < r.ends[0] for r in pareto.points(rows))
     expected = sorted((axis.of(r), r.value) for r in pareto.points(rows))
     marked = [line for line in canvas.lines if line.get_marker() not in ("None", "")]
     assert sorted(map(tuple, np.concatenate([line.get_xydata() for line in marked]))) == expected
@@ -558,6 +563,33 @@ def test_methods_without_a_budget_are_points_and_floors_are_lines(compared):
     assert list(map(tuple, stepped.get_xydata())) == front
     bars = sorted(tuple(bar[:, 1]) for lines in canvas.collections for bar in lines.get_segments())
     assert np.allclose(bars, sorted(r.ends for r in pareto.points(rows)))
+
+
+def test_an_axis_from_zero_does_not_say_that_it_is_cut():
+    rows = [dataclasses.replace(told("a", 0.03), low=0.0, n_visual_mean=10)]
+    canvas = Figure().subplots()
+    pareto._draw(canvas, rows, {}, pareto.TOKENS, pareto.styles(rows))
+    assert canvas.get_ylabel() == "accuracy"
+
+
+def test_budgets_are_written_once_for_points_beside_each_other():
+    placed = [("0.5", 50, 0.9), ("0.5", 51, 0.95), ("0.5", 80, 0.7), ("", 52, 0.99), ("0.25", 51, 0.8)]
+    assert pareto.budget_labels(placed, reach=2) == [("0.5", 51, 0.95), ("0.5", 80, 0.7), ("0.25", 51, 0.8)]
+    assert pareto.budget_labels(placed, reach=30) == [("0.5", 51, 0.95), ("0.25", 51, 0.8)]
+    assert pareto.budget_labels([("", 1, 1.0)], reach=2) == []
+
+
+def test_labels_do_not_lie_on_each_other():
+    """Letters of 1 x 10: the second goes below its point, the third has no room at all."""
+    labels = [("aaaa", 10, 100), ("bbbb", 12, 101), ("cccc", 11, 101), ("dddd", 30, 100)]
+    found = pareto.without_overlaps(labels, letter=1, line=10)
+    assert found == [("aaaa", 10, 100, True), ("bbbb", 12, 101, False), ("dddd", 30, 100, True)]
+
+
+def test_bands_and_lines_do_not_show_through_points():
+    rows = [told("none", 0.9), told("uniform", 0.9, 0.0, 0.5)]
+    for look in pareto.styles(rows).values():
+        assert look.line["markerfacecolor"] not in ("none", None)
 
 
 def test_plots_of_a_page_are_pictures(compared):
