@@ -11,7 +11,7 @@ from tokprune.eval.models import EMBEDDED, path_of
 from tokprune.eval.models.training import anyres, language, recipe
 from tokprune.eval.report import paired
 from tokprune.eval.report.explained import explained
-from tokprune.eval.run.rows import BARE
+from tokprune.eval.run.rows import BARE, Config
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks import findit_hd, load_task, stratified
 from typer.testing import CliRunner
@@ -183,7 +183,7 @@ def test_crops_are_counted_by_the_model(runner):
     task = load_task("findit_hd")
     samples = task.samples()[:4]
     ids = [s.image_id for s in samples]
-    whole, half = (runner.asked_about(task, samples, ids, scale) for scale in (1, 0.5))
+    whole, half = (runner.asked_about(task, samples, ids, config) for config in (None, Config("downsample")))
     assert [c.n for c in whole.crops] == [5] * 4
     assert [c.n for c in half.crops] == [3] * 4  # the least that LLaVA-NeXT makes of a picture: two crops
     assert max(half.n_visual) < 0.6 * min(whole.n_visual)
