@@ -10,7 +10,6 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import tokprune
 from tokprune.core import own_code
@@ -23,6 +22,7 @@ from .report import answers, pareto
 from .report import html as report
 from .report.findings import task_table
 from .report.losses import Artist
+from .report.progress import following, progress
 from .run.folder import RunFolder
 from .run.lines import counted
 from .run.plan import Plan
@@ -177,17 +177,12 @@ class Comparison:
         if self.folder.answers:
             n_done = sum(len(rows) for rows in self.folder.answers.values())
             console.print(f"{n_done} answers are in {self.folder.path} already and are not asked for again")
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        with progress(console) as bars:
             work = [(task, samples, self._todo(task, samples)) for task, samples in tasks]
-            bars = [progress.add_task(**self._bar(*part)) for part in work]
-            for bar, part in zip(bars, work, strict=True):
-                self._answer(*part, lambda n, bar=bar: progress.advance(bar, n))
+            numbers = [bars.add_task(**self._bar(*part)) for part in work]
+            for number, (task, samples, todo) in zip(numbers, work, strict=True):
+                turns = [config.label for _, configs in todo for config in configs]
+                self._answer(task, samples, todo, following(bars, number, task.name, turns))
         self.folder.gather()
         if processes.is_main:
             self._check_complete(tasks)

@@ -153,11 +153,16 @@ class Cell:
         """Run all rounds, each beginning with another configuration; warm-up rounds are not kept."""
         s, model, inputs = self.settings, self.subject.model, self.inputs()
         for i in range(s.warmup + s.rounds):
-            turn, found = i % len(self.configs), {}
-            for config in (*self.configs[turn:], *self.configs[:turn]):
+            found = {}
+            for config in self.order(i):
                 found[config] = measured(model, inputs, config, max(s.new_tokens))
                 advance()
             self.rounds += [found] if i >= s.warmup else []
+
+    def order(self, number: int) -> list[Config]:
+        """Of the configurations in a round."""
+        turn = number % len(self.configs)
+        return [*self.configs[turn:], *self.configs[:turn]]
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The batch on the model's device."""

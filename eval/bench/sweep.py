@@ -17,13 +17,13 @@ from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import tokprune
 from tokprune.core.budget import Budget
 from tokprune.core.errors import MissingSignalError, RunError, UnsupportedModelError
 
 from ..models import EMBEDDED
+from ..report.progress import following, progress
 from ..run.locks import alone_at, refuse_busy
 from ..run.rows import NONE, Config
 from ..run.runner import Runner
@@ -75,12 +75,13 @@ class Bench:
         """Measure all cells, with a progress bar."""
         s = self.settings
         n_runs = len(subjects) * len(s.batch_sizes) * (s.rounds + s.warmup) * len(configs)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
-            bar = progress.add_task("runs", total=n_runs)
+        with progress(self.console) as bars:
+            bar = bars.add_task("runs", total=n_runs)
             for subject in self._built(subjects):
                 for size in s.batch_sizes:
-                    self._measure(Cell(s, subject, size, configs), lambda: progress.advance(bar))
+                    cell = Cell(s, subject, size, configs)
+                    turns = [config.label for turn in range(s.warmup + s.rounds) for config in cell.order(turn)]
+                    self._measure(cell, following(bars, bar, f"batch {size}", turns))
 
     def _measure(self, cell: Cell, advance: Callable[[], None]) -> None:
         """Measure a cell and write its whole rounds, also if interrupted. The cell, which holds the model, is freed."""

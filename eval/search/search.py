@@ -17,7 +17,7 @@ from typing import Any
 
 from optuna.trial import Trial
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn
 from tokprune.integrations.transformers import family_of
 
 import tokprune
@@ -27,6 +27,7 @@ from tokprune.core.signals import Decoder
 from tokprune.core.tokens import Stage
 
 from ..compare import settings
+from ..report.progress import Elapsed
 from ..report.terminal import Grid
 from ..run.plan import Plan
 from ..run.rows import NONE, Config, conditions
@@ -217,7 +218,7 @@ def search(
     with opened(out, facts, overwrite) as trials:
         if trials.points:
             console.print(f"The search resumes: {len(trials.points)} schedules in {trials.path} are evaluated already")
-        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), Elapsed()
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task(f"{task.name}: {len(samples)} pictures", total=None)
             scorer = Scorer(runner, task, samples, wanted, trials, lambda p: _show(progress, bar, trials, p))

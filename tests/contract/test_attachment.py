@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tokprune
@@ -236,11 +237,21 @@ def unknown_tower():
     return model
 
 
+def pipeline():
+    """A real one, of the embedded model."""
+    from tokprune.eval.run.runner import Runner
+
+    runner = Runner.load("tiny-llava")
+    parts = {"tokenizer": runner.processor.tokenizer, "image_processor": runner.processor.image_processor}
+    return transformers.pipeline("image-text-to-text", model=runner.model, processor=runner.processor, **parts)
+
+
 REFUSED_MODELS = {
     wrapped_in_parallel: "model.module",
     text_only: "Supported: .*internvl, llava",
     Plain: "not a transformers model",
     dict: "takes a transformers model",
+    pipeline: "not ImageTextToTextPipeline: pass the model that it holds, as in attach\\(pipe.model",
     flex: "attn_implementation='sdpa'",
     unknown_tower: "clip_vision_model, siglip_vision_model",
 }

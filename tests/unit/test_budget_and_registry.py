@@ -171,11 +171,20 @@ def test_an_option_without_a_default_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("keyword", "meant"), [("keep_ration", "keep_ratio"), ("keep_token", "keep_tokens"), ("position", "positions")]
+    ("keyword", "meant"),
+    [
+        ("keepratio", "keep_ratio"),
+        ("keep_ration", "keep_ratio"),
+        ("keep_token", "keep_tokens"),
+        ("position", "positions"),
+    ],
 )
 def test_a_misspelt_argument_of_attach_is_told_from_an_option(keyword, meant):
     with pytest.raises(OptionError, match=f"{meant}, an argument of attach"):
         request_of("vtc_cls", {keyword: 0.2})
+    for several in ("vtc_cls+fastv", ["vtc_cls", "fastv"]):
+        with pytest.raises(OptionError, match=f"Did you mean {meant}, an argument of attach"):
+            request_of(several, {keyword: 0.2})
     with pytest.raises(OptionError) as raised:
         request_of("vtc_cls", {"start_layr": 2}, keep_ratio=0.5)
     assert "argument of attach" not in str(raised.value)

@@ -111,6 +111,9 @@ def _prunes(model, inputs: dict, method: str) -> Finding:
     found = [problem for problem, is_there in problems.items() if is_there]
     shown = " and ".join(map(str, sorted(set(counts))))
     width = f"{columns[0]}" if columns[0] == columns[-1] else f"{columns[0]} ... {columns[-1]}"
+    if not budget and set(counts) == {n_visual}:  # it decides by itself
+        seen = f"keeps all {n_visual} visual tokens of these pictures, as it may; decoder layers saw {width} columns"
+        return Finding(f"{method} runs", not found, "; ".join([seen, *found]))
     seen = f"visual tokens {n_visual} -> {shown}, decoder layers saw {max(lengths)} -> {width} columns"
     return Finding(f"{method} prunes", not found, "; ".join([seen, *found]))
 

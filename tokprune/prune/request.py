@@ -139,6 +139,8 @@ def request_of(
     options = dict(options or {})
     if "keep" in options:
         raise OptionError("unknown option 'keep': did you mean keep_ratio=0.25 or keep_tokens=64?")
+    if _is_list(method) and (meant := _meant(options)):
+        raise UnknownOptionError(f"unknown option {', '.join(options)}{meant}")
     try:
         built, label = build_method(method, options)
     except UnknownOptionError as error:
@@ -169,6 +171,11 @@ def request_of(
         positions=positions,
         newlines=newlines,
     )
+
+
+def _is_list(method: Spec) -> bool:
+    """Whether several methods are asked for, to which keyword options cannot belong."""
+    return "+" in method if isinstance(method, str) else isinstance(method, Sequence)
 
 
 def _meant(options: Mapping[str, Any]) -> str:

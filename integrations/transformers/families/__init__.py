@@ -118,7 +118,9 @@ def _unwrapped(model: Any) -> nn.Module:
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}")
+        inside = isinstance(getattr(model, "model", None), nn.Module)  # of a pipeline
+        instead = ": pass the model that it holds, as in attach(pipe.model, ...)" if inside else ""
+        raise UnsupportedModelError(f"attach() takes a transformers model, not {type(model).__name__}{instead}")
     for part in model.modules():
         name = type(part).__name__
         if name == "OptimizedModule":
