@@ -228,6 +228,7 @@ def test_explain_draws_one_tile_of_internvl_whole():
 
     runner = Runner(tiny.model("internvl"), processor("internvl"))
     runner.prompt = lambda question, visual: "<s> <image> what is it ?"
+    runner.processor.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as InternVL's own
     for size in ((20, 20), (64, 30)):
         sheet, (line,) = explained(runner, picture(size), "what?", [("uniform", {"keep_ratio": 0.5})])
         assert sheet.width > 700

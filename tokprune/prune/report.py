@@ -180,7 +180,9 @@ class Report:
     def rows(self) -> list[int | None]:
         """The row of the batch that each of `images` is in; None where the prompt does not tell."""
         by_image = {id(image): row for image, row in zip(self.encoded, self.rows_of(), strict=False)}
-        return [by_image.get(id(image)) for image in self.images]
+        n_copies = len(self.encoded) // max(len(self.images), 1)  # beams, whose rows follow each other
+        found = [by_image.get(id(image)) for image in self.images]
+        return [None if row is None else row // max(n_copies, 1) for row in found]
 
     @property
     def layers(self) -> list[int]:
@@ -252,8 +254,6 @@ class Report:
             "prompt_columns": self.n_prompt,
             "prompt_columns_kept": self.n_prompt_kept,
             "layers": self.layers,
-            "encode_s": self.encode_s,
-            "prefill_s": self.prefill_s,
             **self._costs(),
         }
 
