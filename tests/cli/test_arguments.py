@@ -95,6 +95,7 @@ def test_an_alias_is_still_changed_by_an_option_of_its_own():
 # ---- blank
 
 LISTED = dict.fromkeys(("method", "methods", "score"), "blind, cdpruner, ")
+BEFORE = {("new", "name"): ["method"]}  # arguments that come before
 LISTED |= {"task": "findit", "tasks": "findit", "model": "llava", "shape": "llava-1.5-7b, "}
 
 
@@ -105,7 +106,7 @@ def test_a_blank_name_is_one_line_that_lists_what_exists(name, option, blank, tm
     monkeypatch.chdir(tmp_path)
     named = option.opts[0]
     if option.param_type_name == "argument":
-        given, named = [name, blank], named.upper()
+        given, named = [name, *BEFORE.get((name, named), []), blank], named.upper()
     else:
         given = words(name, named, blank)
     line = refusal(tokprune_cli(*given))
