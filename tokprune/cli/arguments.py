@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..core import interrupts
-from ..core.errors import RunError, TokPruneError
+from ..core.errors import RunError, TokPruneError, shown
 
 MOST = 2**31 - 1  # no picture, prompt or run has more of anything
 FREE = ("suffix", "question", "model_args", "gen_kwargs")  # free text, which may be empty
@@ -95,6 +95,36 @@ def check_fraction(option: str, ratio: float) -> None:
     if not 0 < ratio <= 1:
         meant = f"did you mean {option} {ratio / 100:g}?" if 2 <= ratio <= 100 else f"use {option} 0.25"
         raise RunError(f"{option} {ratio:g} is not a fraction in (0, 1]: {meant}")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The whole numbers of an option, which commas separate; each once.
+
+    Raises:
+        RunError: there is something else.
+    """
+    try:
+        found = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise RunError(f"{option} {shown(text)} is not a list of whole numbers: use {option} 1,8") from error
+    for number in found:
+        check_most(option, number)
+    return found
+
+
+def ratios(text: str) -> list[float]:
+    """The fractions of --keep, which commas separate.
+
+    Raises:
+        RunError: there is something else.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RunError(f"--keep {shown(text)} is not a list of fractions: use --keep 0.5,0.25") from error
+    for ratio in found:
+        check_fraction("--keep", ratio)
+    return found
 
 
 def _command(error: Any) -> str:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal
 
 from ..methods import ALIAS_SOURCES, METHODS
 from ..methods.base import Method
-
-FIELD = re.compile(r"^(Source|Faithful|Differs|Needs|Args):[ \t]*", re.MULTILINE)
+from ..methods.described import options_of, parts_of
 
 
 def method_page(spec: str) -> str:
@@ -22,27 +19,14 @@ def method_page(spec: str) -> str:
     """
     name, *given = METHODS.parts(METHODS.aliases.get(spec, spec))
     cls: type[Method] = METHODS.load(name)
-    idea, *found = FIELD.split(written(cls))
-    parts = dict(zip(found[::2], found[1::2], strict=True))
-    needs, _, cost = parts.get("Needs", "").partition("Cost:")
-    facts = {
-        "source": ALIAS_SOURCES.get(spec, parts.get("Source", "")),
-        "faithful": parts.get("Faithful", ""),
-        "differs": parts.get("Differs", ""),
-        "needs": needs,
-        "cost": cost,
-        "no [CLS]": f"use {spec}:{cls.if_missing}" if cls.if_missing else "",
-    }
+    parts = parts_of(cls)
+    facts = {name.lower(): parts.get(name, "") for name in ("Source", "Faithful", "Differs", "Needs", "Cost")}
+    facts["source"] = ALIAS_SOURCES.get(spec, facts["source"])
+    facts["no [CLS]"] = f"use {spec}:{cls.if_missing}" if cls.if_missing else ""
     head = f"{spec} is {METHODS.aliases[spec]}" if spec in METHODS.aliases else spec
-    lines = [head, "", idea.strip(), "", *(_fact(title, text) for title, text in facts.items() if text.strip())]
+    lines = [head, "", parts.get("", ""), "", *(_fact(title, text) for title, text in facts.items() if text.strip())]
     options = _options(cls, parts.get("Args", ""), dict(part.split("=", 1) for part in given))
     return "\n".join([*lines, "", *(options or ["It has no options."])])
-
-
-def written(cls: type) -> str:
-    """The docstring of a class; dataclasses without one get a signature, which is none."""
-    doc = inspect.getdoc(cls) or ""
-    return "" if doc.startswith(f"{cls.__name__}(") else doc
 
 
 def _fact(title: str, text: str) -> str:
@@ -51,10 +35,7 @@ def _fact(title: str, text: str) -> str:
 
 def _options(cls: type[Method], args: str, given: dict[str, str]) -> list[str]:
     """A heading, then each option with its values, default, range and meaning."""
-    entries = re.split(r"^(?=\w[\w, ]*: )", inspect.cleandoc(args), flags=re.MULTILINE)
-    meanings: dict[str, str] = {}
-    for names, _, meaning in (entry.partition(": ") for entry in entries if entry.strip()):
-        meanings |= dict.fromkeys(names.split(", "), " ".join(meaning.split()))
+    meanings = {name: meaning for names, meaning in options_of(args) for name in names}
     hints = typing.get_type_hints(cls)
     lines = []
     for option in fields(cls):

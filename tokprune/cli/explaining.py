@@ -19,8 +19,8 @@ from ..core.files import replacing, write_text
 from ..prune.pictures import open_picture
 from ..prune.videos import is_video as is_video_file
 from ..prune.videos import open_clip
-from . import estimate, runs
-from .arguments import App, check_least
+from . import estimate
+from .arguments import App, check_least, ratios
 from .extras import eval_module, load_runner
 
 app = App()
@@ -98,7 +98,7 @@ def _configurations(specs: Sequence[str], keep: str) -> list[tuple[str, dict[str
     Raises:
         RunError: a ratio is none, or was typed for a method that takes none.
     """
-    ratios = list(dict.fromkeys(runs._ratios(keep))) if keep else [0.25]
+    each = list(dict.fromkeys(ratios(keep))) if keep else [0.25]
     decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
     if keep and decides:
         raise RunError(
@@ -107,7 +107,7 @@ def _configurations(specs: Sequence[str], keep: str) -> list[tuple[str, dict[str
     return [
         (spec, budget)
         for spec in specs
-        for budget in ([{"keep_ratio": r} for r in ratios] if tokprune.get_method(spec).takes_budget else [{}])
+        for budget in ([{"keep_ratio": r} for r in each] if tokprune.get_method(spec).takes_budget else [{}])
     ]
 
 

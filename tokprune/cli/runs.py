@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..core.errors import RunError
+from ..core.errors import RunError, shown
 from . import tables
-from .arguments import App, check_fraction, check_least, check_most
+from .arguments import App, check_least, check_most, numbers, ratios
 from .extras import EVAL_NEEDS, eval_module, load_runner
 
 app = App()
@@ -111,7 +111,7 @@ def compare(
         model,
         task=task,
         methods=_names(methods) or None,
-        keep=_ratios(keep) if keep else (),
+        keep=ratios(keep) if keep else (),
         keep_tokens=_tokens(keep_tokens) if keep_tokens else (),
         match=match,
         limit=limit,
@@ -255,7 +255,7 @@ def eval_(
     check_most("--processes", processes, 256)
     lmms = eval_module("suites.lmms", needs=("easy_vqa", "filelock"))
     lmms.check_installed()
-    configs = lmms.grid(_names(methods), _ratios(keep))
+    configs = lmms.grid(_names(methods), ratios(keep))
     wanted = lmms.Suite(
         model, _names(tasks), configs, limit, batch_size, include_path, model_args, gen_kwargs, processes
     )
@@ -329,9 +329,9 @@ def bench(
     """Measure time and memory saved by pruning, compare with the predicted cost, and find the break-even point."""
     sweep = eval_module("bench.sweep", needs=("psutil", "filelock"))
     lists = {
-        "batch_sizes": _numbers("--batch-size", batch_size),
-        "new_tokens": _numbers("--new-tokens", new_tokens),
-        "resolutions": _numbers("--resolution", resolution) if resolution else (),
+        "batch_sizes": numbers("--batch-size", batch_size),
+        "new_tokens": numbers("--new-tokens", new_tokens),
+        "resolutions": numbers("--resolution", resolution) if resolution else (),
     }
     specs = [m.strip() for m in methods.split(",")] if methods else ()
     settings = sweep.Settings(
@@ -339,7 +339,7 @@ def bench(
         shape=shape,
         model=model,
         methods=specs,
-        keep=_ratios(keep),
+        keep=ratios(keep),
         n_text=text,
         rounds=rounds,
         warmup=warmup,
@@ -353,26 +353,6 @@ def bench(
         raise typer.Exit(130)
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise RunError(f"{option} {_short(text)} is not a list of whole numbers: use {option} 1,8") from error
-    for number in numbers:
-        check_most(option, number)
-    return numbers
-
-
-def _ratios(text: str) -> list[float]:
-    try:
-        ratios = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise RunError(f"--keep {_short(text)} is not a list of fractions: use --keep 0.5,0.25") from error
-    for ratio in ratios:
-        check_fraction("--keep", ratio)
-    return ratios
-
-
 PRESETS = {"llava-1.5": (192, 128, 64), "llava-next": (640, 320, 160)}
 
 
@@ -381,15 +361,11 @@ def _tokens(text: str) -> list[int]:
     if text in PRESETS:
         return list(PRESETS[text])
     try:
-        counts = _numbers("--keep-tokens", text)
+        counts = numbers("--keep-tokens", text)
     except RunError as error:
         raise RunError(
-            f"--keep-tokens {_short(text)} is not a list of whole numbers: use --keep-tokens 192,128,64, or a preset: "
-            f"{', '.join(PRESETS)}"
+            f"--keep-tokens {shown(text)} is not a list of whole numbers: use --keep-tokens 192,128,64, or a "
+            f"preset: {', '.join(PRESETS)}"
         ) from error
     check_least(keep_tokens=min(counts))
     return counts
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")

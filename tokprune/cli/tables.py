@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 
@@ -14,7 +13,7 @@ from tokprune.eval.report.terminal import Grid
 from ..core.tokens import Stage
 from ..cost.flops import COMPAT, PARTS, Ledger, Ops, Shape
 from ..methods import ALIAS_SOURCES, METHODS
-from .describe import written
+from ..methods.described import parts_of, written
 
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
 
@@ -49,8 +48,7 @@ def _first_line(cls: type) -> str:
 
 def _said_source(cls: type) -> str:
     """What the docstring has after "Source:", or "-"."""
-    found = re.search(r"^Source:[ \t]*(.+)$", written(cls), re.MULTILINE)
-    return found[1].strip() if found else "-"
+    return next(iter(parts_of(cls).get("Source", "-").strip().splitlines()), "-")
 
 
 def support_table() -> Grid:
