@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -205,13 +206,25 @@ _ASK = {
 
 
 def ask(
-    rng: np.random.Generator, shapes: list[Shape], rounds: int = 1, kinds: Sequence[str] = KINDS
+    rng: np.random.Generator,
+    shown: Sequence[Any],
+    rounds: int = 1,
+    kinds: Sequence[str] = KINDS,
+    makers: Mapping[str, Callable[..., tuple[str, str] | None]] = _ASK,
 ) -> list[tuple[str, str, str]]:
-    """Distinct (question, answer, kind) about a scene: up to one of each kind a round."""
+    """Distinct (question, answer, kind) about what is shown: up to one of each kind a round, where it allows one.
+
+    Args:
+        rng: draws what is asked.
+        shown: the shapes of a scene, or what `makers` take.
+        rounds: how often each kind is tried.
+        kinds: of questions.
+        makers: a question and its answer, by kind.
+    """
     asked: dict[str, tuple[str, str, str]] = {}
     for _ in range(rounds):
         for kind in kinds:
-            pair = _ASK[kind](rng, shapes)
+            pair = makers[kind](rng, shown)
             if pair:
                 asked.setdefault(pair[0], (*pair, kind))
     return list(asked.values())

@@ -171,17 +171,9 @@ def _what(rng: np.random.Generator, did: str, actor: Actor) -> tuple[str, str]:
 _ASK = {"moved": _ask_moved, "appeared": _ask_appeared, "last": _ask_last, "count": _ask_count}
 
 
-def ask(
-    rng: np.random.Generator, actors: list[Actor], rounds: int = 1, kinds: Sequence[str] = KINDS
-) -> list[tuple[str, str, str]]:
-    """Distinct (question, answer, kind) about a clip: up to one of each kind a round, where the clip allows it."""
-    asked: dict[str, tuple[str, str, str]] = {}
-    for _ in range(rounds):
-        for kind in kinds:
-            pair = _ASK[kind](rng, actors)
-            if pair:
-                asked.setdefault(pair[0], (*pair, kind))
-    return list(asked.values())
+def ask(rng: np.random.Generator, actors: list[Actor], rounds: int = 1) -> list[tuple[str, str, str]]:
+    """Distinct (question, answer, kind) about a clip, as `findit.ask`."""
+    return findit.ask(rng, actors, rounds, KINDS, _ASK)
 
 
 class WatchIt:

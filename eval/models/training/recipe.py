@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -102,13 +104,17 @@ def build_next_model() -> LlavaNextForConditionalGeneration:
     return LlavaNextForConditionalGeneration(_config(LlavaNextConfig, 2048, image_grid_pinpoints=PINPOINTS))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    word_ids: Mapping[str, int] = WORD_IDS,
+    special: Sequence[str] = SPECIAL,
+    placeholders: Mapping[str, str] = MappingProxyType({"image_token": "<image>"}),
+) -> PreTrainedTokenizerFast:
     """Word-level, over the vocabulary of the tasks."""
-    words = Tokenizer(models.WordLevel(WORD_IDS, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(dict(word_ids), unk_token="<unk>"))
     words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", " ?")])
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    words.add_special_tokens(list(SPECIAL))
+    words.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
         tokenizer_object=words,
         bos_token="<s>",
@@ -116,7 +122,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         pad_token="<pad>",
         padding_side="left",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=dict(placeholders),
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=2048,
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tokprune.integrations.transformers import FAMILIES, Sizes, pil_image_processor, without_videos
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -115,23 +114,9 @@ def start_from_llava(model: Qwen2_5_VLForConditionalGeneration, path: str) -> No
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level, over the vocabulary of the tasks."""
-    words = Tokenizer(models.WordLevel(WORD_IDS, unk_token="<unk>"))
-    words.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace("?", " ?")])
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    words.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        padding_side="left",
-        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
-        model_input_names=["input_ids", "attention_mask"],
-        model_max_length=2048,
-    )
+    """As tiny-llava's, over the words of its tasks and the tokens around pictures and clips."""
+    placeholders = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    return recipe.build_tokenizer(WORD_IDS, SPECIAL, placeholders)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from tokprune.cost.flops import Shape, Stack
 from .. import compat
 from .base import TowerKind
 from .qwen2_vl import Qwen2VL
-from .sizes import Sizes, pil_image_processor
+from .sizes import Sizes
 
 
 class Glm4V(Qwen2VL):
@@ -24,6 +24,7 @@ class Glm4V(Qwen2VL):
     model_type = "glm4v"
     picture_processor: ClassVar[str] = ""
     patches_clips: ClassVar[bool] = False
+    own_image_processor: ClassVar[tuple[str, str]] = ("glm4v", "Glm4vImageProcessor")
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "image_token_id"}
     towers: ClassVar = {"glm4v_vision": TowerKind("GLM-ViT", False)}
     partial_rotary: ClassVar[float] = 0.5  # the part of a head of the language model that is turned
@@ -69,17 +70,6 @@ class Glm4V(Qwen2VL):
         around = {"image_start_token_id": first - 2, "image_end_token_id": first - 1}
         around |= {"video_start_token_id": first - 4, "video_end_token_id": first - 3}
         return {"image_token_id": sizes.image_id, "video_token_id": sizes.video_id, **around}
-
-    @classmethod
-    def image_processor(cls, config: Any) -> Any:
-        """GLM-4.1V's: any size, in whole tokens."""
-        vision = config.vision_config
-        made = pil_image_processor("glm4v", "Glm4vImageProcessor")
-        return made(
-            patch_size=vision.patch_size,
-            merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
-        )
 
 
 class Glm46V(Glm4V):

@@ -35,6 +35,7 @@ class Qwen2VL(ModelFamily):
     oldest: ClassVar[str] = "5.18.0"
     picture_processor: ClassVar[str] = "Qwen2VLProcessor"
     patches_clips: ClassVar[bool] = True
+    own_image_processor: ClassVar[tuple[str, str]] = ("qwen2_vl", "Qwen2VLImageProcessor")  # its module and its class
     m_rope: ClassVar[bool] = True
     default_positions: ClassVar[str] = "original"
     one_patch_a_row: ClassVar[bool] = False
@@ -195,10 +196,9 @@ class Qwen2VL(ModelFamily):
 
     @classmethod
     def image_processor(cls, config: Any) -> Any:
-        """Qwen2-VL's: any size, in whole tokens."""
+        """The family's own: any size, in whole tokens."""
         vision = config.vision_config
-        made = pil_image_processor("qwen2_vl", "Qwen2VLImageProcessor")
-        return made(
+        return pil_image_processor(*cls.own_image_processor)(
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
