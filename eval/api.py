@@ -43,7 +43,7 @@ from .tasks.grading import Grading
 
 
 @dataclass(repr=False)
-class Comparison:
+class ComparisonResult:
     """What `compare` returns: a table that is also a folder.
 
     Args:
@@ -87,7 +87,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         tasks = dict.fromkeys(r.task for r in self.rows)
-        return f"Comparison({len(self.rows)} rows, {', '.join(tasks)}, {str(self.folder)!r})"
+        return f"ComparisonResult({len(self.rows)} rows, {', '.join(tasks)}, {str(self.folder)!r})"
 
 
 def compare(
@@ -114,7 +114,7 @@ def compare(
     out: str | Path | None = None,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Comparison:
+) -> ComparisonResult:
     """Compare methods and budgets on questions, as `tokprune compare` does.
 
     Args:
@@ -124,7 +124,7 @@ def compare(
             of the embedded model.
         methods: names or specifications; the unpruned model ("none") is added. None for the usual ones that run.
         keep: fractions of the visual tokens; 0.5, 0.25 and 0.11, or those of the embedded model, if none is given.
-        keep_tokens: numbers of visual tokens, beside the fractions.
+        keep_tokens: numbers of visual tokens, in addition to the fractions.
         match: what a fraction is of: "tokens", or "flops" of the language model's prefill.
         limit: number of questions for each task, for a quick look.
         full: all questions instead of the fixed 800.
@@ -169,7 +169,7 @@ def compare(
             done = comparing.Comparison(runner, name, results, plan)
             done.run(console)
     processes.end()
-    return Comparison(done.rows, done.floors, folder, kept)
+    return ComparisonResult(done.rows, done.floors, folder, kept)
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def explain(
 
 
 @dataclass(repr=False)
-class Benchmark:
+class BenchmarkResult:
     """What `bench` returns: one row for each configuration, batch, resolution and output length."""
 
     rows: list[BenchRow]
@@ -251,10 +251,10 @@ class Benchmark:
         return self._short().to_html(index=False)
 
     def __repr__(self) -> str:
-        return f"Benchmark({len(self.rows)} rows, {', '.join(dict.fromkeys(r.model for r in self.rows))})"
+        return f"BenchmarkResult({len(self.rows)} rows, {', '.join(dict.fromkeys(r.model for r in self.rows))})"
 
 
-def bench(*, out: str | Path | None = None, console: Console | None = None, **settings: Any) -> Benchmark:
+def bench(*, out: str | Path | None = None, console: Console | None = None, **settings: Any) -> BenchmarkResult:
     """Measure time and memory that pruning saves, as `tokprune bench` does.
 
     Args:
@@ -268,7 +268,7 @@ def bench(*, out: str | Path | None = None, console: Console | None = None, **se
     """
     with tempfile.TemporaryDirectory(prefix="tokprune-") as folder:
         file = Path(folder) / "bench.jsonl" if out is None else Path(out)
-        return Benchmark(Bench(Settings(**settings), file, console or Console(file=io.StringIO())).run())
+        return BenchmarkResult(Bench(Settings(**settings), file, console or Console(file=io.StringIO())).run())
 
 
 def _html(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -278,4 +278,4 @@ def _html(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> 
     return f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-__all__ = ["Benchmark", "Comparison", "Explained", "Sample", "bench", "compare", "explain", "load_task"]
+__all__ = ["BenchmarkResult", "ComparisonResult", "Explained", "Sample", "bench", "compare", "explain", "load_task"]

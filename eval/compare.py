@@ -45,7 +45,7 @@ def configurations(
     Beside "none" are pictures of other questions.
 
     Raises:
-        TokPruneError: an unknown method or option, or a budget that is none.
+        TokPruneError: an unknown method or option, or an invalid budget.
     """
     budgets = [{"keep_ratio": ratio} for ratio in ratios] + [{"keep_tokens": n} for n in tokens]
     for budget in budgets:

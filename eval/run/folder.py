@@ -36,7 +36,7 @@ REPORT = ("report.html", "table.md", "table.csv", "pictures.jsonl")
 ALONE = Processes()
 DERIVED = ("flops_text",)  # said by the configurations
 CHECKSUMS = {
-    "weights": "the weights of the model are others",
+    "weights": "the model has other weights",
     "prompt": "the processor, its chat template or the suffix makes other prompts",
     "code": "the file of a method has changed",
     "tasks": "questions have changed, or are in other batches",

@@ -73,7 +73,7 @@ def test_a_comparison_as_a_data_frame(compared):
 
 
 def test_a_comparison_as_text(compared):
-    assert repr(compared).startswith("Comparison(4 rows, findit, ")
+    assert repr(compared).startswith("ComparisonResult(4 rows, findit, ")
     assert "| vtc_cls " in compared.to_markdown()
     assert "\\" not in compared.to_markdown()
     assert compared.to_csv().startswith("model,")
@@ -134,7 +134,7 @@ def test_a_benchmark_is_a_table():
     assert list(measured.to_pandas()["method"]) == ["none", "uniform"]
     assert "uniform" in measured.to_markdown()
     assert measured.to_latex().count("uniform") == 1
-    assert repr(measured) == "Benchmark(2 rows, tiny-llava)"
+    assert repr(measured) == "BenchmarkResult(2 rows, tiny-llava)"
 
 
 def test_without_its_packages_the_door_says_what_to_install():

@@ -53,7 +53,7 @@ def explain(
     """Draw which visual tokens a method keeps, and show what the model answers with and without the others.
 
     Kept tokens are bright, dropped ones dim; those into which others were merged have a frame. Several methods,
-    ratios and pictures go on one sheet.
+    ratios and pictures share one sheet.
 
     Example: tokprune explain docs/scene.png --method vtc_cls,fopru --keep 0.5,0.1 --question "is there a red ring?"
     """
@@ -96,7 +96,7 @@ def _configurations(specs: Sequence[str], keep: str) -> list[tuple[str, dict[str
     """Methods with their budgets, each at every ratio.
 
     Raises:
-        RunError: a ratio is none, or was typed for a method that takes none.
+        RunError: a ratio is invalid, or the method takes no budget.
     """
     each = list(dict.fromkeys(ratios(keep))) if keep else [0.25]
     decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]

@@ -55,7 +55,7 @@ def _attribute(reference: str, what: str, alike: Callable[[Any], bool]) -> Any:
     if not hasattr(module, name):
         own = (n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
         there = [n for n in own if alike(getattr(module, n)) and not n.startswith("_")]
-        raise PluginError(f"{what} {reference!r}: {place} has no {name}; it has: {', '.join(there) or 'nothing alike'}")
+        raise PluginError(f"{what} {reference!r}: {place} has no {name}; it has: {', '.join(there) or 'none'}")
     return getattr(module, name)
 
 

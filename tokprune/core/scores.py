@@ -1,4 +1,4 @@
-"""Scores that methods give to tokens, for who wants to draw them.
+"""Scores that methods give to tokens, for drawings of them.
 
     with listen() as found:
         model(**inputs)

@@ -10,7 +10,7 @@ _ENTRY = re.compile(r"^(?=\w[\w, ]*: )", re.MULTILINE)
 
 
 def written(cls: type) -> str:
-    """The docstring of a class; dataclasses without one get a signature, which is none."""
+    """The docstring of a class; empty where Python wrote a signature there for a dataclass without one."""
     doc = inspect.getdoc(cls) or ""
     return "" if doc.startswith(f"{cls.__name__}(") else doc
 
