@@ -115,6 +115,53 @@ def test_beams_of_a_batch_equal_rows_alone(kind):
         assert torch.equal(together, torch.cat([tiny.generate(model, single, **options) for single in singles]))
 
 
+@kinds
+@torch.no_grad()
+def test_sampling_repeats_itself_without_a_cache(kind):
+    model, (inputs, _) = tiny.model(kind, "sdpa", DTYPE), batch_of(kind)
+    options, found = dict(max_new_tokens=4, do_sample=True, top_k=5), []
+    with tokprune.attach(model, "uniform", keep_ratio=0.3):
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            found.append(tiny.generate(model, inputs, use_cache=use_cache, **options))
+    assert torch.equal(*found)
+
+
+@kinds
+@torch.no_grad()
+def test_a_second_turn_equals_the_long_sequence_masked(kind):
+    """Its text is causal in PaliGemma, too, where the first prompt sees itself."""
+    model, (_, singles) = tiny.model(kind, "sdpa", DTYPE), batch_of(kind)
+    single, more = singles[1], torch.tensor([[5, 6, 7]])
+    positions = positions_of(kind, single)
+    with tokprune.attach(model, "uniform", keep_ratio=0.3, positions="original") as attachment:
+        out = model(**single, position_ids=positions, use_cache=True)
+        keep = F.pad(kept_columns(single, attachment.kept), (0, 3), value=True)
+        turn = {"input_ids": more, "position_ids": positions[:, -1:] + torch.arange(1, 4)}
+        if TYPES in single:
+            turn[TYPES] = torch.full_like(more, int(kind == "paligemma"))
+        logits = model(**turn, attention_mask=torch.ones_like(keep).long(), **tiny.cached(out[tiny.CACHE])).logits
+    whole = {**single, "input_ids": torch.cat([single["input_ids"], more], 1)}
+    if TYPES in single:
+        whole[TYPES] = torch.cat([single[TYPES], turn[TYPES]], 1)
+    want = masked(model, whole, keep, torch.cat([positions, turn["position_ids"]], 1))[:, -3:]
+    assert (logits - want).abs().max() < 1e-9
+    bare = masked(model, whole, torch.ones_like(keep), torch.cat([positions, turn["position_ids"]], 1))[:, -3:]
+    assert (logits - bare).abs().max() > 1e-2
+
+
+@kinds
+@torch.no_grad()
+def test_detaching_gives_everything_back(kind):
+    model, (inputs, _) = tiny.fresh_model(kind, dtype=DTYPE), batch_of(kind)
+    logits = model(**inputs).logits
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with tokprune.attach(model, "fopru", keep_ratio=0.5):
+        model(**inputs)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert torch.equal(model(**inputs).logits, logits)
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "cohere2_vision"])
 @torch.no_grad()
 def test_a_window_counts_kept_tokens(kind):
