@@ -204,7 +204,11 @@ class Again:
 
 
 def given_again(
-    args: tuple, kwargs: Mapping[str, Any], placeholders: Sequence[int], takes_back: bool = True
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    placeholders: Sequence[int],
+    takes_back: bool = True,
+    first_position: int = 0,
 ) -> Again | None:
     """The call without what the cache holds; None where the user passes new tokens alone.
 
@@ -215,6 +219,7 @@ def given_again(
         kwargs: of the same; the cache is one of them.
         placeholders: ids that stand for visual tokens.
         takes_back: whether the cache can be cut back.
+        first_position: of the first column.
     """
     cache = cache_of(kwargs)
     columns = columns_on(cache)
@@ -227,7 +232,7 @@ def given_again(
     if isinstance(mask, Tensor) and mask.ndim == 2:
         past = mask.shape[1] - n_new
     elif mask is None and positions is not None:
-        past = int(positions.amax()) + 1 - n_new
+        past = int(positions.amax()) + 1 - first_position - n_new
     else:
         return None
     n = columns.n_dropped

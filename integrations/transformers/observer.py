@@ -171,8 +171,9 @@ class Observer(NotCopyable):
         passed = _passed(args, kwargs)
         if passed is None or passed.shape[1] <= 1:
             return None
-        placeholder_ids = tuple(self.family.placeholder_ids.values())
-        again = given_again(args, kwargs, placeholder_ids, not self.family.recurrent_caches)
+        family = self.family
+        placeholder_ids = tuple(family.placeholder_ids.values())
+        again = given_again(args, kwargs, placeholder_ids, not family.recurrent_caches, family.first_position)
         if again is not None:
             this.n_again, args, kwargs = again.n, again.args, again.kwargs
             this.asked = kwargs
