@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import golden_harness
 import pytest
-from golden_harness import CHECKS, FOLDER, NOT_BUILT, assert_kept, cases
+from golden_harness import FOLDERS, NOT_BUILT, assert_kept, cases
+from golden_pictures import PICTURE_CHECKS
+from golden_videos import VIDEO_CHECKS
 
 import tokprune
 from tokprune.methods import METHODS
 
-CASES = cases()
+CASES = [case for folder in FOLDERS for case in cases(folder)]
+CHECKS = {**golden_harness.CHECKS, **PICTURE_CHECKS, **VIDEO_CHECKS}
 
 
 def marked(case):
@@ -29,7 +33,7 @@ def test_golden(case):
 
 
 def test_golden_there_are_cases():
-    assert CASES, f"no golden cases in {FOLDER}"
+    assert all(cases(folder) for folder in FOLDERS), f"no golden cases in {' or '.join(map(str, FOLDERS))}"
 
 
 def test_golden_list_of_methods_to_build_is_current():
@@ -38,8 +42,9 @@ def test_golden_list_of_methods_to_build_is_current():
 
 
 def test_golden_harness_decides_nothing():
-    source = (Path(__file__).parent / "golden_harness.py").read_text()
-    assert not re.findall(r"\b(topk|sort|argsort|sorted|argmax|msort|kthvalue)\b", source)
+    for name in ("golden_harness.py", "golden_pictures.py", "golden_videos.py"):
+        source = (Path(__file__).parent / name).read_text()
+        assert not re.findall(r"\b(topk|sort|argsort|sorted|argmax|msort|kthvalue)\b", source)
 
 
 def test_golden_comparison_sees_one_swapped_index():
