@@ -139,7 +139,7 @@ class Pruner:
             call.below_budget |= self._selector.method.count is not Count.CONTENT
             call.bad.append(group.given.isnan().any())
             call.dropped.append((~group.keep).any())
-            call.miscounted += [] if group.miscounted is None else [group.miscounted]
+            call.mistakes.append(group.mistake)
             rows = mark_dropped(group.features, group.keep)
             for place, i in enumerate(group.members):
                 marked[i], keeps[i] = rows[place], group.keep[place]

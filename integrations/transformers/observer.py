@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokprune.core import ops
 from tokprune.core.errors import BadFeaturesError, NotCopyable, NothingPrunedError, OptionError, TokPruneError
 from tokprune.core.signals import Kind, Signal
-from tokprune.methods.base import wrong_count
+from tokprune.methods.base import mistaken
 from tokprune.prune.copies import salts_of
 from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
@@ -337,8 +337,8 @@ class Observer(NotCopyable):
         if call and call.bad and not self.paused:
             flags["bad_features"] = torch.stack(call.bad).any()
             flags["dropped"] = torch.stack(call.dropped).any()
-        if call and call.miscounted and not self.paused:
-            flags["miscounted"] = torch.stack(call.miscounted).any()
+        if call and call.mistakes and not self.paused:
+            flags["mistake"] = torch.stack(call.mistakes).amax()
         return flags
 
     def before_prefill(self, facts: Mapping[str, int], starts_call: bool) -> None:
@@ -368,9 +368,9 @@ class Observer(NotCopyable):
         if facts.get("bad_features"):
             this.context.call = None
             raise BadFeaturesError("the vision tower or the projector produced NaN; run it in float32 or bfloat16")
-        if facts.get("miscounted"):
+        if code := facts.get("mistake"):
             this.context.call = None
-            raise wrong_count(self.request.before)
+            raise mistaken(self.request.before, code)
         # A chunk of a prompt may hold kept tokens alone; then it is enough that this call dropped some.
         is_chunk = placeholders < sum(len(i.layout.crop) for i in call.images)
         keeps_all = self.pruner.keeps_all or (bool(call.images) and not call.below_budget)

@@ -36,7 +36,7 @@ class Call:
     prefills: list[Prefill] = field(default_factory=list)
     bad: list[Tensor] = field(default_factory=list)  # whether features held NaN, on the device
     dropped: list[Tensor] = field(default_factory=list)  # whether tokens were dropped, on the device
-    miscounted: list[Tensor] = field(default_factory=list)  # whether a method kept another number, on the device
+    mistakes: list[Tensor] = field(default_factory=list)  # of the method, scalars on the device
     below_budget: bool = False  # some image had more tokens than its budget, so some have to be dropped
     touched: bool = False  # a method ran
     pending: list = field(default_factory=list)  # `selection.Encoded`, to be selected when the prompt is known

@@ -8,7 +8,7 @@ from tokprune.core.errors import MissingSignalError
 from tokprune.core.signals import Kind, Signal, Tower
 from tokprune.core.tokens import Stage
 from tokprune.methods import METHODS
-from tokprune.methods.base import Method
+from tokprune.methods.base import Method, asked_signals
 
 from .families.base import ModelFamily
 
@@ -56,7 +56,7 @@ def list_support() -> list[Support]:
 def _pair(family: type[ModelFamily], tower_name: str, name: str, tower: Tower, supplied: frozenset[Kind]) -> Support:
     method = METHODS.build(name)
     cuts = method.stage is Stage.DECODER and bool(family.no_layer_cuts)
-    works = not cuts and all(s.kind in supplied for s in method.needs(tower))
+    works = not cuts and all(s.kind in supplied for s in asked_signals(method, "needs", tower))
     typed = f"{name}:{method.if_missing}"
     helps = bool(method.if_missing) and all(s.kind in supplied for s in METHODS.build(typed).needs(tower))
     instead = typed if helps and not works and not cuts else ""
@@ -69,7 +69,7 @@ def checked_signals(method: Method, label: str, family) -> frozenset[Signal]:
     Raises:
         MissingSignalError: the tower does not supply it; the message names methods that work.
     """
-    signals = method.needs(family.tower)
+    signals = asked_signals(method, "needs", family.tower)
     if not family.supplies_all(signals):
         missing = sorted({s.kind.name for s in signals if s.kind not in family.supplies})
         works = [n for n in METHODS.working() if family.supplies_all(METHODS.build(n).needs(family.tower))]

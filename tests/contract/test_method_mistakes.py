@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokprune
-from tokprune.core import Count, VisualTokens, grid_layout, ops
+from tokprune.core import Count, Kind, Signal, VisualTokens, grid_layout, ops
 from tokprune.core.errors import MethodError
 from tokprune.methods.base import Method, ScoreMethod
 from tokprune.methods.decoder import DecoderMethod
@@ -105,6 +105,70 @@ class CutOneTooMany(DecoderMethod):
         return tokens.keeping(highest(tokens, n_keep + 1))
 
 
+class Undefined(ScoreMethod):
+    """0 / 0 in one picture alone."""
+
+    def score(self, tokens):
+        score = tokens.features.float().norm(dim=-1)
+        return score.index_fill(1, torch.zeros(1, dtype=torch.long, device=score.device), torch.nan)
+
+
+class Endless(ScoreMethod):
+    def score(self, tokens):
+        return tokens.features.float().norm(dim=-1) / 0
+
+
+class AName(NoScore):
+    def needs(self, tower):
+        return "cls_row"
+
+
+class OneSignal(NoScore):
+    def needs(self, tower):
+        return Signal(Kind.CLS_ROW, (0,))
+
+
+class ATuple(NoScore):
+    def needs(self, tower):
+        return (Signal(Kind.CLS_ROW, (0,)),)
+
+
+class Nothing(NoScore):
+    def needs(self, tower):
+        pass
+
+
+class OfTheLanguageModel(NoScore):
+    def needs(self, tower):
+        return frozenset({Signal(Kind.LM_ROW, (0,))})
+
+
+@dataclass(frozen=True)
+class CutUndefined(DecoderMethod):
+    def reads(self, layer):
+        return frozenset()
+
+    def score(self, tokens):
+        return tokens.features.float().norm(dim=-1) * torch.nan
+
+
+@dataclass(frozen=True)
+class CutAName(CutUndefined):
+    def reads(self, layer):
+        return "lm_row"
+
+
+@dataclass(frozen=True)
+class CutOfTheTower(CutUndefined):
+    def reads(self, layer):
+        return frozenset({Signal(Kind.CLS_ROW, (0,))})
+
+
+@dataclass(frozen=True)
+class CutMissing(CutUndefined):
+    reads = DecoderMethod.reads
+
+
 SCORE = r"score must return \(images, tokens\)"
 MISTAKES = [
     (NoScore, r"score\(self, tokens"),
@@ -117,10 +181,24 @@ MISTAKES = [
     (Shorter, "features became .*rows that are kept"),
 ]
 COUNTS = [(OneTooFew, "exactly n_keep"), (OneTooMany, "exactly n_keep"), (MoreThanAtMost, r"n_keep.*Count\.CONTENT")]
+FINITE = [(Undefined, "NaN or infinity"), (Endless, "NaN or infinity")]
+NEEDS = [
+    (AName, r"needs must return a frozenset of signals, not 'cls_row': return frozenset\(\{Signal\(Kind\.CLS_ROW"),
+    (OneSignal, r"needs must return .* not Signal\("),
+    (ATuple, r"needs must return .* not \(Signal\("),
+    (Nothing, "needs must return .* not None"),
+    (OfTheLanguageModel, "needs must return .*LM_ROW is measured in the language model"),
+    (CutUndefined, "NaN or infinity"),
+    (CutAName, r"reads must return .* not 'lm_row': return frozenset\(\{Signal\(Kind\.LM_ROW, \(layer - 1,"),
+    (CutOfTheTower, "reads must return .*CLS_ROW is measured in a vision tower"),
+    (CutMissing, r"reads\(self"),
+]
 CUTS = [(CutNoReads, r"reads\(self"), (CutTrailingAxis, SCORE), (CutOneTooMany, "exactly n_keep")]
 
 
-@pytest.mark.parametrize(("method", "use"), MISTAKES + COUNTS + CUTS, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("method", "use"), MISTAKES + COUNTS + FINITE + NEEDS + CUTS, ids=lambda v: getattr(v, "__name__", "")
+)
 @torch.no_grad()
 def test_a_mistake_names_the_class_and_what_to_write(method, use):
     model, inputs = tiny.model(), tiny.batch()
@@ -131,7 +209,7 @@ def test_a_mistake_names_the_class_and_what_to_write(method, use):
     assert torch.equal(model(**inputs).logits, before)
 
 
-@pytest.mark.parametrize(("method", "use"), MISTAKES + COUNTS[:2], ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(("method", "use"), MISTAKES + COUNTS + FINITE, ids=lambda v: getattr(v, "__name__", ""))
 def test_so_does_selection_without_a_model(method, use):
     pictures = [Picture(torch.randn(36, 8), grid_layout(6, 6)) for _ in range(2)]
     with pytest.raises(MethodError, match=f"^{method.__name__}.*{use}"):

@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..core import ops
-from ..core.errors import MethodError, OptionError
+from ..core.errors import MethodError, OptionError, shown
 from ..core.layout import Layout
 from ..core.registry import check
 from ..core.scores import heard
@@ -221,12 +221,57 @@ def checked_selection(method: Method, selected: VisualTokens, tokens: VisualToke
     return selected
 
 
-def wrong_count(method: Method) -> MethodError:
-    """The error for a selection that keeps another number of tokens than was asked for."""
+MISCOUNTED, NOT_FINITE = 1, 2
+
+
+def mistake(selected: VisualTokens, n_keep: int | None, count: Count) -> Tensor:
+    """Scalar int8 on the device: 0, `MISCOUNTED` or `NOT_FINITE`; it is read together with what is read anyway.
+
+    Args:
+        selected: what `select` returned, with G images.
+        n_keep: what it was asked to keep of each; None for a method that decides by itself.
+        count: what the method promises about it.
+    """
+    found = torch.zeros((), dtype=torch.int8, device=selected.keep.device)
+    if n_keep is not None and count is not Count.CONTENT:
+        counts = selected.keep.sum(1)
+        found = ((counts != n_keep) if count is Count.EXACT else (counts > n_keep)).any() * MISCOUNTED + found
+    if selected.scores is not None:
+        found = found.maximum((~selected.scores.isfinite()).any() * (found + NOT_FINITE))
+    return found
+
+
+def mistaken(method: Method, code: int) -> MethodError:
+    """The error for a selection with a `mistake`."""
+    if code >= NOT_FINITE:
+        return MethodError(
+            f"{type(method).__name__}.score returned NaN or infinity, which have no rank: use finite numbers (clamp a "
+            "divisor, mask before a softmax), or torch.nan_to_num"
+        )
     return MethodError(
         f"{type(method).__name__}.select kept another number of tokens than n_keep: keep exactly n_keep of each image, "
         "or let its property count return Count.AT_MOST or Count.CONTENT (tokprune.core)"
     )
+
+
+def asked_signals(method: Method, function: Literal["needs", "reads"], where: Any) -> frozenset[Signal]:
+    """What a method asks for, by `needs(tower)` or `reads(layer)`, checked.
+
+    Raises:
+        MethodError: it is no set of signals, or they are of another place.
+    """
+    found = getattr(method, function)(where)
+    layers = "layer - 1," if function == "reads" else "tower.layer(-2),"
+    kind = "LM_ROW" if function == "reads" else "CLS_ROW"
+    use = f"return frozenset({{Signal(Kind.{kind}, ({layers}))}})"
+    says = f"{type(method).__name__}.{function} must return a frozenset of signals"
+    if not isinstance(found, (frozenset, set)) or not all(isinstance(signal, Signal) for signal in found):
+        raise MethodError(f"{says}, not {shown(found)}: {use}")
+    other = sorted(s.kind.name for s in found if s.kind.is_decoder != (function == "reads"))
+    if other:
+        place = "a vision tower" if function == "reads" else "the language model"
+        raise MethodError(f"{says}; {other[0]} is measured in {place}: {use}")
+    return frozenset(found)
 
 
 def cls_signal(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..core.errors import OptionError
 from ..core.signals import Signal, Tower
 from ..core.tokens import Count, Stage, VisualTokens
-from .base import Filter, Method, ScoreMethod
+from .base import Filter, Method, ScoreMethod, asked_signals
 from .decoder import DecoderMethod
 
 
@@ -38,7 +38,7 @@ class Chain(Method):
             raise OptionError(f"{self.method} does not rank single tokens, so nothing can be filtered before it")
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
-        return frozenset().union(*(part.needs(tower) for part in (*self.filters, self.method)))
+        return frozenset().union(*(asked_signals(part, "needs", tower) for part in (*self.filters, self.method)))
 
     @property
     def members(self) -> tuple[Method, ...]:
@@ -63,7 +63,7 @@ class DecoderChain(Chain):
     stage: ClassVar[Stage] = Stage.DECODER
 
     def reads(self, layer: int) -> frozenset[Signal]:
-        return frozenset().union(*(part.reads(layer) for part in (*self.filters, self.method)))
+        return frozenset().union(*(asked_signals(part, "reads", layer) for part in (*self.filters, self.method)))
 
 
 # Of a chain, these are the method's.

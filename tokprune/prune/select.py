@@ -17,7 +17,7 @@ from ..core.layout import NEWLINE, Layout
 from ..core.signals import Signal
 from ..core.tokens import Count, VisualTokens
 from ..methods import Spec
-from ..methods.base import Method, checked_selection, wrong_count
+from ..methods.base import Method, checked_selection, mistake, mistaken
 from .copies import salts_of
 from .request import Newlines, request_of
 
@@ -66,15 +66,14 @@ class Group:
         given: (G, N, D), their rows as they were.
         features: (G, N, D), changed where the method merges.
         keep: (G, N) bool.
-        miscounted: scalar bool on the device: whether an image keeps another number than its method promised; None
-            where it promised none.
+        mistake: scalar on the device, as `tokprune.methods.base.mistake`: whether the method broke its promises.
     """
 
     members: list[int]
     given: Tensor
     features: Tensor
     keep: Tensor
-    miscounted: Tensor | None
+    mistake: Tensor
 
 
 class Selector:
@@ -123,8 +122,8 @@ class Selector:
 
     def _select(
         self, group: Sequence[Picture], rows: Tensor, salts: tuple[int, ...], n_keep: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features, keep and whether a count is wrong, of pictures of one layout.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, keep and the mistake, of pictures of one layout.
 
         Special tokens (newlines, [CLS]) never reach the method.
         """
@@ -137,20 +136,13 @@ class Selector:
         tokens = VisualTokens.of(own if states is None else states, layout.without_specials, signals, salts)
         with torch.autocast(rows.device.type, enabled=False):  # it would compare tokens in half precision
             selected = checked_selection(self.method, self.method.select(tokens, n_keep), tokens)
-        wrong = self._miscounted(selected.keep, n_keep)
+        wrong = mistake(selected, None if self.budget is None else n_keep, self.method.count)
         features = selected.features if states is None else self._projected(selected, own, n_keep)
         if own is rows:
             return features, selected.keep, wrong
         keep = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         keep = with_newlines(keep.index_copy(1, visual, selected.keep), layout, self.newlines)
         return rows if features is own else rows.index_copy(1, visual, features), keep, wrong
-
-    def _miscounted(self, keep: Tensor, n_keep: int) -> Tensor | None:
-        """As in `Group`, of (G, N)."""
-        if self.budget is None or self.method.count is Count.CONTENT:
-            return None
-        counts = keep.sum(1)
-        return ((counts != n_keep) if self.method.count is Count.EXACT else (counts > n_keep)).any()
 
     def _projected(self, selected: VisualTokens, own: Tensor, n_keep: int) -> Tensor:
         """Tower states through the model's own projector: the kept ones, where their number is known."""
@@ -185,7 +177,7 @@ def select(
         **options: options of the method.
 
     Returns:
-        One entry a picture. Reading `index` is the only device synchronisation.
+        One entry a picture. Reading `index`, and once whether scores are finite, are the only device synchronisations.
 
     Raises:
         TokPruneError: as `tokprune.attach`.
@@ -200,21 +192,15 @@ def select(
     selector = Selector(request.before, request.before_budget, request.label, request.newlines, project=project)
     rows = [p.features for p in pictures]
     keeps = [torch.ones(len(r), dtype=torch.bool, device=r.device) for r in rows]
+    mistakes: list[Tensor] = []
     for group in selector.groups(pictures, salts_of(salts, len(pictures))):
+        mistakes.append(group.mistake)
         for place, i in enumerate(group.members):
             rows[i], keeps[i] = group.features[place], group.keep[place]
+    if mistakes and (code := int(torch.stack(mistakes).amax())):
+        raise mistaken(selector.method, code)
     index = [keep.nonzero()[:, 0] for keep in keeps]
-    _check_counts(selector, pictures, index)
     return [Kept(i, r[i]) for i, r in zip(index, rows, strict=True)]
-
-
-def _check_counts(selector: Selector, pictures: Sequence[Picture], index: Sequence[Tensor]) -> None:
-    """Raise MethodError where lengths, which the host knows by now, are not those of an exact method."""
-    exact = selector.budget is not None and selector.method.count is Count.EXACT
-    for picture, kept in zip(pictures, index, strict=True) if exact else ():
-        layout = picture.layout
-        if layout.n_visual == len(layout.crop) and len(kept) != min(selector.n_keep(layout), layout.n_visual):
-            raise wrong_count(selector.method)
 
 
 def stacked(rows: Sequence[Any]) -> Tensor:

@@ -18,7 +18,7 @@ from tokprune.core.signals import Decoder, Kind
 from tokprune.core.tokens import Count, VisualTokens
 from tokprune.cost.flops import Ops
 from tokprune.cost.selection import cut_ops
-from tokprune.methods.base import checked_selection, wrong_count
+from tokprune.methods.base import asked_signals, checked_selection, mistake, mistaken
 from tokprune.methods.decoder import ExitMethod
 from tokprune.prune.copies import same_as_before
 from tokprune.prune.report import by_layer
@@ -52,7 +52,7 @@ class LayerSelector:
         self.cut_layers = tuple(self.method.layers(self.decoder))
         if self.replay is not None:
             self.cut_layers = tuple(sorted({layer for kept in self.replay.kept for layer in kept if layer}))
-        self.reads = {} if self.replay else {layer: self.method.reads(layer) for layer in self.cut_layers}
+        self.reads = {} if self.replay else {i: asked_signals(self.method, "reads", i) for i in self.cut_layers}
         self.tapped = frozenset(at for b, signals in self.reads.items() for s in signals for at in s.layers if at < b)
         self.tap = DecoderTap(family.language_model, owner.passes)
         if any(s.layers for signals in self.reads.values() for s in signals):
@@ -255,8 +255,7 @@ class LayerSelector:
         salts = tuple(i.salt for i in group)
         tokens = replace(VisualTokens.of(features, layout, signals, salts), index=index)
         selected = checked_selection(self.method, self.method.select(tokens, target), tokens)
-        if self.budget is not None and self.method.count is Count.EXACT:
-            prompt.miscounted.append((selected.keep.sum(1) != target).any())
+        prompt.mistakes.append(mistake(selected, None if self.budget is None else target, self.method.count))
         if selected.features is not features:
             hidden = hidden.index_put((rows[:, None], columns), selected.features.to(hidden.dtype))
         if isinstance(self.method, ExitMethod):
@@ -302,9 +301,10 @@ class LayerSelector:
         """Tell the report what ran."""
         call, prompt = self.now.call, self.now.prompt
         self.tap.open(frozenset())
-        flags = prompt.miscounted if prompt else []
-        if flags and flags[0].device.type == "cpu" and bool(torch.stack(flags).any()):
-            raise wrong_count(self.method)  # elsewhere reading it would be a synchronisation
+        mistakes = prompt.mistakes if prompt else []
+        on_host = bool(mistakes) and mistakes[0].device.type == "cpu"  # elsewhere it would be a synchronisation
+        if on_host and (code := int(torch.stack(mistakes).amax())):
+            raise mistaken(self.method, code)
         for copy, report in prompt.copies if prompt else ():
             copy.cuts.update(report.cuts)
             copy.cut_ops.update(report.cut_ops)

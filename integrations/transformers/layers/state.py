@@ -74,7 +74,7 @@ class PromptState:
         embeds: (B, S, D), before any cut; None where nobody asks for them.
         owner_before, shows_before: before any cut.
         masses: (B,) attention to visual tokens, by layer.
-        miscounted: scalars on the device, one a selection: whether another number was kept than asked for.
+        mistakes: scalars on the device, one a selection, as `tokprune.methods.base.mistake`.
     """
 
     owner: Tensor
@@ -91,7 +91,7 @@ class PromptState:
     owner_before: Tensor
     shows_before: Tensor
     masses: dict[int, Tensor] = field(default_factory=dict)
-    miscounted: list[Tensor] = field(default_factory=list)
+    mistakes: list[Tensor] = field(default_factory=list)
 
     def widths(self) -> list[int]:
         """Columns of every leading row that are not padding."""
