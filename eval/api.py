@@ -18,8 +18,8 @@ from PIL import Image
 from rich.console import Console
 from transformers.utils import logging
 
-import tokprune
 from tokprune.core.errors import RunError
+from tokprune.prune.saved import takes_budget
 from tokprune.prune.videos import N_FRAMES, Clip
 
 from . import compare as comparing
@@ -28,7 +28,7 @@ from .bench.settings import Settings
 from .bench.sweep import Bench
 from .models import DEFAULT, EMBEDDED
 from .report import pareto
-from .report.explained import Explained, asked
+from .report.explained import Explained, asked, usual_method
 from .report.exports import frame_of, markdown_tables
 from .report.latex import latex_table
 from .report.stored import Run
@@ -198,7 +198,7 @@ def explain(
     processor: Any = None,
     picture: Image.Image | Clip | None = None,
     question: str = "what is in the image?",
-    methods: Sequence[str] = ("vtc_cls",),
+    methods: Sequence[str] = (),
     keep: float = 0.25,
 ) -> Explained:
     """Draw which visual tokens methods keep, as `tokprune explain` does; a notebook shows the drawing.
@@ -208,7 +208,7 @@ def explain(
         processor: of a loaded model.
         picture: the picture, or a video as `tokprune.prune.videos.open_clip` gives it.
         question: asked about it.
-        methods: names or specifications.
+        methods: names or specifications; vtc_cls, or fopru where the vision tower has no [CLS] token, if none is given.
         keep: fraction of the visual tokens, for methods that take a budget.
 
     Raises:
@@ -216,9 +216,10 @@ def explain(
     """
     if picture is None:
         raise RunError("name a picture: explain(model, processor, picture=Image.open('a.png'))")
-    budgets = [{"keep_ratio": keep} if tokprune.get_method(m).takes_budget else {} for m in methods]
+    budgets = [{"keep_ratio": keep} if takes_budget(m) else {} for m in methods]
     with _answering(model, processor, {}, {}) as (runner, _):
-        return asked(runner, picture, question, list(zip(methods, budgets, strict=True)), answers=True)
+        chosen = list(zip(methods, budgets, strict=True)) or [(usual_method(runner.model), {"keep_ratio": keep})]
+        return asked(runner, picture, question, chosen, answers=True)
 
 
 @dataclass(repr=False)

@@ -6,16 +6,17 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rich.console import Console
 
-import tokprune
 from tokprune.core import own_code
 from tokprune.core.budget import Budget
 from tokprune.core.errors import RunError
 from tokprune.methods import METHODS
+from tokprune.prune.saved import NAME, is_saved, takes_budget
 from tokprune.prune.videos import N_FRAMES, Clip
 
 from .report import answers, pareto
@@ -63,7 +64,7 @@ def configurations(
             continue
         is_random = spec == "random" or (spec.startswith("random:") and "seed=" not in spec)
         specs = [f"{spec}:seed={seed}" for seed in range(seeds)] if is_random else [spec]
-        budgeted = [tokprune.get_method(s).takes_budget for s in specs]
+        budgeted = [takes_budget(s) for s in specs]
         grid += [Config(s, **budget) for s, b in zip(specs, budgeted, strict=True) if b for budget in budgets]
         grid += [Config(s) for s, b in zip(specs, budgeted, strict=True) if not b]
     return list(dict.fromkeys(grid))
@@ -297,9 +298,10 @@ def settings(runner: Runner, model_name: str, plan: Plan, **more: Any) -> dict[s
 
 
 def code_of(specs: Sequence[str]) -> dict[str, int]:
-    """Checksums of the files of a user's own methods, by what was typed."""
-    parts = [METHODS.parts(part)[0] for spec in specs for part in spec.split("+")]
-    return {part: own_code.checksum(part) for part in dict.fromkeys(parts) if ":" in part}
+    """Checksums of the files of a user's own methods and of saved folders, by what was typed."""
+    folders = {spec: zlib.crc32((Path(spec) / NAME).read_bytes()) for spec in specs if is_saved(spec)}
+    parts = [METHODS.parts(part)[0] for spec in specs if spec not in folders for part in spec.split("+")]
+    return {part: own_code.checksum(part) for part in dict.fromkeys(parts) if ":" in part} | folders
 
 
 def chosen_tasks(

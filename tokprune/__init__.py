@@ -18,6 +18,7 @@ from torch.nn import Module as _Module
 
 from .core.budget import REFERENCE_TEXT as _REFERENCE_TEXT
 from .core.budget import Scope as _Scope
+from .core.errors import OptionError as _OptionError
 from .core.errors import TokPruneError
 from .methods import METHODS as _METHODS
 from .methods import Spec as _Spec
@@ -27,6 +28,7 @@ from .prune.request import Newlines as _Newlines
 from .prune.request import Positions as _Positions
 from .prune.request import request_of as _request_of
 from .prune.saved import Folder as _Folder
+from .prune.saved import is_saved as _is_saved
 from .prune.saved import read_saved as _read_saved
 from .prune.select import select
 
@@ -65,8 +67,8 @@ def attach(
     Args:
         model: a Hugging Face multimodal model; a PEFT model is unwrapped.
         method: a name ("vtc_cls"), a specification ("vtc_cls:start_layer=22"), a method object, or a list of
-            them. See `tokprune.list_methods()`. Start with "vtc_cls" where the vision tower has a [CLS] token and
-            with "fopru" elsewhere.
+            them; or a saved folder ("./deploy"), which holds its budget. See `tokprune.list_methods()`. Start with
+            "vtc_cls" where the vision tower has a [CLS] token and with "fopru" elsewhere.
         keep_ratio: fraction of each image's visual tokens to keep, in (0, 1]. Start with 0.25. For methods between
             decoder layers: what is left after the last cut, of what the language model is given. Two methods take a
             list, or a single fraction of which each gets the square root.
@@ -91,6 +93,10 @@ def attach(
     """
     from .integrations.transformers.attachment import attach as attach_to
 
+    if _is_saved(method):
+        given = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens, "flops_ratio": flops_ratio, **options}
+        given |= {k: None if v == "auto" else v for k, v in (("positions", positions), ("newlines", newlines))}
+        return _attach_saved(model, str(method), given, replay)
     request = _request_of(
         method,
         options,
@@ -109,11 +115,13 @@ def attach(
 def get_method(spec: str, **options) -> _Any:
     """A method object from its name or specification ("fopru:strategy=row"); for methods joined by "+", all of them.
 
+    The path of a saved folder ("./deploy") gives what was saved there.
+
     Raises:
         UnknownNameError: no such method.
         OptionError: no such option, or a value it does not take.
     """
-    return _build_method(spec, options)[0]
+    return _read_saved(spec).method.method if _is_saved(spec) else _build_method(spec, options)[0]
 
 
 def load(model: _Module, directory: _Folder) -> Attachment:
@@ -138,6 +146,19 @@ def load(model: _Module, directory: _Folder) -> Attachment:
     saved = _read_saved(directory)
     saved.check(family_of(model).facts)
     return attach(model, saved.method, **saved.keywords)
+
+
+def _attach_saved(model: _Module, folder: str, given: dict[str, _Any], replay: _Any) -> Attachment:
+    """As `load`; what the folder holds cannot be given beside it. A replay takes its methods and no budget."""
+    if also := next((name for name, value in given.items() if value is not None), None):
+        raise _OptionError(
+            f"{folder!r} is a saved folder and holds {also} already: leave {also} out, or attach its method by name"
+        )
+    if replay is None:
+        return load(model, folder)
+    saved = _read_saved(folder)
+    keywords = {name: saved.keywords[name] for name in ("positions", "newlines")}
+    return attach(model, saved.method, replay=replay, **keywords)
 
 
 def list_methods() -> list[str]:

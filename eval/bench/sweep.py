@@ -21,6 +21,7 @@ from rich.console import Console
 import tokprune
 from tokprune.core.budget import Budget
 from tokprune.core.errors import MissingSignalError, RunError, UnsupportedModelError
+from tokprune.prune.saved import takes_budget
 
 from ..models import EMBEDDED
 from ..report.progress import following, progress
@@ -253,7 +254,7 @@ def configurations(methods: Sequence[str], keep: Sequence[float]) -> list[Config
     found = [Config(NONE)]
     for spec in methods:
         if spec != NONE:
-            found += [Config(spec, k) for k in keep] if tokprune.get_method(spec).takes_budget else [Config(spec)]
+            found += [Config(spec, k) for k in keep] if takes_budget(spec) else [Config(spec)]
     return list(dict.fromkeys(found))
 
 

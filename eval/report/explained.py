@@ -356,6 +356,11 @@ def asked(
     return Explained(picture, crops, runner, shown, question, bare_answer, scores)
 
 
+def usual_method(model: Any) -> str:
+    """The method to begin with: vtc_cls, or fopru where the vision tower has no [CLS] token."""
+    return "vtc_cls" if family_of(model).tower.has_cls else "fopru"
+
+
 def _merges(spec: str) -> bool:
     """Whether a method merges tokens before the language model."""
     before = tokprune.get_method(spec).stages[0]

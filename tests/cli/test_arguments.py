@@ -67,7 +67,9 @@ def test_an_option_typed_twice_is_refused(name, option, tmp_path, monkeypatch):
 
 
 def test_options_of_several_values_are_listed():
-    assert {(name, p.name) for name, p in OPTIONS if p.multiple} == {("compare", "task"), ("explain", "method")}
+    saved = {(name, "config") for name in ("bench", "compare", "eval", "explain", "flops")}
+    listed = {("compare", "task"), ("explain", "method"), *saved}
+    assert {(name, p.name) for name, p in OPTIONS if p.multiple} == listed
 
 
 TWICE = ["vtc_cls:start_layer=1:start_layer=2", "fopru:strategy=row:form=logits:strategy=row", "fastv:layer=2:layer=2"]

@@ -5,9 +5,11 @@ An option is given once unless its help says that it can be repeated, a name is 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,6 +17,7 @@ from typer.core import TyperCommand
 
 from ..core import interrupts
 from ..core.errors import RunError, TokPruneError, shown
+from ..prune.saved import read_saved
 
 MOST = 2**31 - 1  # no picture, prompt or run has more of anything
 FREE = ("suffix", "question", "model_args", "gen_kwargs")  # free text, which may be empty
@@ -39,6 +42,21 @@ class Command(TyperCommand):
         for parameter in self.params:
             _check_size(parameter, ctx.params.get(str(parameter.name)))
         return rest
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments first, then options by their groups; those of no group come last."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_option = parameter.param_type_name == "option"
+                title = (getattr(parameter, "rich_help_panel", None) or "Options") if is_option else "Arguments"
+                groups.setdefault(title, []).append(record)
+        groups["Options"] = groups.pop("Options", [])
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
     def _parsed(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[Any]]:
         """What the parser makes of the arguments; its errors know the command."""
@@ -127,6 +145,22 @@ def ratios(text: str) -> list[float]:
     return found
 
 
+def names(text: str) -> list[str]:
+    """What commas separate, without blanks."""
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def saved_folders(folders: Sequence[Path] | None) -> list[str]:
+    """The folders of --config as methods.
+
+    Raises:
+        SavedError: one is no saved folder, or is broken.
+    """
+    for folder in folders or ():
+        read_saved(folder)
+    return [str(folder) if os.sep in str(folder) else f".{os.sep}{folder}" for folder in folders or ()]
+
+
 def _command(error: Any) -> str:
     """The command that an error of usage is about, as it is typed."""
     context = getattr(error, "ctx", None)
@@ -172,7 +206,7 @@ def _check_size(parameter: Any, value: Any) -> None:
 
 def _flag(parameter: Any) -> str:
     """--keep for an option, IMAGE for a positional argument."""
-    return max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.name).upper()
+    return next((o for o in parameter.opts if o.startswith("--")), parameter.opts[0]) if parameter.param_type_name == "option" else str(parameter.name).upper()
 
 
 def _fail(message: str) -> None:

@@ -10,12 +10,15 @@ import typer
 import tokprune
 
 from ..core.errors import RunError
-from ..cost.flops import Ledger, Ops
+from ..prune.saved import is_saved
 from . import estimate, explaining, runs, tables
 from . import new as templates
-from .arguments import App, check_fraction, check_least, check_most, run
+from .arguments import App, check_least, check_most, names, ratios, run, saved_folders
 from .describe import method_page
 from .extras import load_runner
+from .options import METHODS, MODEL, OUTPUT, Keep, Saved, option
+
+PROMPT = "Prompt"
 
 app = App(
     add_completion=False,
@@ -62,22 +65,32 @@ def models(
 
 @app.command(no_args_is_help=True, short_help="What a prefill costs, before and after pruning.")
 def flops(
-    model: Annotated[str, typer.Option(help="A known shape such as llava-1.5-7b, a local folder, or a hub id.")],
-    visual: Annotated[int | None, typer.Option(help="Visual tokens of the picture. Default: one crop's.")] = None,
-    text: Annotated[int, typer.Option(help="Text tokens of the prompt.")] = 64,
-    keep: Annotated[float, typer.Option(help="Fraction of the visual tokens to keep.")] = 0.25,
+    model: Annotated[
+        str, option(MODEL, "A known shape such as llava-1.5-7b, a local folder, or a hub id.", "--model", "--shape")
+    ],
+    visual: Annotated[int | None, option(PROMPT, "Visual tokens of the picture. Default: one crop's.")] = None,
+    text: Annotated[int, option(PROMPT, "Text tokens of the prompt.")] = 64,
     crops: Annotated[
-        int | None, typer.Option(help="Crops encoded (of a video: frames). Default: as many as --visual fills.")
+        int | None, option(PROMPT, "Crops encoded (of a video: frames). Default: as many as --visual fills.")
     ] = None,
     pixels: Annotated[
-        str,
-        typer.Option(help="Width and height of the picture, as 1500x2000, for models that take any size."),
+        str, option(PROMPT, "Width and height of the picture, as 1500x2000, for models that take any size.")
     ] = "",
-    frames: Annotated[int, typer.Option(min=0, help="Frames of a video of that size.")] = 0,
-    method: Annotated[str, typer.Option(help="Include the cost of this method's selection.")] = "",
-    layers: Annotated[bool, typer.Option("--layers", help="Show every decoder layer.")] = False,
+    frames: Annotated[int, option(PROMPT, "Frames of a video of that size.", min=0)] = 0,
+    method: Annotated[
+        str,
+        option(METHODS, "Include the cost of selecting by these, separated by commas.", "--method", "--methods"),
+    ] = "",
+    config: Saved = None,
+    keep: Keep = "0.25",
+    layers: Annotated[bool, option(OUTPUT, "Show every decoder layer.", "--layers")] = False,
 ) -> None:
-    """Show the cost of a prefill by part, before and after pruning. A known shape needs no download."""
+    """Show the cost of a prefill by part, before and after pruning. A known shape needs no download.
+
+    Several methods or fractions share a table with a row each.
+
+    Example: tokprune flops --model qwen2.5-vl-7b --pixels 1500x2000 --keep 0.5,0.25,0.1
+    """
     shape = estimate.shape_of(model)
     if pixels or frames:
         if visual is not None or crops is not None:
@@ -85,23 +98,35 @@ def flops(
         visual, crops = estimate.tokens_of(shape, pixels, frames)
     visual = shape.n_visual if visual is None else visual
     check_least(visual=visual, text=text, crops=crops)
-    check_fraction("--keep", keep)
-    for option, n in (("--visual", visual), ("--text", text), ("--crops", crops or 1)):
-        check_most(option, n, estimate.MOST)
-    found = estimate.kept(shape, method, keep, visual, text)
-    columns = [n + text for n in found.by_layer]
-    before = shape.picture(visual, crops) + shape.read(visual + text)
-    after = shape.picture(visual, crops, found.signals) + shape.read(columns)
-    after += Ledger(layers=(Ops(),) * shape.text.n_layers, selector=found.products)
-    tables.console().print(tables.ledger_table(shape, (before, after), (visual + text, columns), layers))
+    for name, n in (("--visual", visual), ("--text", text), ("--crops", crops or 1)):
+        check_most(name, n, estimate.MOST)
+    folders = saved_folders(config)
+    asked = [(m, ratio) for m in names(method) or ([] if folders else [""]) for ratio in ratios(keep)]
+    asked += [(folder, 1.0) for folder in folders]
+    found = [estimate.kept(shape, m, ratio, visual, text) for m, ratio in asked]
+    pairs = [estimate.costs(shape, one, visual, text, crops) for one in found]
+    columns = [[n + text for n in one.by_layer] for one in found]
+    console = tables.console()
+    if len(asked) == 1:
+        console.print(tables.ledger_table(shape, pairs[0], (visual + text, columns[0]), layers))
+    else:
+        console.print(tables.budgets_table(shape, asked, pairs, visual + text, columns))
     n_crops = crops or (1 if shape.any_size else -(-visual // shape.n_visual))
     what = "frame group" if frames else "picture" if shape.any_size else "crop"
     typer.echo(
         f"{visual} visual tokens ({n_crops} {what}{'s' * (n_crops > 1)}; change it with --visual)"
-        + (f", keep {keep:g}." if found.budgeted else ", how many are kept is up to the method.")
+        + _kept_text(asked[0], found[0], len(asked))
     )
+    before = pairs[0][0]
     share = before.before_llm.flops / before.prefill.flops
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
+
+
+def _kept_text(asked: tuple[str, float], found: estimate.Kept, n_asked: int) -> str:
+    """How many tokens are kept, in words, where there is one answer."""
+    if n_asked > 1 or is_saved(asked[0]):
+        return "."
+    return f", keep {asked[1]:g}." if found.budgeted else ", how many are kept is up to the method."
 
 
 @app.command(short_help="Check this installation.")

@@ -14,10 +14,12 @@ from ..core.errors import RunError, why_unloadable
 from ..core.layout import Layout, grid_layout
 from ..core.signals import Decoder, Kind, Signal, Tower
 from ..core.tokens import Count
-from ..cost.flops import Ops, Shape
+from ..cost.flops import Ledger, Ops, Shape
 from ..cost.selection import SelectionCost, cut_ops
 from ..cost.shapes import KNOWN, known_shape
 from ..prune.report import by_layer
+from ..prune.request import request_of
+from ..prune.saved import is_saved, read_saved
 
 MOST = 10_000_000  # above this, counting tokens one by one takes too long
 
@@ -32,15 +34,29 @@ class Kept:
     budgeted: bool = True
 
 
+def costs(shape: Shape, found: Kept, visual: int, text: int, crops: int | None) -> tuple[Ledger, Ledger]:
+    """Ledgers of a prompt, unpruned and with what is kept."""
+    before = shape.picture(visual, crops) + shape.read(visual + text)
+    after = shape.picture(visual, crops, found.signals) + shape.read([n + text for n in found.by_layer])
+    return before, after + Ledger(layers=(Ops(),) * shape.text.n_layers, selector=found.products)
+
+
 def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept:
     """What a method keeps of `visual` tokens in a prompt with `text` text tokens.
+
+    Args:
+        shape: the model.
+        method: a specification, a saved folder with its own budget, or empty for the budget alone.
+        keep: fraction of the visual tokens.
+        visual: visual tokens of the prompt.
+        text: its other tokens.
 
     Raises:
         RunError: the count depends on the picture, or the method does not run on this shape.
     """
-    budget, n_layers = Budget(keep_ratio=keep), shape.text.n_layers
+    n_layers = shape.text.n_layers
     if not method:
-        return Kept([budget.n_keep(visual)] * n_layers)
+        return Kept([Budget(keep_ratio=keep).n_keep(visual)] * n_layers)
     built: Any = tokprune.get_method(method)
     if built.count is Count.CONTENT or built.is_filter:
         raise RunError(
@@ -52,20 +68,36 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
             f"{method!r} is fitted to one model: attach it there, or use its counts, as fastv:schedule=layers/2x288"
         )
     before, between = built.stages
-    ratio = keep ** (1 / max(built.n_budgets, 1))
+    first, second = _budgets(method, keep ** (1 / max(built.n_budgets, 1)))
     n_keep, products = visual, Ops()
     signals: frozenset[Signal] = frozenset()
     if before is not None:
-        n_keep, signals, products = _before(shape, method, before, Budget(keep_ratio=ratio).n_keep(visual), visual)
+        n_keep, signals, products = _before(shape, method, before, first.n_keep(visual) if first else 0, visual)
     if between is None:
         return Kept([n_keep] * n_layers, signals, products, built.takes_budget)
-    left = Budget(keep_ratio=ratio).n_keep(n_keep) if between.takes_budget else 0
+    left = second.n_keep(n_keep) if second and between.takes_budget else 0
     cuts = between.cuts(Decoder(n_layers, shape.text.width), n_keep, left)
     counts, layout = by_layer(cuts, n_keep, n_layers), grid_layout(1, n_keep)
     for layer, n in cuts.items():
         columns = counts[layer - 1] + text
         products += cut_ops(shape, between.cost, between.reads(layer), layer, layout, n, columns, text)
     return Kept(counts, signals, products, built.takes_budget)
+
+
+def _budgets(method: str, ratio: float) -> tuple[Budget | None, Budget | None]:
+    """Budgets before the language model and between its layers: those of a saved folder, or a ratio of each.
+
+    Raises:
+        RunError: a saved folder has a budget of FLOPs.
+    """
+    if not is_saved(method):
+        return Budget(keep_ratio=ratio), Budget(keep_ratio=ratio)
+    saved = read_saved(method)
+    asked = request_of(saved.method, **saved.keywords)
+    budgets = asked.before_budget, asked.between_budget
+    if any(budget is not None and budget.flops_ratio for budget in budgets):
+        raise RunError(f"{method} has a budget of FLOPs, which is solved for each picture: attach it, or use --keep")
+    return budgets
 
 
 def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> tuple[int, frozenset[Signal], Ops]:

@@ -12,16 +12,27 @@ from typing import Annotated, Any
 
 import typer
 
-import tokprune
-
 from ..core.errors import RunError
 from ..core.files import replacing, write_text
 from ..prune.pictures import open_picture
+from ..prune.saved import takes_budget
 from ..prune.videos import is_video as is_video_file
 from ..prune.videos import open_clip
 from . import estimate
-from .arguments import App, check_least, ratios
+from .arguments import App, check_least, names, ratios, saved_folders
 from .extras import eval_module, load_runner
+from .options import (
+    METHODS,
+    OUTPUT,
+    QUESTIONS,
+    Attn,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Saved,
+    option,
+)
 
 app = App()
 
@@ -29,26 +40,33 @@ app = App()
 @app.command(no_args_is_help=True, short_help="Draw which visual tokens a method keeps.")
 def explain(
     images: Annotated[list[Path], typer.Argument(help="Pictures, videos, or folders of frames.")],
+    model: Model = "tiny-llava",
+    dtype: Dtype = "",
+    attn: Attn = "",
+    device: Device = "",
     method: Annotated[
-        list[str] | None, typer.Option(help="Name or specification; repeatable, or separated by commas.")
+        list[str] | None,
+        option(
+            METHODS,
+            "Name, specification or ./file.py:Class; repeatable, or separated by commas. Default: vtc_cls, or fopru "
+            "where the vision tower has no [CLS] token.",
+            "--method",
+            "--methods",
+        ),
     ] = None,
+    config: Saved = None,
     keep: Annotated[
-        str, typer.Option(help="Fractions of the visual tokens to keep, separated by commas. Default: 0.25.")
+        str, option(METHODS, "Fractions of the visual tokens to keep, separated by commas. Default: 0.25.")
     ] = "",
-    out: Annotated[
-        Path | None, typer.Option(help="The PNG to write. Default: kept.png, unless --json is given.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="The JSON file to write, with indices of kept tokens.")] = None,
-    animation: Annotated[Path | None, typer.Option(help="The GIF to write, for a video.")] = None,
+    question: Annotated[str, option(QUESTIONS, "The question to ask about the picture.")] = "what is in the image?",
+    max_new_tokens: MaxNewTokens = 8,
+    frames: Annotated[int, option(QUESTIONS, "Frames to take of a video, evenly spaced.", min=1)] = 8,
     scores: Annotated[
-        bool, typer.Option("--scores", help="Show the scores of methods that rank single tokens, as colours.")
+        bool, option(OUTPUT, "Show the scores of methods that rank single tokens, as colours.", "--scores")
     ] = False,
-    frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video, evenly spaced.")] = 8,
-    model: Annotated[
-        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
-    ] = "tiny-llava",
-    question: Annotated[str, typer.Option(help="The question to ask about the picture.")] = "what is in the image?",
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
+    out: Annotated[Path | None, option(OUTPUT, "The PNG to write. Default: kept.png, unless --json is given.")] = None,
+    json: Annotated[Path | None, option(OUTPUT, "The JSON file to write, with indices of kept tokens.")] = None,
+    animation: Annotated[Path | None, option(OUTPUT, "The GIF to write, for a video.")] = None,
 ) -> None:
     """Draw which visual tokens a method keeps, and show what the model answers with and without the others.
 
@@ -62,10 +80,12 @@ def explain(
     named = {("the picture" if len(images) == 1 else f"picture {i}"): path for i, path in enumerate(images, 1)}
     _check_apart(named, {"--out": out, "--json": json, "--animation": animation})
     check_least(max_new_tokens=max_new_tokens)
-    configurations = _configurations([s.strip() for text in method or ["vtc_cls"] for s in text.split(",")], keep)
+    chosen = [*names(",".join(method or ())), *saved_folders(config)]
+    configurations = _configurations(chosen, keep)
     shown = [open_clip(path, frames) if is_video_file(path) else open_picture(path) for path in images]
     _check_animation(animation, images)
-    runner = load_runner(model, max_new_tokens=max_new_tokens)
+    runner = load_runner(model, max_new_tokens=max_new_tokens, dtype=dtype, attn=attn, device=device)
+    configurations = configurations or _configurations([explained.usual_method(runner.model)], keep)
     found = [
         explained.asked(runner, picture, question, configurations, answers=True, scores=scores) for picture in shown
     ]
@@ -99,7 +119,7 @@ def _configurations(specs: Sequence[str], keep: str) -> list[tuple[str, dict[str
         RunError: a ratio is invalid, or the method takes no budget.
     """
     each = list(dict.fromkeys(ratios(keep))) if keep else [0.25]
-    decides = [s for s in specs if s != "blind" and not tokprune.get_method(s).takes_budget]
+    decides = [s for s in specs if s != "blind" and not takes_budget(s)]
     if keep and decides:
         raise RunError(
             f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
@@ -107,7 +127,7 @@ def _configurations(specs: Sequence[str], keep: str) -> list[tuple[str, dict[str
     return [
         (spec, budget)
         for spec in specs
-        for budget in ([{"keep_ratio": r} for r in each] if tokprune.get_method(spec).takes_budget else [{}])
+        for budget in ([{"keep_ratio": r} for r in each] if takes_budget(spec) else [{}])
     ]
 
 

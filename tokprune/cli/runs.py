@@ -9,76 +9,100 @@ import typer
 from rich.console import Console
 
 from ..core.errors import RunError, shown
+from ..cost.shapes import KNOWN
 from . import tables
-from .arguments import App, check_least, check_most, numbers, ratios
+from .arguments import App, check_least, check_most, names, numbers, ratios, saved_folders
 from .extras import EVAL_NEEDS, eval_module, load_runner
+from .options import (
+    METHODS,
+    MODEL,
+    OUTPUT,
+    QUESTIONS,
+    RUNNING,
+    Attn,
+    BatchSize,
+    Device,
+    DeviceMap,
+    Dtype,
+    Frames,
+    Keep,
+    Limit,
+    MaxNewTokens,
+    Methods,
+    Model,
+    Overwrite,
+    Saved,
+    Suffix,
+    option,
+)
 
 app = App()
+
+INPUTS, FITTING = "Pictures and prompts", "Fitting"
 
 
 @app.command(short_help="Methods and budgets side by side, on questions.")
 def compare(
-    model: Annotated[
-        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
-    ] = "tiny-llava",
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="easyvqa, findit, findit_hd, watchit, a package's task, a folder with metadata.jsonl or "
-            "metadata.csv, or ./file.py:Class; repeatable."
-        ),
-    ] = None,
-    methods: Annotated[
-        str, typer.Option(help="Names, specifications or ./file.py:Class, separated by commas; none is included.")
-    ] = "",
+    model: Model = "tiny-llava",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "",
+    attn: Attn = "",
+    device: Device = "",
+    methods: Methods = "",
+    config: Saved = None,
     keep: Annotated[
-        str, typer.Option(help="Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
+        str, option(METHODS, "Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
     ] = "",
     keep_tokens: Annotated[
         str,
-        typer.Option(
-            help="Or numbers of tokens to keep, separated by commas; llava-1.5 stands for 192,128,64 and llava-next "
-            "for 640,320,160, as in papers."
-        ),
-    ] = "",
-    out: Annotated[
-        Path,
-        typer.Option(help="Output folder. More methods, budgets and questions are added to a run that it holds."),
-    ] = Path("runs/compare"),
-    limit: Annotated[int | None, typer.Option(help="Limit the questions per task, for a quick look.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Use all questions instead of the fixed 800 per task.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
-    frames: Annotated[int, typer.Option(min=1, help="Frames to take of a video in a folder, evenly spaced.")] = 8,
-    suffix: Annotated[str, typer.Option(help="Text added to every question, such as ' Answer with one word.'")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
-            "file.py:function or module:function. Default: what each question asks for, else exact."
+        option(
+            METHODS,
+            "Or numbers of tokens to keep, separated by commas; llava-1.5 stands for 192,128,64 and llava-next "
+            "for 640,320,160, as in papers.",
         ),
     ] = "",
     match: Annotated[
-        str, typer.Option(help="What --keep is a fraction of: tokens, or flops (of the language model's prefill).")
+        str, option(METHODS, "What --keep is a fraction of: tokens, or flops (of the language model's prefill).")
     ] = "tokens",
-    device_map: Annotated[
-        str | None, typer.Option(help="auto spreads a large model over GPUs, memory and disk (as in transformers).")
-    ] = None,
-    form: Annotated[
-        str, typer.Option("--format", help="Print the table as latex, markdown or csv, and nothing else.")
-    ] = "",
     no_baseline: Annotated[
-        bool, typer.Option("--no-baseline", help="Leave out the unpruned model, which every method is compared with.")
+        bool, option(METHODS, "Leave out the unpruned model, which every method is compared with.", "--no-baseline")
     ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights. Default: float32 on a CPU, the checkpoint's own on a GPU.")
+    task: Annotated[
+        list[str] | None,
+        option(
+            QUESTIONS,
+            "easyvqa, findit, findit_hd, watchit, a package's task, a folder with metadata.jsonl or "
+            "metadata.csv, or ./file.py:Class; repeatable.",
+            "--task",
+            "--tasks",
+        ),
+    ] = None,
+    limit: Limit = None,
+    full: Annotated[bool, option(QUESTIONS, "Use all questions instead of the fixed 800 per task.", "--full")] = False,
+    frames: Frames = 8,
+    suffix: Suffix = "",
+    max_new_tokens: MaxNewTokens = 8,
+    metric: Annotated[
+        str,
+        option(
+            QUESTIONS,
+            "How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
+            "file.py:function or module:function. Default: what each question asks for, else exact.",
+        ),
     ] = "",
-    attn: Annotated[str, typer.Option(help="Attention: sdpa, eager or flash_attention_2.")] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")] = "",
     suite: Annotated[
-        str, typer.Option(help="lmms-eval: run benchmarks of that suite; tokprune eval has its further options.")
+        str,
+        option(QUESTIONS, "lmms-eval: run benchmarks of that suite; tokprune eval has its further options."),
     ] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
+    batch_size: BatchSize = 32,
+    out: Annotated[
+        Path,
+        option(OUTPUT, "Output folder. More methods, budgets and questions are added to a run that it holds."),
+    ] = Path("runs/compare"),
+    form: Annotated[
+        str, option(OUTPUT, "Print the table as latex, markdown or csv, and nothing else.", "--format")
+    ] = "",
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
 
@@ -97,7 +121,11 @@ def compare(
             tasks=",".join(task or ()),
             suite=suite,
             model=model,
-            methods=methods or "vtc_cls",
+            dtype=dtype,
+            attn=attn,
+            device=device,
+            methods=methods,
+            config=config,
             keep=keep or "0.25",
             out=out,
             limit=limit,
@@ -110,7 +138,7 @@ def compare(
     done = api.compare(
         model,
         task=task,
-        methods=_names(methods) or None,
+        methods=[*names(methods), *saved_folders(config)] or None,
         keep=ratios(keep) if keep else (),
         keep_tokens=_tokens(keep_tokens) if keep_tokens else (),
         match=match,
@@ -141,25 +169,25 @@ def compare(
 
 @app.command(no_args_is_help=True, short_help="Fit the gates of dyvte.")
 def fit_exit(
-    task: Annotated[str, typer.Option(help="The task to take training questions from: findit, findit_hd or easyvqa.")],
-    out: Annotated[Path, typer.Option(help="The gate file to write, for dyvte:gate=FILE.")],
-    model: Annotated[
-        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
-    ] = "tiny-llava",
-    steps: Annotated[int, typer.Option(help="Training steps, each at one layer.")] = 2000,
-    hidden: Annotated[int, typer.Option(help="Hidden width of a gate. The paper uses 2048 for 7B.")] = 256,
+    task: Annotated[str, option(QUESTIONS, "The task to take training questions from: findit, findit_hd or easyvqa.")],
+    out: Annotated[Path, option(OUTPUT, "The gate file to write, for dyvte:gate=FILE.")],
+    model: Model = "tiny-llava",
+    steps: Annotated[int, option(FITTING, "Training steps, each at one layer.")] = 2000,
+    hidden: Annotated[int, option(FITTING, "Hidden width of a gate. The paper uses 2048 for 7B.")] = 256,
     samples: Annotated[
-        int, typer.Option("--samples", "--limit", help="Questions to fit to, plus a quarter as many for validation.")
+        int, option(QUESTIONS, "Questions to fit to, plus a quarter as many for validation.", "--samples", "--limit")
     ] = 2048,
-    seed: Annotated[int, typer.Option(help="Seed for questions, initial weights and steps.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Questions per step.")] = 16,
-    lr: Annotated[float, typer.Option(help="Learning rate. The paper uses 6e-5 for 7B.")] = 1e-3,
-    kl: Annotated[float, typer.Option(help="Largest KL divergence of the answers after a fixed exit.")] = 0.01,
-    suffix: Annotated[str, typer.Option(help="Text added to every question, as in compare.")] = "",
+    seed: Annotated[int, option(QUESTIONS, "Seed for questions, initial weights and steps.")] = 0,
+    batch_size: Annotated[int, option(FITTING, "Questions per step.")] = 16,
+    lr: Annotated[float, option(FITTING, "Learning rate. The paper uses 6e-5 for 7B.")] = 1e-3,
+    kl: Annotated[float, option(FITTING, "Largest KL divergence of the answers after a fixed exit.")] = 0.01,
+    suffix: Suffix = "",
 ) -> None:
     """Fit the gates of dyvte to a model, and find the layer from which it no longer needs visual tokens.
 
     Interrupted runs resume: run the same command again.
+
+    Example: tokprune fit-exit --task findit --out gates.safetensors
     """
     fitting, tasks = eval_module("search.fit_exit"), eval_module("tasks")
     settings = fitting.Settings(steps, hidden, samples, seed, batch_size, lr, kl)
@@ -170,45 +198,45 @@ def fit_exit(
 
 @app.command(no_args_is_help=True, short_help="Find how many tokens each layer needs.")
 def search(
-    model: Annotated[
-        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
-    ] = "tiny-llava",
-    task: Annotated[str, typer.Option(help="easyvqa, findit, findit_hd, or a folder with metadata.jsonl.")] = "findit",
+    model: Model = "tiny-llava",
+    task: Annotated[str, option(QUESTIONS, "easyvqa, findit, findit_hd, or a folder with metadata.jsonl.")] = "findit",
     tolerance: Annotated[
         float | None,
-        typer.Option(help="G-Search: find the fewest tokens that lose at most this accuracy (0.01: 1 %)."),
+        option(METHODS, "G-Search: find the fewest tokens that lose at most this accuracy (0.01: 1 %)."),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="P-Sigmoid: find the best sigmoid that keeps this fraction, averaged over layers."),
+        option(METHODS, "P-Sigmoid: find the best sigmoid that keeps this fraction, averaged over layers."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The schedule file; evaluations are written next to it.")] = Path(
+    out: Annotated[Path, option(OUTPUT, "The schedule file; evaluations are written next to it.")] = Path(
         "schedule.json"
     ),
-    score: Annotated[str, typer.Option(help="The method between decoder layers that ranks the tokens.")] = "fastv",
+    score: Annotated[str, option(METHODS, "The method between decoder layers that ranks the tokens.")] = "fastv",
     samples: Annotated[
-        int, typer.Option("--samples", "--limit", help="Number of questions, none from the test split.")
+        int, option(QUESTIONS, "Number of questions, none from the test split.", "--samples", "--limit")
     ] = 200,
     calibration: Annotated[
-        str | None, typer.Option(help="A folder with metadata.jsonl to take the questions from instead.")
+        str | None, option(QUESTIONS, "A folder with metadata.jsonl to take the questions from instead.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for the questions and for P-Sigmoid.")] = 0,
+    seed: Annotated[int, option(QUESTIONS, "Seed for the questions and for P-Sigmoid.")] = 0,
     single: Annotated[
         bool,
-        typer.Option("--single", help="Find the best single cut within --tolerance instead, G-Search's baseline."),
+        option(METHODS, "Find the best single cut within --tolerance instead, G-Search's baseline.", "--single"),
     ] = False,
     trials: Annotated[
         int | None,
-        typer.Option(help="Evaluations per layer (G-Search, 6) or in total (P-Sigmoid, 30)."),
+        option(METHODS, "Evaluations per layer (G-Search, 6) or in total (P-Sigmoid, 30)."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 32,
-    suffix: Annotated[str, typer.Option(help="Text added to every question, such as ' Answer with one word.'")] = "",
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over instead of resuming a search.")] = False,
+    batch_size: BatchSize = 32,
+    suffix: Suffix = "",
+    max_new_tokens: MaxNewTokens = 8,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find how many visual tokens every decoder layer of a model needs, for the method schedule:file=OUT.
 
     Interrupted runs resume: run the same command again.
+
+    Example: tokprune search --model tiny-llava --task findit --tolerance 0.01
     """
     searched = eval_module("search.search", needs=(*EVAL_NEEDS, "optuna"))
     check_least(max_new_tokens=max_new_tokens)
@@ -222,49 +250,59 @@ def search(
 def eval_(
     tasks: Annotated[
         str,
-        typer.Option(
-            "--tasks", "--task", help="Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas."
+        option(
+            QUESTIONS,
+            "Tasks of lmms-eval, easyvqa, findit, findit_hd, or folders, separated by commas.",
+            "--tasks",
+            "--task",
         ),
     ],
-    suite: Annotated[str, typer.Option(help="Only lmms-eval for now.")] = "lmms-eval",
-    model: Annotated[
-        str, typer.Option(help="tiny-llava, tiny-llava-next or tiny-qwen (embedded), a local folder, or a hub id.")
-    ] = "tiny-llava",
+    suite: Annotated[str, option(QUESTIONS, "Only lmms-eval for now.")] = "lmms-eval",
+    limit: Annotated[int | None, option(QUESTIONS, "Limit the documents per task, for a quick look.")] = None,
+    include_path: Annotated[Path | None, option(QUESTIONS, "A folder with more tasks in lmms-eval's format.")] = None,
+    gen_kwargs: Annotated[str, option(QUESTIONS, "lmms-eval's generation settings, such as max_new_tokens=16.")] = "",
+    model: Model = "tiny-llava",
+    dtype: Dtype = "",
+    attn: Attn = "",
+    device: Device = "",
+    model_args: Annotated[str, option(MODEL, "More arguments of the plug-in, such as device_map=auto,frames=16.")] = "",
     methods: Annotated[
-        str, typer.Option(help="Names or specifications, separated by commas; the unpruned run (none) is included.")
-    ] = "vtc_cls",
-    keep: Annotated[str, typer.Option(help="Fractions to keep, separated by commas.")] = "0.25",
-    out: Annotated[Path, typer.Option(help="Output folder, for lmms-eval's files too.")] = Path("runs/eval"),
-    limit: Annotated[int | None, typer.Option(help="Limit the documents per task, for a quick look.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Documents per batch.")] = 8,
-    include_path: Annotated[Path | None, typer.Option(help="A folder with more tasks in lmms-eval's format.")] = None,
-    model_args: Annotated[
-        str, typer.Option(help="More arguments of the plug-in, such as dtype=bfloat16,attn_implementation=eager.")
+        str,
+        option(
+            METHODS,
+            "Names or specifications, separated by commas; the unpruned run (none) is included. Default: vtc_cls.",
+            "--methods",
+            "--method",
+        ),
     ] = "",
-    gen_kwargs: Annotated[str, typer.Option(help="lmms-eval's generation settings, such as max_new_tokens=16.")] = "",
-    processes: Annotated[int, typer.Option(help="Processes on this machine that share the documents.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the folder holds a run.")] = False,
+    config: Saved = None,
+    keep: Keep = "0.25",
+    batch_size: Annotated[int, option(RUNNING, "Documents per batch.")] = 8,
+    processes: Annotated[int, option(RUNNING, "Processes on this machine that share the documents.")] = 1,
+    out: Annotated[Path, option(OUTPUT, "Output folder, for lmms-eval's files too.")] = Path("runs/eval"),
+    overwrite: Overwrite = False,
 ) -> None:
     """Run benchmarks of a suite for several methods and ratios, each against the unpruned run on the same documents.
 
     Configurations that the folder already holds are not run again; add methods and ratios by running it again.
+
+    Example: tokprune eval --tasks mme,pope --model llava-hf/llava-1.5-7b-hf --methods vtc_cls,fopru --limit 100
     """
     if suite != "lmms-eval":
         raise RunError(f"invalid --suite {suite!r}: use lmms-eval")
     check_least(batch_size=batch_size, processes=processes, limit=limit)
     check_most("--processes", processes, 256)
+    chosen = [*names(methods), *saved_folders(config)] or ["vtc_cls"]
     lmms = eval_module("suites.lmms", needs=("easy_vqa", "filelock"))
     lmms.check_installed()
-    configs = lmms.grid(_names(methods), ratios(keep))
-    wanted = lmms.Suite(
-        model, _names(tasks), configs, limit, batch_size, include_path, model_args, gen_kwargs, processes
+    configs = lmms.grid(chosen, ratios(keep))
+    loading = {"dtype": dtype, "attn_implementation": attn, "device": device}
+    arguments = ",".join(
+        [f"{name}={value}" for name, value in loading.items() if value] + [model_args] * bool(model_args)
     )
+    wanted = lmms.Suite(model, names(tasks), configs, limit, batch_size, include_path, arguments, gen_kwargs, processes)
     lmms.run(wanted, out, tables.console(), overwrite)
     tables.console().print(f"rows.jsonl and samples.jsonl are in {out}")
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
 
 
 @app.command(no_args_is_help=True, short_help="Write the report of a comparison again.")
@@ -279,6 +317,8 @@ def report(
 
     The page needs no network. Without --out, report.html, table.md and table.csv are written to the folder; with --out,
     nothing in the folder changes.
+
+    Example: tokprune report runs/compare --pictures
     """
     reports = eval_module("report.html")
 
@@ -300,40 +340,50 @@ def report(
 
 @app.command(no_args_is_help=True, short_help="Measure time and memory.")
 def bench(
-    shape: Annotated[str, typer.Option(help="A known shape with random weights, such as llava-1.5-7b.")] = "",
+    shape: Annotated[str, option(MODEL, "A known shape with random weights, such as llava-1.5-7b.")] = "",
     model: Annotated[
-        str, typer.Option(help="Or a model with weights: tiny-llava, tiny-llava-next, a local folder, or a hub id.")
-    ] = "",
-    layers: Annotated[int | None, typer.Option(help="With --shape: number of decoder layers.")] = None,
-    vision_layers: Annotated[int | None, typer.Option(help="With --shape: number of vision tower layers.")] = None,
-    methods: Annotated[str, typer.Option(help="Names or specifications, separated by commas; none is included.")] = "",
-    keep: Annotated[str, typer.Option(help="Fractions to keep, separated by commas.")] = "0.25",
-    batch_size: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
-    new_tokens: Annotated[str, typer.Option(help="Output lengths in tokens, separated by commas.")] = "16",
-    resolution: Annotated[
         str,
-        typer.Option(
-            help="Sides of a square picture in pixels, separated by commas. Any-resolution models cut it into crops; "
-            "llava-1.5 gets a vision tower of that size, with more patches."
+        option(
+            MODEL, "Or a model with weights: tiny-llava, tiny-llava-next or tiny-qwen (embedded), a folder, a hub id."
         ),
     ] = "",
-    text: Annotated[int, typer.Option(help="Text tokens per prompt.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Measured rounds; 95 % intervals need at least six.")] = 6,
-    warmup: Annotated[int, typer.Option(help="Warm-up rounds before the measured ones.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: bfloat16 on a GPU.")] = "",
-    attn: Annotated[str, typer.Option(help="Attention: sdpa, eager or flash_attention_2.")] = "sdpa",
-    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the GPU if there is one.")] = "",
-    out: Annotated[Path, typer.Option(help="The JSONL file to write rows to.")] = Path("runs/bench.jsonl"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over if the file already holds rows.")] = False,
+    layers: Annotated[int | None, option(MODEL, "With --shape: number of decoder layers.")] = None,
+    vision_layers: Annotated[int | None, option(MODEL, "With --shape: number of vision tower layers.")] = None,
+    dtype: Annotated[str, option(MODEL, "float32, bfloat16 or float16. Default: bfloat16 on a GPU.")] = "",
+    attn: Attn = "sdpa",
+    device: Device = "",
+    methods: Methods = "",
+    config: Saved = None,
+    keep: Keep = "0.25",
+    batch_size: Annotated[str, option(INPUTS, "Batch sizes, separated by commas.")] = "1",
+    new_tokens: Annotated[str, option(INPUTS, "Output lengths in tokens, separated by commas.")] = "16",
+    resolution: Annotated[
+        str,
+        option(
+            INPUTS,
+            "Sides of a square picture in pixels, separated by commas. Any-resolution models cut it into crops; "
+            "llava-1.5 gets a vision tower of that size, with more patches.",
+        ),
+    ] = "",
+    text: Annotated[int, option(INPUTS, "Text tokens per prompt.")] = 64,
+    rounds: Annotated[int, option(RUNNING, "Measured rounds; 95 % intervals need at least six.")] = 6,
+    warmup: Annotated[int, option(RUNNING, "Warm-up rounds before the measured ones.")] = 1,
+    out: Annotated[Path, option(OUTPUT, "The JSONL file to write rows to.")] = Path("runs/bench.jsonl"),
+    overwrite: Overwrite = False,
 ) -> None:
-    """Measure time and memory saved by pruning, compare with the predicted cost, and find the break-even point."""
+    """Measure time and memory saved by pruning, compare with the predicted cost, and find the break-even point.
+
+    Example: tokprune bench --model tiny-llava --methods vtc_cls,fopru --keep 0.5,0.25 --batch-size 1,8
+    """
     sweep = eval_module("bench.sweep", needs=("psutil", "filelock"))
     lists = {
         "batch_sizes": numbers("--batch-size", batch_size),
         "new_tokens": numbers("--new-tokens", new_tokens),
         "resolutions": numbers("--resolution", resolution) if resolution else (),
     }
-    specs = [m.strip() for m in methods.split(",")] if methods else ()
+    specs = [*names(methods), *saved_folders(config)]
+    if not shape and model in KNOWN:
+        shape, model = model, ""
     settings = sweep.Settings(
         **lists,
         shape=shape,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from ..core.tokens import Stage
 from ..cost.flops import COMPAT, PARTS, Ledger, Ops, Shape
 from ..methods import ALIAS_SOURCES, METHODS
 from ..methods.described import parts_of, written
+from ..prune.saved import is_saved
 
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
 
@@ -119,6 +121,46 @@ def ledger_table(shape: Shape, pair: tuple[Ledger, Ledger], columns: tuple[int, 
         lines.append([f"KV cache, {dtype}", *sizes, _percent(a, b)])
     header = ["part", "GMACs", "GFLOPs", "kept: GMACs", "kept: GFLOPs", "kept / all"]
     return Grid(header, lines, title, leaving=["GFLOPs", "kept: GFLOPs"], sections=sections)
+
+
+def budgets_table(
+    shape: Shape,
+    asked: Sequence[tuple[str, float]],
+    pairs: Sequence[tuple[Ledger, Ledger]],
+    n_before: int,
+    columns: Sequence[Sequence[int]],
+) -> Grid:
+    """What every method and fraction leaves of the cost, a row each.
+
+    Args:
+        shape: the model.
+        asked: method, or empty for none, and fraction; a saved folder has its own budget.
+        pairs: ledgers, unpruned and kept.
+        n_before: columns of the unpruned prompt.
+        columns: of the prompt by decoder layer, for each.
+    """
+    lines = []
+    for (method, ratio), (before, after), left in zip(asked, pairs, columns, strict=True):
+        kv = [shape.read(n, bytes_per_value=2).kv_bytes for n in (n_before, left)]
+        lines.append(
+            [
+                method or "any",
+                "its own" if is_saved(method) else f"{ratio:g}",
+                f"{left[-1]}",
+                f"{after.llm.flops / 1e12:.2f}",
+                _percent(before.llm.macs, after.llm.macs),
+                f"{after.prefill.flops / 1e12:.2f}",
+                _percent(before.prefill.macs, after.prefill.macs),
+                _percent(*kv),
+            ]
+        )
+    bare = pairs[0][0]
+    title = (
+        f"{shape.name}: {n_before} tokens unpruned, LLM {bare.llm.flops / 1e12:.2f} TFLOPs, "
+        f"prefill {bare.prefill.flops / 1e12:.2f} TFLOPs"
+    )
+    header = ["method", "keep", "tokens", "LLM TFLOPs", "LLM kept", "prefill TFLOPs", "prefill kept", "KV kept"]
+    return Grid(header, lines, title, names=2, leaving=["tokens", "LLM TFLOPs", "prefill TFLOPs"], left=["method"])
 
 
 def _line(name: str, before: Ops, after: Ops) -> list[str]:

@@ -107,6 +107,24 @@ def read_saved(directory: Folder) -> Saved:
         raise SavedError(f"{str(path)!r} cannot be used: {first_line(error)}; {HOW}") from error
 
 
+def is_saved(method: Any) -> bool:
+    """Whether what was given as a method is the path of a saved folder; a bare word is always a name."""
+    if not isinstance(method, (str, os.PathLike)) or "\0" in os.fspath(method):
+        return False
+    path = os.fspath(method)
+    is_path = isinstance(method, os.PathLike) or "/" in path or os.sep in path
+    return is_path and os.path.isfile(os.path.join(path, NAME))
+
+
+def takes_budget(method: Any) -> bool:
+    """Whether a budget goes with what was given as a method; a saved folder holds its own.
+
+    Raises:
+        TokPruneError: there is no such method.
+    """
+    return not is_saved(method) and build_method(method)[0].takes_budget
+
+
 def path_of(directory: Any) -> Path:
     """The path of a folder.
 
