@@ -41,6 +41,8 @@ from .run.runner import Runner
 from .tasks import Sample, Task, load_task
 from .tasks.grading import Grading
 
+SHOWN_ROWS = 8  # in a console
+
 
 @dataclass(repr=False)
 class ComparisonResult:
@@ -87,7 +89,8 @@ class ComparisonResult:
 
     def __repr__(self) -> str:
         tasks = dict.fromkeys(r.task for r in self.rows)
-        return f"ComparisonResult({len(self.rows)} rows, {', '.join(tasks)}, {str(self.folder)!r})"
+        head = f"ComparisonResult({len(self.rows)} rows, {', '.join(tasks)}, {str(self.folder)!r})"
+        return "\n  ".join([head, *map(repr, self.rows[:SHOWN_ROWS]), *(["..."] if self.rows[SHOWN_ROWS:] else [])])
 
 
 def compare(

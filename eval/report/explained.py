@@ -42,7 +42,7 @@ _ROUNDED = 1e-4  # of a row's length: what rounding alone may change in float32;
 Draw = Callable[[Image.Image, Region], Image.Image]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shown:
     """One method on one picture.
 
@@ -75,6 +75,10 @@ class Shown:
         """Method and budget, as in tables."""
         return " ".join([self.spec, *(f"{value:g}" for value in self.budget.values())])
 
+    def __repr__(self) -> str:
+        answer = "" if self.answer is None else f", {self.answer!r}"
+        return f"Shown({self.name}, {self.image.n_visual} -> {self.image.n_kept}{answer})"
+
     def to_dict(self) -> dict[str, Any]:
         """An entry of "methods" in `Explained.to_dict`."""
         image, layout = self.image, self.image.layout
@@ -100,7 +104,7 @@ class Shown:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explained:
     """What methods keep of a picture, to draw, print or write.
 
@@ -126,6 +130,9 @@ class Explained:
     def lines(self) -> list[str]:
         """The reports."""
         return [str(one.report) for one in self.shown]
+
+    def __repr__(self) -> str:
+        return "\n  ".join([f"Explained({self.question!r}, unpruned {self.answer!r})", *map(repr, self.shown)])
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""

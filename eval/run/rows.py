@@ -163,7 +163,7 @@ class BatchTime:
     device: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Row:
     """One configuration on one task, as it is written to rows.jsonl.
 
@@ -223,6 +223,10 @@ class Row:
     difference_low: float | None = None
     difference_high: float | None = None
     p_value: float | None = None
+
+    def __repr__(self) -> str:
+        tokens = f"{self.n_visual_before:g} -> {self.n_visual_after:g} visual tokens"
+        return f"Row({self.task}, {self.config}: {self.metric} {self.value:.3f}, {tokens})"
 
     @property
     def ends(self) -> tuple[float, float]:

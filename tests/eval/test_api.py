@@ -73,7 +73,11 @@ def test_a_comparison_as_a_data_frame(compared):
 
 
 def test_a_comparison_as_text(compared):
-    assert repr(compared).startswith("ComparisonResult(4 rows, findit, ")
+    head, *rows = repr(compared).splitlines()
+    assert head.startswith("ComparisonResult(4 rows, findit, ")
+    assert len(rows) == 4
+    assert rows[2].startswith("  Row(findit, vtc_cls@0.25: exact_match ")
+    assert rows[2].endswith("144 -> 36 visual tokens)")
     assert "| vtc_cls " in compared.to_markdown()
     assert "\\" not in compared.to_markdown()
     assert compared.to_csv().startswith("model,")
@@ -124,6 +128,8 @@ def test_a_figure_has_an_axis_a_cost(compared):
 def test_a_drawing_shows_itself():
     drawn = tokprune.explain("tiny-llava", picture=Image.open("docs/scene.png"), methods=["vtc_cls", "pool"])
     assert drawn._repr_png_().startswith(b"\x89PNG")
+    assert [len(line) < 100 for line in repr(drawn).splitlines()] == [True] * 3
+    assert "vtc_cls 0.25, 144 -> 36" in repr(drawn)
     assert len(drawn.shown) == 2
     with pytest.raises(TokPruneError, match="picture="):
         tokprune.explain("tiny-llava")

@@ -19,7 +19,7 @@ class Region:
 NEWLINE, NO_PATCH = -1, -2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layout:
     """Crop, row and column of every token of one image, each of length N, on the host.
 
@@ -99,6 +99,12 @@ class Layout:
     def without_specials(self) -> Layout:
         """The layout without special tokens (newline, [CLS])."""
         return self if len(self.visual) == len(self.crop) else self.part(self.visual)
+
+    def __repr__(self):
+        grids = " and ".join(f"{region.height} x {region.width}" for region in self.regions)
+        rows, columns = self.crop_grid
+        crops = f", {rows} x {columns} crops" if rows else ""
+        return f"Layout({len(self.crop)} rows, grid {grids or 'none'}{crops})"
 
     def part(self, index: Sequence[int]) -> Layout:
         crop, row, column = (tuple(t[i] for i in index) for t in (self.crop, self.row, self.column))

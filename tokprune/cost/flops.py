@@ -327,7 +327,7 @@ class Shape:
         return [count] * self.text.n_layers if isinstance(count, int) else list(count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """The cost of one prefill by part, and the size of its KV cache; ledgers of several passes add up.
 
@@ -366,6 +366,10 @@ class Ledger:
 
     def part(self, name: str) -> Ops:
         return getattr(self, name)
+
+    def __repr__(self):
+        parts = ", ".join(f"{name} {self.part(name).flops:.4g}" for name in PARTS)
+        return f"Ledger(FLOPs: {parts}; {len(self.layers)} decoder layers, KV cache {self.kv_bytes} bytes)"
 
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger(

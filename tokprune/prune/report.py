@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,8 +15,14 @@ from ..core.layout import Layout
 from ..core.signals import Kind, Signal
 from ..cost.flops import Ledger, Ops, Shape
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-@dataclass(frozen=True)
+    from .shown import ShownReport
+    from .videos import Clip
+
+
+@dataclass(frozen=True, repr=False)
 class ImageReport:
     """One image or video: visual tokens before and after, and what encoding it took.
 
@@ -105,13 +111,18 @@ class ImageReport:
                 counts[self.layout.crop[i]] += 1
         return counts
 
+    def __repr__(self):
+        special = f", {self.n_special} -> {self.n_special_kept} rows without a patch" if self.n_special else ""
+        name = "video" if self.is_video else "image"
+        return f"ImageReport({name}, {self.n_visual} -> {self.n_kept} visual tokens{special}, {self.layout!r})"
+
 
 def by_layer(cuts: Mapping[int, int], n_visual: int, n_layers: int) -> list[int]:
     """Visual tokens in every layer, from what is left from a layer on."""
     return list(itertools.accumulate(range(n_layers), lambda n, layer: cuts.get(layer, n), initial=n_visual))[1:]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prefill:
     """One pass over a prompt: rows, columns in and columns the language model was given, cached ones before them.
 
@@ -139,8 +150,13 @@ class Prefill:
         """Columns of each row without padding; empty where nothing was dropped."""
         return [] if self.lengths is None else self.lengths.tolist()
 
+    def __repr__(self):
+        left = f", {self.layers[-1]} after the last cut" if self.layers else ""
+        cached = f", {self.past_outer} -> {self.past_inner} cached" if self.past_outer else ""
+        return f"Prefill(rows={self.n_rows}, {self.n_outer} -> {self.n_inner} columns{left}{cached})"
 
-@dataclass
+
+@dataclass(repr=False)
 class Report:
     """One call of an attached model.
 
@@ -269,10 +285,42 @@ class Report:
             "kv_bytes": [before.kv_bytes, after.kv_bytes],
         }
 
+    def show(self, pictures: Sequence[Image.Image | Clip], processor: Any = None) -> ShownReport:
+        """The pictures of the call with the dropped tokens dim, for notebooks: a report holds no pixels.
+
+        Args:
+            pictures: one for each of `images`, as the processor was given them; a video as a
+                `tokprune.prune.videos.Clip`.
+            processor: of the model; needed where a picture's sides have another ratio than its tokens' grid, since it
+                may then have been cropped or stretched.
+
+        Raises:
+            RunError: another number of pictures, or one whose part that the model saw is not known.
+        """
+        from .shown import drawn  # Pillow and NumPy are for notebooks alone
+
+        return drawn(self, pictures, processor)
+
+    def _repr_html_(self) -> str:
+        from .shown import report_html
+
+        return report_html(self)
+
+    def __repr__(self):
+        return "\n  ".join(self.lines)
+
     def __str__(self):
-        head = f"{self.method} {self.budget}".strip()
+        head, *parts = self.lines
+        return f"{head}: " + "; ".join(parts)
+
+    @property
+    def lines(self) -> list[str]:
+        """Method and budget, and what `str` says about the call."""
+        return [f"{self.method} {self.budget}".strip(), *self._parts()]
+
+    def _parts(self) -> list[str]:
         if not self.prefills and not self.images:
-            return f"{head}: no call yet"
+            return ["no call yet"]
         parts = [_tokens_line(self.images), f"language model {self.n_prompt} -> {self.n_prompt_kept} columns"]
         if any(i.cuts for i in self.images):
             parts[-1] += f", {self.layers[-1]} after the last cut"
@@ -287,7 +335,7 @@ class Report:
             parts += _cost_lines(self.ledger_unpruned, self.ledger)
         if self.signals:
             parts.append(self.signals)
-        return f"{head}: " + "; ".join(parts)
+        return parts
 
     def _layers_line(self) -> str:
         """Columns by decoder layer: "layers 0-1: 153, 2-7: 45 columns; visual tokens 63 in the mean over layers"."""
