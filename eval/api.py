@@ -19,7 +19,6 @@ from rich.console import Console
 from transformers.utils import logging
 
 from tokprune.core.errors import RunError
-from tokprune.prune.saved import takes_budget
 from tokprune.prune.videos import N_FRAMES, Clip
 
 from . import compare as comparing
@@ -28,7 +27,7 @@ from .bench.settings import Settings
 from .bench.sweep import Bench
 from .models import DEFAULT, EMBEDDED
 from .report import pareto
-from .report.explained import Explained, asked, usual_method
+from .report.explained import Explained, asked, usual_method, with_ratios
 from .report.exports import frame_of, markdown_tables
 from .report.latex import latex_table
 from .report.stored import Run
@@ -202,7 +201,9 @@ def explain(
     picture: Image.Image | Clip | None = None,
     question: str = "what is in the image?",
     methods: Sequence[str] = (),
-    keep: float = 0.25,
+    keep: float | Sequence[float] = 0.25,
+    scores: bool = False,
+    max_new_tokens: int = 8,
 ) -> Explained:
     """Draw which visual tokens methods keep, as `tokprune explain` does; a notebook shows the drawing.
 
@@ -212,17 +213,22 @@ def explain(
         picture: the picture, or a video as `tokprune.prune.videos.open_clip` gives it.
         question: asked about it.
         methods: names or specifications; vtc_cls, or fopru where the vision tower has no [CLS] token, if none is given.
-        keep: fraction of the visual tokens, for methods that take a budget.
+        keep: fractions of the visual tokens, one or several, for methods that take a budget.
+        scores: whether the scores of methods that rank single tokens are drawn, too.
+        max_new_tokens: where an answer is cut.
 
     Raises:
-        TokPruneError: a method does not exist or cannot run here.
+        TokPruneError: a fraction is invalid, or a method does not exist or cannot run here.
     """
     if picture is None:
         raise RunError("name a picture: explain(model, processor, picture=Image.open('a.png'))")
-    budgets = [{"keep_ratio": keep} if takes_budget(m) else {} for m in methods]
-    with _answering(model, processor, {}, {}) as (runner, _):
-        chosen = list(zip(methods, budgets, strict=True)) or [(usual_method(runner.model), {"keep_ratio": keep})]
-        return asked(runner, picture, question, chosen, answers=True)
+    each = [keep] if isinstance(keep, (int, float)) else keep
+    if not each:
+        raise RunError("there is nothing to draw: name fractions, such as keep=[0.5, 0.25]")
+    configurations = with_ratios(methods, each)
+    with _answering(model, processor, {}, {"max_new_tokens": max_new_tokens}) as (runner, _):
+        chosen = configurations or with_ratios([usual_method(runner.model)], each)
+        return asked(runner, picture, question, chosen, answers=True, scores=scores)
 
 
 @dataclass(repr=False)

@@ -29,6 +29,7 @@ from tokprune.prune.explain import (
     stacked,
 )
 from tokprune.prune.report import ImageReport, Report
+from tokprune.prune.saved import takes_budget
 from tokprune.prune.videos import Clip
 
 from ..run.runner import Runner
@@ -319,6 +320,12 @@ class Explained:
 
 
 Methods = Sequence[tuple[str, dict[str, Any]]]
+
+
+def with_ratios(specs: Sequence[str], ratios: Sequence[float]) -> list[tuple[str, dict[str, Any]]]:
+    """Methods with their budgets: each at every ratio, once where it takes none."""
+    each: list[dict[str, Any]] = [{"keep_ratio": ratio} for ratio in dict.fromkeys(ratios)]
+    return [(spec, budget) for spec in specs for budget in (each if takes_budget(spec) else [{}])]
 
 
 @torch.no_grad()

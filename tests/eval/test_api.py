@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -133,6 +134,23 @@ def test_a_drawing_shows_itself():
     assert len(drawn.shown) == 2
     with pytest.raises(TokPruneError, match="picture="):
         tokprune.explain("tiny-llava")
+
+
+def test_a_drawing_of_several_ratios_is_that_of_the_command(tmp_path):
+    methods, keep, question = ["vtc_cls", "visual_exit"], [0.5, 0.25, 0.5], "what color is the circle?"
+    with Image.open("docs/scene.png") as scene:
+        drawn = tokprune.explain("tiny-llava", None, scene, question, methods, keep, scores=True)
+    assert [one.name for one in drawn.shown] == ["vtc_cls 0.5", "vtc_cls 0.25", "visual_exit"]
+    assert [len(one.scores) for one in drawn.shown] == [144, 144, 0]
+    run = ["explain", "docs/scene.png", "--method", "vtc_cls", "--keep", "0.5,0.25", "--scores", "--question", question]
+    done = tokprune_cli(*run, "--json", str(tmp_path / "kept.json"))
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "kept.json").read_text())
+    assert written["methods"] == [one.to_dict() for one in drawn.shown[:2]]
+    assert written["answer"] == drawn.answer
+    for wrong, said in (([0.5, 1.5], "1.5"), ([], "nothing to draw")):
+        with pytest.raises(TokPruneError, match=said):
+            tokprune.explain("tiny-llava", picture=Image.new("RGB", (96, 96)), methods=["uniform"], keep=wrong)
 
 
 def test_a_benchmark_is_a_table():

@@ -15,7 +15,7 @@ import typer
 from ..core.errors import RunError
 from ..core.files import replacing, write_text
 from ..prune.pictures import open_picture
-from ..prune.saved import takes_budget
+from ..prune.saved import is_saved, takes_budget
 from ..prune.videos import is_video as is_video_file
 from ..prune.videos import open_clip
 from . import estimate
@@ -81,11 +81,12 @@ def explain(
     _check_apart(named, {"--out": out, "--json": json, "--animation": animation})
     check_least(max_new_tokens=max_new_tokens)
     chosen = [*names(",".join(method or ())), *saved_folders(config)]
-    configurations = _configurations(chosen, keep)
+    each = _ratios(chosen, keep)
+    configurations = explained.with_ratios(chosen, each)
     shown = [open_clip(path, frames) if is_video_file(path) else open_picture(path) for path in images]
     _check_animation(animation, images)
     runner = load_runner(model, max_new_tokens=max_new_tokens, dtype=dtype, attn=attn, device=device)
-    configurations = configurations or _configurations([explained.usual_method(runner.model)], keep)
+    configurations = configurations or explained.with_ratios([explained.usual_method(runner.model)], each)
     found = [
         explained.asked(runner, picture, question, configurations, answers=True, scores=scores) for picture in shown
     ]
@@ -112,23 +113,18 @@ def explain(
         typer.echo(f"{animation}: {n_frames} frames")
 
 
-def _configurations(specs: Sequence[str], keep: str) -> list[tuple[str, dict[str, float]]]:
-    """Methods with their budgets, each at every ratio.
+def _ratios(specs: Sequence[str], keep: str) -> list[float]:
+    """The ratios that were asked for.
 
     Raises:
-        RunError: a ratio is invalid, or the method takes no budget.
+        RunError: one is invalid, or a method takes no budget.
     """
-    each = list(dict.fromkeys(ratios(keep))) if keep else [0.25]
-    decides = [s for s in specs if s != "blind" and not takes_budget(s)]
+    decides = [s for s in specs if s != "blind" and not is_saved(s) and not takes_budget(s)]
     if keep and decides:
         raise RunError(
             f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
         )
-    return [
-        (spec, budget)
-        for spec in specs
-        for budget in ([{"keep_ratio": r} for r in each] if takes_budget(spec) else [{}])
-    ]
+    return list(ratios(keep)) if keep else [0.25]
 
 
 def _check_animation(animation: Path | None, images: Sequence[Path]) -> None:
