@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from transformers.utils import logging
 
-from tokprune.core.errors import RunError
+from tokprune.core.errors import AlarmError, RunError
 from tokprune.prune.videos import N_FRAMES, Clip
 
 from . import compare as comparing
@@ -29,6 +29,7 @@ from .models import DEFAULT, EMBEDDED
 from .report import pareto
 from .report.explained import Explained, asked, usual_method, with_ratios
 from .report.exports import frame_of, markdown_tables
+from .report.findings import named_alarms
 from .report.latex import latex_table
 from .report.stored import Run
 from .report.tables import body, caption
@@ -57,6 +58,11 @@ class ComparisonResult:
     floors: dict[str, float | None]
     folder: Path
     _kept: Any = field(default=None, compare=False)  # a temporary folder lives as long as this does
+
+    @property
+    def alarms(self) -> list[str]:
+        """What makes figures doubtful: methods that changed no answer although tokens left, or made answers alike."""
+        return named_alarms(self.rows)
 
     def to_pandas(self) -> pd.DataFrame:
         """One line for each configuration and task, with every figure; seeds have a line each."""
@@ -109,6 +115,8 @@ def compare(
     max_new_tokens: int = 8,
     metric: str = "",
     baseline: bool = True,
+    controls: bool = True,
+    strict: bool = False,
     device_map: str | None = None,
     dtype: str = "",
     attn: str = "",
@@ -136,6 +144,8 @@ def compare(
         max_new_tokens: where an answer is cut.
         metric: how answers are graded; empty for what each question asks for, else exact.
         baseline: whether the unpruned model answers, too.
+        controls: whether it also answers about smaller pictures, and about fewer frames of videos, at every budget.
+        strict: raise where the result has alarms, once everything is written.
         device_map: as in transformers, where the model is loaded here; as are
         dtype: such as "bfloat16";
         attn: such as "sdpa" or "flash_attention_2";
@@ -145,16 +155,22 @@ def compare(
         console: where progress and tables are printed; None for nowhere.
 
     Raises:
+        AlarmError: `strict`, and the result has alarms.
         TokPruneError: something that was asked for does not exist or cannot run here.
     """
+    if strict and not baseline:
+        raise RunError("strict compares answers with the unpruned run's: leave --no-baseline (baseline=False) out")
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid match {match!r}: use tokens or flops")
     usual = EMBEDDED.get(model if isinstance(model, str) else "", EMBEDDED[DEFAULT])
     named = usual.methods if methods is None else methods
     names = list(dict.fromkeys(["none", *named])) if baseline else [m for m in named if m != "none"]
-    configs = comparing.configurations(names, keep or (() if keep_tokens else usual.ratios), tokens=keep_tokens)
+    ratios = keep or (() if keep_tokens else usual.ratios)
+    comparing.configurations(names, ratios, tokens=keep_tokens)  # refused before a task is read
     tasks = usual.tasks if task is None else task if isinstance(task, (list, tuple)) else [task]
     chosen = comparing.chosen_tasks(tasks, limit, full, frames)
+    names += comparing.controls(chosen) if controls else []
+    configs = comparing.configurations(list(dict.fromkeys(names)), ratios, tokens=keep_tokens)
     grading = Grading.load(metric)
     grading.check(chosen)
     options = {"max_new_tokens": max_new_tokens, "suffix": suffix, "grading": grading}
@@ -171,7 +187,10 @@ def compare(
             done = comparing.Comparison(runner, name, results, plan)
             done.run(console)
     processes.end()
-    return ComparisonResult(done.rows, done.floors, folder, kept)
+    result = ComparisonResult(done.rows, done.floors, folder, kept)
+    if strict and result.alarms:
+        raise AlarmError("; ".join(result.alarms))
+    return result
 
 
 @contextlib.contextmanager

@@ -28,7 +28,19 @@ from .run.folder import RunFolder
 from .run.lines import counted
 from .run.plan import Plan
 from .run.processes import launched_alone
-from .run.rows import DOWNSAMPLE, FRAMES, NONE, BatchTime, Config, Row, SampleRow, Summariser, conditions, device_name
+from .run.rows import (
+    DOWNSAMPLE,
+    FRAMES,
+    LESS,
+    NONE,
+    BatchTime,
+    Config,
+    Row,
+    SampleRow,
+    Summariser,
+    conditions,
+    device_name,
+)
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
 from .tasks.grading import AS_ASKED, Grading
@@ -53,11 +65,8 @@ def configurations(
         Budget(**budget)
     grid = []
     for spec in methods:
-        if spec == DOWNSAMPLE:
-            grid.append(Config(DOWNSAMPLE))
-            continue
-        if spec == FRAMES:
-            grid += [Config(FRAMES, ratio) for ratio in ratios]
+        if spec in LESS:
+            grid += [Config(spec, **budget) for budget in budgets]
             continue
         if spec == NONE:
             grid += [Config(NONE), Config(NONE, shuffled=True)]
@@ -80,7 +89,7 @@ def matched(
     n_text = runner.text_tokens([s for _, samples in tasks for s in samples])
     same = [
         c
-        if c.keep_ratio is None or c.method == FRAMES
+        if c.keep_ratio is None or c.method in LESS
         else replace(c, keep_ratio=None, flops_ratio=c.keep_ratio, flops_text=n_text)
         for c in configs
     ]
@@ -126,6 +135,11 @@ def runnable(
     if not left:
         raise RunError("nothing is left to compare; name other methods with --methods, or larger ratios with --keep")
     return left
+
+
+def controls(tasks: Sequence[tuple[Task, list[Sample]]]) -> list[str]:
+    """What pruning is compared with unless it is left out: smaller pictures, and of videos also fewer frames."""
+    return [DOWNSAMPLE, *([FRAMES] if any(shows_videos(*part) for part in tasks) else [])]
 
 
 def shows_videos(task: Task, samples: Sequence[Sample]) -> bool:

@@ -6,8 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from ..run.rows import DOWNSAMPLE, FRAMES, NONE, SHUFFLED, Row, pooled
-from .tables import FLOORS, budget, in_points, is_control, most_lost, order, table, times
+from tokprune.core.budget import Budget
+
+from ..run.rows import DOWNSAMPLE, LESS, NONE, SHUFFLED, Row, pooled
+from .tables import (
+    FLOORS,
+    budget,
+    has_collapsed,
+    in_points,
+    is_control,
+    is_unchanged,
+    most_lost,
+    order,
+    table,
+    times,
+    visual,
+)
 from .terminal import Grid
 
 NBSP = "\u00a0"
@@ -110,7 +124,7 @@ def unequal(rows: Sequence[Row]) -> str:
     by_budget: dict[str, list[tuple[float, Row]]] = {}
     for row in pooled(rows):
         after, before = row.costs.llm_flops_after, row.costs.llm_flops_before
-        if row.flops_ratio is None and budget(row) and row.method not in (DOWNSAMPLE, FRAMES) and after and before:
+        if row.flops_ratio is None and budget(row) and row.method not in LESS and after and before:
             by_budget.setdefault(budget(row), []).append((after / before, row))
     ends = {
         name: (min(some, key=lambda pair: pair[0]), max(some, key=lambda pair: pair[0]))
@@ -127,26 +141,66 @@ def unequal(rows: Sequence[Row]) -> str:
     )
 
 
+def alarms(rows: Sequence[Row]) -> list[str]:
+    """What makes a run's figures doubtful: answers that pruning did not change at all, or made all alike.
+
+    Args:
+        rows: of one task.
+    """
+    found: list[str] = []
+    for row in pooled(rows):
+        if is_unchanged(row):
+            found.append(
+                f"{_at(row)} changed none of {row.n_samples} answers, although {visual(row)} visual tokens: either "
+                "nothing was pruned, or these questions are too few or too easy to show it"
+            )
+        if has_collapsed(row):
+            found.append(
+                f"{_at(row)} collapsed: {100 * (row.commonest or 0):.0f} % of its answers are one and the same, "
+                f"{100 * (row.commonest_bare or 0):.0f} % unpruned"
+            )
+    return found
+
+
+def named_alarms(rows: Sequence[Row]) -> list[str]:
+    """The alarms of all tasks, each with the name of its task."""
+    tasks = dict.fromkeys(r.task for r in rows)
+    return [f"{task}: {text}" for task in tasks for text in alarms([r for r in rows if r.task == task])]
+
+
+def not_equal(rows: Sequence[Row]) -> str:
+    """Which controls do not have the tokens that their budget asks for, and how many they have; empty elsewhere."""
+    told = []
+    for row in pooled(rows):
+        if row.method in LESS and budget(row):
+            asked = Budget(row.keep_ratio, row.keep_tokens).n_keep(round(row.n_visual_before))
+            if not asked / UNEQUAL <= row.n_visual_after <= asked * UNEQUAL:
+                told.append(f"{_at(row)} has {row.n_visual_after:.4g} visual tokens, not {asked}")
+    return f"Not at equal tokens: {'; '.join(told)}." if told else ""
+
+
 def task_table(task: str, rows: Sequence[Row], question_only: float | None) -> Grid:
-    """One task's table for the terminal; under it whether budgets cost the same, and the verdict."""
-    notes = [text for text in (unequal(rows), verdict(rows, question_only)) if text]
+    """One task's table for the terminal; under it alarms, whether budgets cost the same, and the verdict."""
+    warned = [f"Alarm: {text}." for text in alarms(rows)]
+    notes = [*warned, *(text for text in (not_equal(rows), unequal(rows), verdict(rows, question_only)) if text)]
     return replace(table(task, rows, question_only), notes=notes)
 
 
 def findings(rows: Sequence[Row], question_only: float | None) -> list[Finding]:
-    """Floors, then every budget from the largest, then how small a difference the run can detect.
+    """Alarms and floors, then every budget from the largest, then how small a difference the run can detect.
 
     Args:
         rows: of one task.
         question_only: the share of questions that the most frequent training answer gets right.
     """
     shown = pooled(rows)
-    found = [_floors(shown, question_only)]
+    found = [Finding("Alarm", f"{text[0].upper()}{text[1:]}.", True) for text in alarms(rows)]
+    found.append(_floors(shown, question_only))
     budgets = dict.fromkeys(budget(r) for r in sorted(shown, key=order))
     if _one(rows, NONE) is not None:
         found += [f for name in budgets if (f := _budget(name, [r for r in shown if budget(r) == name])) is not None]
         found += _resolution(shown)
-    if text := unequal(rows):
+    if text := " ".join(filter(None, (not_equal(rows), unequal(rows)))):
         found.append(Finding("Costs", text, True))
     return found + _missing(rows)
 

@@ -26,7 +26,19 @@ from .findings import findings, headline, in_words, verdict
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
 from .pareto import COSTS, plots, styles
 from .stored import Run
-from .tables import COLUMNS, FLOORS, QUESTION_ONLY, accuracy, budget, columns, conditions, difference, not_seen, order
+from .tables import (
+    CHECKS,
+    COLUMNS,
+    FLOORS,
+    QUESTION_ONLY,
+    accuracy,
+    budget,
+    columns,
+    conditions,
+    difference,
+    not_seen,
+    order,
+)
 
 TEMPLATE = "report.html.jinja"
 _LONG = 300  # characters of a text that others wrote
@@ -158,6 +170,7 @@ def _table(rows: Sequence[Row], floor: float | None, found: Mapping[tuple[str, s
         "that is": not_seen,
         "p": _p_value,
         "lost / won": functools.partial(_lost_won, found),
+        **CHECKS,
         "words": COLUMNS["words"],
         "stop": COLUMNS["stop"],
         "visual tokens": lambda r: f"{r.n_visual_before:.4g} → {r.n_visual_after:.4g}",

@@ -1,11 +1,11 @@
-"""A comparison as a LaTeX table: booktabs, the best of every budget in bold, differences that may be chance marked."""
+"""A comparison as a LaTeX table: booktabs, the best of every budget in bold, a mark where no loss is seen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..run.rows import NONE, Row, pooled
-from .tables import FLOORS, QUESTION_ONLY, budget, order, times
+from ..run.rows import LESS, NONE, Row, pooled
+from .tables import CHECKS, FLOORS, QUESTION_ONLY, budget, order, times
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -13,22 +13,34 @@ _ESCAPES = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
 }
-_CHANCE = r"$^{\circ}$"
-_COLUMNS: Mapping[str, Callable[[Row], str]] = {
-    "Method": lambda r: escaped(r.method),
-    "Keep": lambda r: escaped(budget(r)),
-    r"Accuracy (\%)": lambda r: _percent(r),
-    r"$\Delta$": lambda r: _points(r),
-    "Tokens": lambda r: f"{r.n_visual_after:.4g}",
-    "LLM FLOPs": lambda r: _times(r.costs.llm_flops_after, r.costs.llm_flops_before),
-    "Prefill FLOPs": lambda r: _times(r.costs.prefill_flops_after, r.costs.prefill_flops_before),
-    "KV": lambda r: _times(r.costs.kv_bytes_after, r.costs.kv_bytes_before),
-}
+_UNSEEN = r"$^{\circ}$"
 
 
 def escaped(text: str) -> str:
     """A text that LaTeX prints as it is."""
     return "".join(_ESCAPES.get(c, c) for c in text)
+
+
+def _title(name: str) -> str:
+    return escaped(name[0].upper() + name[1:])
+
+
+def _escaped(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+    return lambda row: escaped(cell(row))
+
+
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "Method": lambda r: escaped(r.method),
+    "Keep": lambda r: escaped(budget(r)),
+    r"Accuracy (\%)": lambda r: _percent(r),
+    r"$\Delta$": lambda r: _points(r),
+    **{_title(name): _escaped(cell) for name, cell in CHECKS.items()},
+    "Tokens": lambda r: f"{r.n_visual_after:.4g}",
+    "LLM FLOPs": lambda r: _times(r.costs.llm_flops_after, r.costs.llm_flops_before),
+    "Prefill FLOPs": lambda r: _times(r.costs.prefill_flops_after, r.costs.prefill_flops_before),
+    "KV": lambda r: _times(r.costs.kv_bytes_after, r.costs.kv_bytes_before),
+}
+_OPTIONAL = tuple(map(_title, CHECKS))
 
 
 def latex_table(rows: Sequence[Row], floors: Mapping[str, float | None]) -> str:
@@ -46,29 +58,30 @@ def _of_task(rows: Sequence[Row], floor: float | None) -> str:
     shown = sorted(pooled(rows), key=order)
     best = _best(shown)
     first = shown[0]
+    columns = {name: cell for name, cell in _COLUMNS.items() if any(map(cell, shown)) or name not in _OPTIONAL}
     groups: dict[str, list[str]] = {}
     for row in shown:
-        cells = [cell(row) for cell in _COLUMNS.values()]
+        cells = [cell(row) for cell in columns.values()]
         if row is best.get(budget(row)):
             cells[2] = rf"\textbf{{{cells[2]}}}"
         groups.setdefault("" if row.method in (NONE, *FLOORS) else budget(row), []).append(" & ".join(cells) + r" \\")
     if floor is not None:
         groups.setdefault("", []).insert(
-            0, f"{QUESTION_ONLY} & & {100 * floor:.1f}" + " &" * (len(_COLUMNS) - 3) + r" \\"
+            0, f"{QUESTION_ONLY} & & {100 * floor:.1f}" + " &" * (len(columns) - 3) + r" \\"
         )
     body = "\n\\midrule\n".join("\n".join(lines) for lines in groups.values())
     return (
-        f"% {first.task}: {first.n_samples} questions, {first.model}; 95 % intervals; {_CHANCE}: may be chance\n"
-        f"\\begin{{tabular}}{{l{'r' * (len(_COLUMNS) - 1)}}}\n\\toprule\n{' & '.join(_COLUMNS)} \\\\\n\\midrule\n"
+        f"% {first.task}: {first.n_samples} questions, {first.model}; 95 % intervals; {_UNSEEN}: no loss seen\n"
+        f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n{' & '.join(columns)} \\\\\n\\midrule\n"
         f"{body}\n\\bottomrule\n\\end{{tabular}}\n"
     )
 
 
 def _best(rows: Sequence[Row]) -> dict[str, Row]:
-    """By budget, the method with the highest value, where there are several."""
+    """By budget, the method with the highest value, where there are several; no control of other tokens."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if budget(row):
+        if budget(row) and row.method not in LESS:
             found.setdefault(budget(row), []).append(row)
     return {key: max(some, key=lambda r: r.value) for key, some in found.items() if len(some) > 1}
 
@@ -83,7 +96,7 @@ def _points(row: Row) -> str:
     if row.difference is None or row.difference_low is None or row.difference_high is None:
         return ""
     low, high = 100 * row.difference_low, 100 * row.difference_high
-    return f"${100 * row.difference:+.1f}$ [${low:+.1f}$, ${high:+.1f}$]{_CHANCE if row.is_noise else ''}"
+    return f"${100 * row.difference:+.1f}$ [${low:+.1f}$, ${high:+.1f}$]{_UNSEEN if row.is_noise else ''}"
 
 
 def _times(after: float | None, before: float | None) -> str:

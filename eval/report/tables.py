@@ -15,12 +15,35 @@ QUESTION_ONLY = "question only"
 LOSS = "against unpruned [95 %]"
 
 # What leaves a table that is too wide, the least important first. Accuracy, what is lost and the price stay.
-LEAVING = ("stop", "words", "visual tokens", "LLM FLOPs", "KV bytes", "prefill time")
+HARD, CHANGED, COMMONEST = "hard questions [95 %]", "answers changed", "commonest answer"
+LEAVING = (
+    *("stop", "words", COMMONEST, "visual tokens", "LLM FLOPs", "KV bytes", "prefill time"),
+    *(HARD, CHANGED),
+)
 
 
 def is_control(method: str) -> bool:
     """Whether a row's method is one that methods have to beat, whatever its options and seeds."""
     return re.split("[:,]", method)[0] in CONTROLS
+
+
+# ---- alarms
+
+
+def is_unchanged(row: Row) -> bool:
+    """Whether tokens left and no answer changed: nothing was pruned, or the questions do not show it."""
+    return row.n_changed == 0 and min(row.n_visual_after, row.n_visual_mean) < row.n_visual_before
+
+
+def has_collapsed(row: Row) -> bool:
+    """Whether one answer came instead of many: its share closed half of the distance from the unpruned run's to all.
+
+    The lower end of its 95 % interval has to be above the unpruned share, too. Without a picture, that is no wonder.
+    """
+    if row.commonest is None or row.commonest_bare is None or row.method in FLOORS:
+        return False
+    low, _ = wilson(row.commonest * row.n_samples, row.n_samples)
+    return low > row.commonest_bare and row.commonest >= (1 + row.commonest_bare) / 2
 
 
 # ---- cells
@@ -91,13 +114,37 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def hard(row: Row) -> str:
+    """The value over the questions that a smaller picture of about as many tokens gets wrong, and their number."""
+    if row.hard_value is None:
+        return "" if row.hard_n is None else "n = 0"
+    return f"{interval(row.hard_value, row.hard_low, row.hard_high)} n = {row.hard_n}"
+
+
+def changed(row: Row) -> str:
+    """How many answers are not the unpruned run's; "!" where that is an alarm."""
+    if row.n_changed is None:
+        return ""
+    return f"{row.n_changed:.4g} of {row.n_samples}{' !' if is_unchanged(row) else ''}"
+
+
+def commonest(row: Row) -> str:
+    """The share of the commonest answer, and of the unpruned run's; "!" where that is an alarm."""
+    if row.commonest is None or row.commonest_bare is None:
+        return ""
+    return f"{row.commonest:.2f} ({row.commonest_bare:.2f}){' !' if has_collapsed(row) else ''}"
+
+
 Cells = Mapping[str, Callable[[Row], str]]
+
+CHECKS: Cells = {HARD: hard, CHANGED: changed, COMMONEST: commonest}  # in every form of a report
 
 COLUMNS: Cells = {
     "method": lambda r: r.method,
     "keep": budget,
     "accuracy [95 %]": accuracy,
     LOSS: loss,
+    **CHECKS,
     "words": lambda r: _share(r.words_value),
     "stop": lambda r: _share(r.stop_rate),
     "visual tokens": visual,

@@ -8,7 +8,7 @@ import platform
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -21,12 +21,14 @@ import tokprune
 from tokprune.cost.flops import Ops, Shape
 
 from ..stats import difference, mean_interval, percentile, wilson
+from . import checks
 from .lines import Damaged, typed
 
 NONE = "none"
-DOWNSAMPLE = "downsample"  # the bare model on pictures of half the height and width
+DOWNSAMPLE = "downsample"  # the bare model on smaller pictures, `controls.smaller`
 FRAMES = "frames"  # the bare model on some of the frames of a video
-BARE = (NONE, DOWNSAMPLE, FRAMES)
+LESS = (DOWNSAMPLE, FRAMES)  # controls that show less in place of pruning
+BARE = (NONE, *LESS)
 SHUFFLED = "shuffled pictures"
 EXACT_MATCH = "exact_match"
 
@@ -172,7 +174,10 @@ class Row:
     questions, with its 95 % interval (`stats.difference`) and, for right and wrong answers, the p-value of McNemar's
     exact test; `words_value` is the share that begins with the expected words, for exact_match alone; `n_visual_after`
     and `llm_columns_after` are of the last decoder layer, `n_visual_mean` over all of them; `params` are the method's
-    options; `by_kind` holds value and number of questions by kind; counts, FLOPs and bytes are means over questions;
+    options; `hard_value` is the value, with its 95 % interval, over the `hard_n` questions that the control
+    `downsample` at the same budget gets wrong; `n_changed` is how many answers are another text than the unpruned
+    run's, `commonest` the share of the commonest text and `commonest_bare` that of the unpruned run; `by_kind` holds
+    value and number of questions by kind; counts, FLOPs and bytes are means over questions;
     times are of full batches; `peak_gib` and `gpu` are empty on a CPU. What a harness does not know is None.
     """
 
@@ -223,6 +228,13 @@ class Row:
     difference_low: float | None = None
     difference_high: float | None = None
     p_value: float | None = None
+    hard_value: float | None = None
+    hard_low: float | None = None
+    hard_high: float | None = None
+    hard_n: int | None = None
+    n_changed: float | None = None
+    commonest: float | None = None
+    commonest_bare: float | None = None
 
     def __repr__(self) -> str:
         tokens = f"{self.n_visual_before:g} -> {self.n_visual_after:g} visual tokens"
@@ -304,6 +316,7 @@ class Summariser:
         full = max(t.size for batches in times.values() for t in batches)
         timed = {c: {t.batch: t for t in batches if t.size == full} for c, batches in times.items()}
         bare = next((c for c in answers if c.method == NONE and not c.shuffled), None)
+        small = {_place(c): rows for c, rows in answers.items() if c.method == DOWNSAMPLE and c.budget}
         shared = {**conditions(self.model), "batch_size": full}
         found = []
         for config, rows in answers.items():
@@ -311,7 +324,11 @@ class Summariser:
                 devices = {t.device for t in times[config] if t.device}
                 shared["device"] = " and ".join(sorted(devices)) or shared["device"]
                 row = self._row(config, rows, timed[config], timed[bare] if bare else None, shared)
-                found.append(compared(row, rows, answers[bare]) if bare and config != bare else row)
+                if bare and config != bare:
+                    row = compared(row, rows, answers[bare])
+                if config.method != DOWNSAMPLE and _place(config) in small:
+                    row = replace(row, **checks.hard(rows, small[_place(config)]))
+                found.append(row)
         return found
 
     def _row(self, config: Config, rows: list[SampleRow], timed: dict, bare: dict | None, shared: dict) -> Row:
@@ -353,15 +370,21 @@ class Summariser:
         )
 
 
+def _place(config: Config) -> tuple[float | None, int | None]:
+    """The budget, whatever a ratio is of."""
+    return config.keep_ratio or config.flops_ratio, config.keep_tokens
+
+
 def compared(row: Row, rows: Sequence[SampleRow], bare: Sequence[SampleRow]) -> Row:
-    """The row with its difference from the unpruned run on the questions that both answered."""
+    """The row with its difference from the unpruned run, and changed answers, on the questions that both answered."""
     scores = {r.sample: r.score for r in bare}
     both = [(r.score, scores[r.sample]) for r in rows if r.sample in scores]
     if not both:
         return row
     apart = difference(*zip(*both, strict=True))
     ends = {"difference_low": apart.low, "difference_high": apart.high}
-    return Row(**{**vars(row), "difference": apart.value, **ends, "p_value": apart.p_value})
+    texts = checks.changed(*({r.sample: r.answer for r in some} for some in (rows, bare)))
+    return replace(row, difference=apart.value, **ends, p_value=apart.p_value, **texts)
 
 
 def metric_of(rows: Sequence[SampleRow]) -> str:
@@ -370,6 +393,7 @@ def metric_of(rows: Sequence[SampleRow]) -> str:
     return EXACT_MATCH if names == ["exact"] else " and ".join(names)
 
 
+CHECKED = ("hard_value", "hard_low", "hard_high", "n_changed", "commonest", "commonest_bare")
 COUNTS = ("n_visual_before", "n_visual_after", "n_visual_mean", "llm_columns_before", "llm_columns_after")
 
 
@@ -422,7 +446,7 @@ def _pool(name: str, group: list[Row]) -> Row:
         low, high = wilson(value * first.n_samples, first.n_samples)
     ratios = [r.prefill_ratio for r in group if r.prefill_ratio is not None]
     means = {key: mean(getattr(r, key) for r in group) for key in COUNTS}
-    maybe = ("words_value", "stop_rate", "difference", "difference_low", "difference_high")
+    maybe = ("words_value", "stop_rate", "difference", "difference_low", "difference_high", *CHECKED)
     means |= {key: _mean_or_none([getattr(r, key) for r in group]) for key in maybe}
     common = [kind for kind in first.by_kind if all(kind in r.by_kind for r in group)]
     kinds = {k: {**first.by_kind[k], "value": mean(r.by_kind[k]["value"] for r in group)} for k in common}

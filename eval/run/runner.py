@@ -23,6 +23,7 @@ from tokprune.integrations.transformers import family_of, inputs_of, load_proces
 from transformers import AutoModelForImageTextToText
 
 import tokprune
+from tokprune.core.budget import Budget
 from tokprune.core.errors import BudgetError, MissingSignalError, RunError, UnsupportedModelError, why_unloadable
 from tokprune.cost.flops import Ops, Shape
 from tokprune.prune.videos import Clip
@@ -31,7 +32,8 @@ from ..models import DEFAULT, EMBEDDED, path_of
 from ..tasks import Sample, Task
 from ..tasks.base import EXACT
 from ..tasks.grading import AS_ASKED, Grading
-from .rows import BARE, DOWNSAMPLE, FRAMES, BatchTime, Config, Costs, Crops, SampleRow
+from .controls import Seen, Size, smaller
+from .rows import BARE, FRAMES, LESS, BatchTime, Config, Costs, Crops, SampleRow
 from .stopwatch import Stopwatch
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -280,7 +282,7 @@ class Runner:
         self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], config: Config | None = None
     ) -> Asked:
         """Prepared questions about pictures, or about what a control shows of them."""
-        pictures = [_shown(task.image(i), config) for i in image_ids]
+        pictures = [self.shown(task.image(i), config) for i in image_ids]
         inputs = self._processed(samples, pictures)
         columns = inputs["attention_mask"].sum(1).tolist()
         n_visual = self.placeholders(inputs["input_ids"]).sum(1).tolist()
@@ -292,6 +294,42 @@ class Runner:
             if kind not in self._crops:
                 self._crops[kind] = self._crops_of(self._processed([sample], [picture]))
         return Asked(inputs, columns, n_visual, [self._crops[kind] for kind in kinds])
+
+    def shown(self, picture: Image.Image | Clip, config: Config | None) -> Image.Image | Clip:
+        """The picture or video, or what a control shows of it; without a budget half the height and width."""
+        if config is None or config.method not in LESS:
+            return picture
+        if not config.budget:
+            return picture.resize(tuple(max(1, round(side / 2)) for side in picture.size), Image.Resampling.BICUBIC)
+        n_visual = self.seen(picture, picture.size).n_visual
+        wanted = Budget(**config.budget).n_keep(n_visual)
+        if isinstance(picture, Clip) and config.method == FRAMES:
+            return picture.some_frames(wanted / n_visual)
+        key = (_size(picture), wanted)
+        if key not in self._smaller:
+            self._smaller[key] = smaller(picture.size, wanted, functools.partial(self.seen, picture))
+        return picture.resize(self._smaller[key], Image.Resampling.BICUBIC)
+
+    def seen(self, picture: Image.Image | Clip, size: Size) -> Seen:
+        """What the processor makes of a picture or video of another size, whatever it shows."""
+        n_frames = len(picture.frames) if isinstance(picture, Clip) else 0
+        if (size, n_frames) not in self._seen:
+            blank = Image.new("RGB", size)
+            inputs = self.inputs(["?"], [Clip((blank,) * n_frames) if n_frames else blank])
+            pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
+            # A step of time is two frames of a Qwen, also where it is given a picture.
+            shown = n_frames or (getattr(self.processor.image_processor, "temporal_patch_size", 1))
+            n_visual = int(self.placeholders(inputs["input_ids"]).sum())
+            self._seen[size, n_frames] = Seen(n_visual, pixels.numel() // 3 // shown)
+        return self._seen[size, n_frames]
+
+    @functools.cached_property
+    def _seen(self) -> dict[tuple[Size, int], Seen]:
+        return {}
+
+    @functools.cached_property
+    def _smaller(self) -> dict[tuple[tuple[int, ...], int], Size]:
+        return {}
 
     @torch.no_grad()
     def _crops_of(self, inputs) -> Crops:
@@ -345,8 +383,7 @@ class Runner:
                     other = self.asked_about(task, part, [others[s.id] for s in part])
                     yield config, *self.rows(task, part, config, other, other, batch)
                 else:
-                    is_less = config.method in (DOWNSAMPLE, FRAMES)
-                    seen = self.asked_about(task, part, ids, config) if is_less else whole
+                    seen = self.asked_about(task, part, ids, config) if config.method in LESS else whole
                     yield config, *self.rows(task, part, config, seen, whole, batch)
 
 
@@ -399,16 +436,6 @@ def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _stop_ids(model: torch.nn.Module) -> set[int]:
     stop = model.generation_config.eos_token_id
     return set(stop) if isinstance(stop, list) else {stop}
-
-
-def _shown(picture: Image.Image | Clip, config: Config | None) -> Image.Image | Clip:
-    """The picture or video, or what a control shows of it: half the height and width, or some of its frames."""
-    if config is not None and config.method == DOWNSAMPLE:
-        width, height = (max(1, round(side / 2)) for side in picture.size)
-        return picture.resize((width, height), Image.Resampling.BICUBIC)
-    if config is not None and config.method == FRAMES and isinstance(picture, Clip):
-        return picture.some_frames(config.keep_ratio or 1)
-    return picture
 
 
 def _size(picture: Image.Image | Clip) -> tuple[int, ...]:

@@ -29,9 +29,9 @@ from tokprune.core.errors import RunError
 
 from ..compare import chosen_samples, configurations
 from ..models import path_of
-from ..report.findings import task_table
+from ..report.findings import named_alarms, task_table
 from ..run.folder import RunFolder
-from ..run.rows import DOWNSAMPLE, FRAMES, NONE, Config, commit
+from ..run.rows import DOWNSAMPLE, FRAMES, NONE, Config, Row, commit
 from ..tasks import TASKS, Sample, Task, load_task
 from ..tasks.metadata import is_task_folder
 from . import export as lmms_export
@@ -159,8 +159,8 @@ def grid(methods: Sequence[str], ratios: Sequence[float]) -> list[Config]:
     return [c for c in configurations([NONE, *methods], ratios) if not c.shuffled]
 
 
-def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> None:
-    """Run what is not there yet, and write and show the rows of all.
+def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> list[str]:
+    """Run what is not there yet, and write and show the rows of all. Returns their alarms (`findings.alarms`).
 
     Args:
         suite: what to run.
@@ -193,7 +193,9 @@ def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> N
             _write(suite, folder, found)
     finally:
         folder.close()
-    _show(suite, found, console)
+    made = lmms_scores.rows(suite.model, found, suite.sources)
+    _show(made, console)
+    return named_alarms(made)
 
 
 def _write(suite: Suite, folder: RunFolder, found: dict[Config, list[TaskResult]]) -> None:
@@ -205,8 +207,7 @@ def _write(suite: Suite, folder: RunFolder, found: dict[Config, list[TaskResult]
     folder.write_jsonl("samples.jsonl", map(asdict, samples))
 
 
-def _show(suite: Suite, found: dict[Config, list[TaskResult]], console: Console) -> None:
-    rows = lmms_scores.rows(suite.model, found, suite.sources)
+def _show(rows: Sequence[Row], console: Console) -> None:
     for task in dict.fromkeys(row.task for row in rows):
         own = [row for row in rows if row.task == task]
         name = task if own[0].metric in task else f"{task}, {own[0].metric}"

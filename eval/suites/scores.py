@@ -12,6 +12,7 @@ from typing import Any
 
 from tokprune.core.errors import RunError
 
+from ..run.checks import changed
 from ..run.lines import Damaged, counted, parsed, rows_of, typed
 from ..run.rows import BARE, COUNTS, NONE, Config, Costs, Row, SampleRow, asdict_of_method, commit, mean_costs
 from ..stats import Z95, difference, percentile, wilson
@@ -264,6 +265,7 @@ def rows(model: str, found: dict[Config, list[TaskResult]], sources: dict[str, S
 def _row(model: str, config: Config, result: TaskResult, metric: str, source: Source, bare: TaskResult | None) -> Row:
     score, lines = result.scores[metric], [group[0] for group in result.records.values()]
     low, high, stderr = score.interval
+    is_first = metric == next(iter(result.scores))
     params = {} if config.method in BARE else asdict_of_method(config.method)
     stopped = [line["stopped"] for line in lines if line["stopped"] is not None]
     shared = ("revision", "gpu", "device", "dtype", "attn_implementation", "positions", "torch", "transformers")
@@ -275,7 +277,7 @@ def _row(model: str, config: Config, result: TaskResult, metric: str, source: So
         keep_ratio=config.keep_ratio,
         flops_ratio=config.flops_ratio,
         **{name: mean(line[name] for line in lines) for name in COUNTS},
-        task=source.name if metric == next(iter(result.scores)) else f"{source.name}, {metric}",
+        task=source.name if is_first else f"{source.name}, {metric}",
         split=result.split,
         n_samples=len(lines),
         metric=metric,
@@ -293,7 +295,12 @@ def _row(model: str, config: Config, result: TaskResult, metric: str, source: So
         seed=params.get("seed"),
         date=lines[0]["date"],
         **(_difference(score, bare.scores.get(metric)) if bare and config.method != NONE else {}),
+        **(changed(_texts(result), _texts(bare)) if bare and is_first and config.method != NONE else {}),
     )
+
+
+def _texts(result: TaskResult) -> dict[str, str]:
+    return {str(doc): answer for doc, (_, answer) in result.answers.items()}
 
 
 def _times(result: TaskResult, bare: TaskResult | None) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def test_cli_compares_on_a_folder_of_ones_own(folder, tmp_path):
         "none,vtc_cls,fopru:strategy=row",
         "--keep",
         "0.25",
+        "--no-controls",
         "--out",
         str(out),
     )
@@ -160,6 +161,7 @@ def test_cli_model_that_is_no_supported_family(tmp_path):
 
 TIMES = ("prefill_ms_p20", "prefill_ms_p50", "prefill_ms_p80", "prefill_ratio", "decode_ms_per_token_p50", "date")
 RUN = ["--task", "findit", "--limit", "24", "--methods", "none,vtc_cls,blind", "--keep", "0.25", "--batch-size", "4"]
+RUN += ["--no-controls"]
 N_ANSWERS = 4 * 24
 
 

@@ -18,7 +18,8 @@ from tokprune.eval.tasks import Sample
 import tokprune
 from tokprune.core.errors import RunError, TokPruneError
 
-ASKED = dict(task="findit", methods=["vtc_cls", "uniform"], keep=[0.25], limit=12)
+ASKED = dict(task="findit", methods=["vtc_cls", "uniform"], keep=[0.25], limit=12, controls=False)
+TYPED = ["--task", "findit", "--methods", "vtc_cls,uniform", "--keep", "0.25", "--limit", "12", "--no-controls"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def compared():
 
 
 def test_a_comparison_is_that_of_the_command(compared, tmp_path):
-    run = ["compare", "--task", "findit", "--methods", "vtc_cls,uniform", "--keep", "0.25", "--limit", "12"]
+    run = ["compare", *TYPED]
     done = tokprune_cli(*run, "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     rows = [r for r in jsonl(tmp_path / "run" / "rows.jsonl") if r["method"] != "question only"]
@@ -59,7 +60,8 @@ def test_a_task_object_will_do():
         def train_samples(self):
             return None
 
-    done = tokprune.compare("tiny-llava", task=Colours(), methods=["uniform"], keep_tokens=[9], baseline=False)
+    asked = dict(methods=["uniform"], keep_tokens=[9], baseline=False, controls=False)
+    done = tokprune.compare("tiny-llava", task=Colours(), **asked)
     assert [(r.task, r.method, r.n_visual_after) for r in done.rows] == [("colours", "uniform", 9)]
 
 
@@ -111,7 +113,7 @@ def test_latex_names_are_escaped():
 
 @pytest.mark.parametrize(("form", "begins"), [("latex", "% findit"), ("markdown", "**findit**"), ("csv", "model,")])
 def test_the_command_prints_one_form_alone(form, begins, compared, tmp_path):
-    run = ["compare", "--task", "findit", "--methods", "vtc_cls,uniform", "--keep", "0.25", "--limit", "12"]
+    run = ["compare", *TYPED]
     done = tokprune_cli(*run, "--out", str(compared.folder), "--format", form)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(begins)

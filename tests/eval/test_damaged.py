@@ -35,7 +35,7 @@ from tokprune.core.errors import RunError, TokPruneError
 pytestmark = pytest.mark.slow  # make check runs them
 
 RUN = ["compare", "--task", "findit", "--limit", "12", "--methods", "none,vtc_cls", "--keep", "0.11"]
-RUN += ["--batch-size", "4"]
+RUN += ["--batch-size", "4", "--no-controls"]
 N_ANSWERS, N_BATCHES = 3 * 12, 3 * 3
 FILES = ("samples.jsonl", "times.jsonl", "rows.jsonl", "pictures.jsonl")
 TIMES = ("prefill_ms_p20", "prefill_ms_p50", "prefill_ms_p80", "prefill_ratio", "decode_ms_per_token_p50", "date")

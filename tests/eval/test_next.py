@@ -234,7 +234,7 @@ def test_compare_by_name_and_pairs(tmp_path):
         *(
             "none",
             "shuffled pictures",
-            "downsample",
+            "downsample@0.1",
             "globalcom2@0.1",
             "globalcom2:allocate=even@0.1",
             "damro_filter+vtc_cls@0.1",
@@ -242,8 +242,8 @@ def test_compare_by_name_and_pairs(tmp_path):
         *("prumerge", *(f"random:split=even:seed={seed}@0.1" for seed in range(3))),
     }
     assert rows["none"]["task"] == "findit_hd"
-    assert rows["downsample"]["n_visual_after"] < 0.6 * rows["none"]["n_visual_after"]
-    costs = rows["downsample"]["costs"]
+    assert rows["downsample@0.1"]["n_visual_after"] < 0.6 * rows["none"]["n_visual_after"]
+    costs = rows["downsample@0.1"]["costs"]
     assert (
         costs["prefill_flops_after"]
         < 0.7 * costs["prefill_flops_before"]

@@ -84,7 +84,7 @@ def test_folders_that_cannot_be_added_to(content, said, tmp_path):
 
 # ---- the command
 
-RUN = ("compare", "--task", "findit", "--batch-size", "4")
+RUN = ("compare", "--task", "findit", "--batch-size", "4", "--no-controls")
 
 
 @pytest.fixture(scope="module")

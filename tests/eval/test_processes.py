@@ -23,7 +23,7 @@ from tokprune.cli.commands import app
 from tokprune.core.errors import RunError
 
 RUN = ["compare", "--task", "findit", "--limit", "24", "--batch-size", "4", "--methods", "none,uniform,fastv,random"]
-RUN += ["--keep", "0.25"]
+RUN += ["--keep", "0.25", "--no-controls"]
 N_BATCHES, N_CONFIGS, N_ANSWERS = 6, 7, 24 * 7
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

@@ -395,7 +395,7 @@ def write_video(path: Path, frames) -> None:
 def test_a_folder_of_clips_is_compared_and_exported(tmp_path):
     folder, out = write_clips(tmp_path / "clips"), tmp_path / "out"
     run = ["compare", "--model", "tiny-qwen", "--task", str(folder), "--methods", "none,uniform,frames"]
-    done = tokprune_cli(*run, "--keep", "0.5", "--limit", "3", "--out", str(out))
+    done = tokprune_cli(*run, "--no-controls", "--keep", "0.5", "--limit", "3", "--out", str(out))
     assert done.returncode == 0, done.stderr
     rows = {r["config"]: r for r in jsonl(out / "rows.jsonl")}
     assert {r["n_samples"] for r in rows.values()} == {3}

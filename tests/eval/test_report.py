@@ -44,6 +44,7 @@ RUN = [
     "none,blind,random,vtc_cls,fastv,prumerge",
     "--keep",
     "0.5,0.11",
+    "--no-controls",
 ]
 
 

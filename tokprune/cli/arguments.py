@@ -206,11 +206,9 @@ def _check_size(parameter: Any, value: Any) -> None:
 
 def _flag(parameter: Any) -> str:
     """--keep for an option, IMAGE for a positional argument."""
-    return (
-        next((o for o in parameter.opts if o.startswith("--")), parameter.opts[0])
-        if parameter.param_type_name == "option"
-        else str(parameter.name).upper()
-    )
+    if parameter.param_type_name != "option":
+        return str(parameter.name).upper()
+    return next((o for o in parameter.opts if o.startswith("--")), parameter.opts[0])
 
 
 def _fail(message: str) -> None:

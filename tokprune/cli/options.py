@@ -47,3 +47,7 @@ MaxNewTokens = Annotated[int, option(QUESTIONS, "Maximum length of an answer, in
 
 BatchSize = Annotated[int, option(RUNNING, "Questions per batch.")]
 Overwrite = Annotated[bool, option(OUTPUT, "Start over if there is a run already.", "--overwrite")]
+Strict = Annotated[
+    bool,
+    option(OUTPUT, "End with exit code 1 where a method changed no answer or made answers alike (alarms).", "--strict"),
+]

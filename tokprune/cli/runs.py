@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ from .options import (
     Model,
     Overwrite,
     Saved,
+    Strict,
     Suffix,
     option,
 )
@@ -66,6 +68,14 @@ def compare(
     ] = "tokens",
     no_baseline: Annotated[
         bool, option(METHODS, "Leave out the unpruned model, which every method is compared with.", "--no-baseline")
+    ] = False,
+    no_controls: Annotated[
+        bool,
+        option(
+            METHODS,
+            "Leave out smaller pictures (downsample) and fewer frames (frames) at every budget.",
+            "--no-controls",
+        ),
     ] = False,
     task: Annotated[
         list[str] | None,
@@ -102,6 +112,7 @@ def compare(
     form: Annotated[
         str, option(OUTPUT, "Print the table as latex, markdown or csv, and nothing else.", "--format")
     ] = "",
+    strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Compare methods and ratios on accuracy, tokens, FLOPs, KV bytes and time.
@@ -116,6 +127,8 @@ def compare(
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
     if form not in ("", "latex", "markdown", "csv"):
         raise RunError(f"invalid --format {form!r}: use latex, markdown or csv")
+    if strict and no_baseline:
+        raise RunError("--strict compares answers with the unpruned run's: leave --no-baseline out")
     if suite:
         return eval_(
             tasks=",".join(task or ()),
@@ -130,6 +143,7 @@ def compare(
             out=out,
             limit=limit,
             batch_size=batch_size,
+            strict=strict,
             overwrite=overwrite,
         )
     api = eval_module("api")
@@ -150,6 +164,7 @@ def compare(
         max_new_tokens=max_new_tokens,
         metric=metric,
         baseline=not no_baseline,
+        controls=not no_controls,
         device_map=device_map,
         dtype=dtype,
         attn=attn,
@@ -165,6 +180,15 @@ def compare(
             "A model this small shows that pruning works and what it saves, not which method is best on large models."
         )
     console.print(f"report.html, table.md, table.csv, accuracy.png, rows.jsonl and samples.jsonl are in {out}")
+    _end(done.alarms if strict else ())
+
+
+def _end(alarms: Sequence[str]) -> None:
+    """End with exit code 1 for alarms, one a line."""
+    for said in alarms:
+        typer.echo(f"tokprune: {said}", err=True)
+    if alarms:
+        raise typer.Exit(1)
 
 
 @app.command(no_args_is_help=True, short_help="Fit the gates of dyvte.")
@@ -281,6 +305,7 @@ def eval_(
     processes: Annotated[int, option(RUNNING, "Processes on this machine that share the documents.")] = 1,
     out: Annotated[Path, option(OUTPUT, "Output folder, for lmms-eval's files too.")] = Path("runs/eval"),
     overwrite: Overwrite = False,
+    strict: Strict = False,
 ) -> None:
     """Run benchmarks of a suite for several methods and ratios, each against the unpruned run on the same documents.
 
@@ -301,8 +326,9 @@ def eval_(
         [f"{name}={value}" for name, value in loading.items() if value] + [model_args] * bool(model_args)
     )
     wanted = lmms.Suite(model, names(tasks), configs, limit, batch_size, include_path, arguments, gen_kwargs, processes)
-    lmms.run(wanted, out, tables.console(), overwrite)
+    alarms = lmms.run(wanted, out, tables.console(), overwrite)
     tables.console().print(f"rows.jsonl and samples.jsonl are in {out}")
+    _end(alarms if strict else ())
 
 
 @app.command(no_args_is_help=True, short_help="Write the report of a comparison again.")

@@ -77,6 +77,10 @@ class RunError(TokPruneError):
     """A run cannot start or continue: the model, the output folder or the settings."""
 
 
+class AlarmError(TokPruneError):
+    """A comparison was run and written to its end, and its figures are doubtful."""
+
+
 def shown(value: Any) -> str:
     """A value in one line of at most 60 characters, for a message."""
     try:
