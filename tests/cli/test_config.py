@@ -35,7 +35,7 @@ def test_compare_runs_it_beside_other_methods(saved, tmp_path):
     out = tmp_path / "run"
     done = tokprune_cli(
         *("compare", "--config", str(saved), "--methods", "uniform", "--keep", "0.5"),
-        *("--task", "findit", "--limit", "4", "--out", str(out)),
+        *("--task", "findit", "--limit", "4", "--no-controls", "--out", str(out)),
     )
     assert not done.returncode, done.stderr
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]

@@ -73,7 +73,7 @@ def compare(
         bool,
         option(
             METHODS,
-            "Leave out smaller pictures (downsample) and fewer frames (frames) at every budget.",
+            "Leave out the controls: smaller pictures (downsample), fewer frames (frames).",
             "--no-controls",
         ),
     ] = False,
