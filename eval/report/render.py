@@ -27,12 +27,12 @@ from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 
 from ..bench import tables as bench_tables
 from ..run.rows import Row, pooled
-from . import method_pages
+from . import method_pages, reported
 from .exports import markdown, markdown_tables
 from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, interval, of_kinds, order, times
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md")))
+PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md", "docs/reported.md")))
 N_METHODS = re.compile(r"(?<=\bAll )\d+(?= methods\b)")  # in running text
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
@@ -295,7 +295,10 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "models": models,
     "pairs": pairs,
     "report": report,
+    "reported": reported.tables,
     "savings": savings,
+    "sources": lambda _: reported.sources(),
+    "struck": lambda _: reported.struck(),
 }
 
 

@@ -146,7 +146,7 @@ class Suite:
         return command + (["--gen_kwargs", self.gen_kwargs] if self.gen_kwargs else [])
 
 
-def grid(methods: Sequence[str], ratios: Sequence[float]) -> list[Config]:
+def grid(methods: Sequence[str], ratios: Sequence[float], tokens: Sequence[int] = ()) -> list[Config]:
     """The configurations of `compare`, without its floors; the unpruned run is always there, and first.
 
     Every other one is compared with it on the same documents, and a folder that holds it does not run it again.
@@ -156,7 +156,7 @@ def grid(methods: Sequence[str], ratios: Sequence[float]) -> list[Config]:
     """
     if changing := {DOWNSAMPLE, FRAMES}.intersection(methods):
         raise RunError(f"{changing.pop()} changes pictures or videos, which a benchmark's are not; leave it out")
-    return [c for c in configurations([NONE, *methods], ratios) if not c.shuffled]
+    return [c for c in configurations([NONE, *methods], ratios, tokens=tokens) if not c.shuffled]
 
 
 def run(suite: Suite, out: Path, console: Console, overwrite: bool = False) -> list[str]:

@@ -1,7 +1,7 @@
 """The command line. Needs the extra `cli`.
 
 Read `commands` and `runs` first, which hold the commands. `arguments` checks what was typed, `tables` prints,
-`estimate` counts for `tokprune flops`, `doctor` checks an installation, `extras` imports `tokprune.eval`.
+`estimate` knows models by their configuration, `doctor` checks an installation, `extras` imports `tokprune.eval`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import typer
 import tokprune
 
 from ..core.errors import RunError
+from ..prune import estimate as pruning
 from ..prune.saved import is_saved
 from . import estimate, explaining, runs, tables
 from . import new as templates
@@ -103,8 +104,8 @@ def flops(
     folders = saved_folders(config)
     asked = [(m, ratio) for m in names(method) or ([] if folders else [""]) for ratio in ratios(keep)]
     asked += [(folder, 1.0) for folder in folders]
-    found = [estimate.kept(shape, m, ratio, visual, text) for m, ratio in asked]
-    pairs = [estimate.costs(shape, one, visual, text, crops) for one in found]
+    found = [pruning.kept(shape, m, ratio, visual, text) for m, ratio in asked]
+    pairs = [pruning.costs(shape, one, visual, text, crops) for one in found]
     columns = [[n + text for n in one.by_layer] for one in found]
     console = tables.console()
     if len(asked) == 1:
@@ -122,7 +123,7 @@ def flops(
     typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
 
 
-def _kept_text(asked: tuple[str, float], found: estimate.Kept, n_asked: int) -> str:
+def _kept_text(asked: tuple[str, float], found: pruning.Kept, n_asked: int) -> str:
     """How many tokens are kept, in words, where there is one answer."""
     if n_asked > 1 or is_saved(asked[0]):
         return "."

@@ -14,11 +14,11 @@ import typer
 
 from ..core.errors import RunError
 from ..core.files import replacing, write_text
+from ..prune.estimate import with_budget
 from ..prune.pictures import open_picture
 from ..prune.saved import is_saved, takes_budget
 from ..prune.videos import is_video as is_video_file
 from ..prune.videos import open_clip
-from . import estimate
 from .arguments import App, check_least, names, ratios, saved_folders
 from .extras import eval_module, load_runner
 from .options import (
@@ -122,7 +122,7 @@ def _ratios(specs: Sequence[str], keep: str) -> list[float]:
     decides = [s for s in specs if s != "blind" and not is_saved(s) and not takes_budget(s)]
     if keep and decides:
         raise RunError(
-            f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{estimate.with_budget(decides[0])}"
+            f"{decides[0]!r} takes no budget: leave --keep out, or draw it separately{with_budget(decides[0])}"
         )
     return list(ratios(keep)) if keep else [0.25]
 

@@ -39,6 +39,14 @@ Saved = Annotated[
     option(METHODS, "A folder that attachment.save() wrote, with its own budget; repeatable.", "--config"),
 ]
 Keep = Annotated[str, option(METHODS, "Fractions of the visual tokens to keep, separated by commas.")]
+KeepTokens = Annotated[
+    str,
+    option(
+        METHODS,
+        "Or numbers of tokens to keep, separated by commas; llava-1.5 stands for 192,128,64 and llava-next for "
+        "640,320,160, as in papers.",
+    ),
+]
 
 Limit = Annotated[int | None, option(QUESTIONS, "Limit the questions per task, for a quick look.")]
 Frames = Annotated[int, option(QUESTIONS, "Frames to take of a video in a folder, evenly spaced.", min=1)]

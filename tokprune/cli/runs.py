@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..core.errors import RunError, shown
 from ..cost.shapes import KNOWN
-from . import tables
+from . import estimate, tables
 from .arguments import App, check_least, check_most, names, numbers, ratios, saved_folders
 from .extras import EVAL_NEEDS, eval_module, load_runner
 from .options import (
@@ -27,6 +27,7 @@ from .options import (
     Dtype,
     Frames,
     Keep,
+    KeepTokens,
     Limit,
     MaxNewTokens,
     Methods,
@@ -55,14 +56,7 @@ def compare(
     keep: Annotated[
         str, option(METHODS, "Fractions to keep, separated by commas. Default: 0.5,0.25,0.11, or those of the model.")
     ] = "",
-    keep_tokens: Annotated[
-        str,
-        option(
-            METHODS,
-            "Or numbers of tokens to keep, separated by commas; llava-1.5 stands for 192,128,64 and llava-next "
-            "for 640,320,160, as in papers.",
-        ),
-    ] = "",
+    keep_tokens: KeepTokens = "",
     match: Annotated[
         str, option(METHODS, "What --keep is a fraction of: tokens, or flops (of the language model's prefill).")
     ] = "tokens",
@@ -139,7 +133,8 @@ def compare(
             device=device,
             methods=methods,
             config=config,
-            keep=keep or "0.25",
+            keep=keep,
+            keep_tokens=keep_tokens,
             out=out,
             limit=limit,
             batch_size=batch_size,
@@ -300,7 +295,8 @@ def eval_(
         ),
     ] = "",
     config: Saved = None,
-    keep: Keep = "0.25",
+    keep: Annotated[str, option(METHODS, "Fractions to keep, separated by commas. Default: 0.25.")] = "",
+    keep_tokens: KeepTokens = "",
     batch_size: Annotated[int, option(RUNNING, "Documents per batch.")] = 8,
     processes: Annotated[int, option(RUNNING, "Processes on this machine that share the documents.")] = 1,
     out: Annotated[Path, option(OUTPUT, "Output folder, for lmms-eval's files too.")] = Path("runs/eval"),
@@ -320,15 +316,61 @@ def eval_(
     chosen = [*names(methods), *saved_folders(config)] or ["vtc_cls"]
     lmms = eval_module("suites.lmms", needs=("easy_vqa", "filelock"))
     lmms.check_installed()
-    configs = lmms.grid(chosen, ratios(keep))
-    loading = {"dtype": dtype, "attn_implementation": attn, "device": device}
-    arguments = ",".join(
-        [f"{name}={value}" for name, value in loading.items() if value] + [model_args] * bool(model_args)
-    )
+    counts = _tokens(keep_tokens) if keep_tokens else ()
+    configs = lmms.grid(chosen, ratios(keep) if keep else () if counts else (0.25,), counts)
+    arguments = _plugin_arguments(dtype, attn, device, model_args)
     wanted = lmms.Suite(model, names(tasks), configs, limit, batch_size, include_path, arguments, gen_kwargs, processes)
     alarms = lmms.run(wanted, out, tables.console(), overwrite)
     tables.console().print(f"rows.jsonl and samples.jsonl are in {out}")
     _end(alarms if strict else ())
+
+
+@app.command(no_args_is_help=True, short_help="Measure published scores anew.")
+def reproduce(
+    model: Annotated[str, typer.Argument(help="Of published scores: llava-1.5-7b, llava-next-7b or qwen2.5-vl-7b.")],
+    checkpoint: Annotated[
+        str, option(MODEL, "Its weights: a local folder, a hub id or an embedded model. Default: the usual hub id.")
+    ] = "",
+    dtype: Dtype = "",
+    attn: Attn = "",
+    device: Device = "",
+    methods: Methods = "fastv,divprune",
+    budgets: Annotated[
+        str, option(METHODS, "Visual tokens to keep, separated by commas.", "--budgets", "--keep-tokens")
+    ] = "128,64",
+    tasks: Annotated[
+        str, option(QUESTIONS, "Tasks of lmms-eval, separated by commas.", "--tasks", "--task")
+    ] = "pope,gqa,textvqa_val,mme",
+    limit: Limit = None,
+    batch_size: Annotated[int, option(RUNNING, "Documents per batch.")] = 8,
+    processes: Annotated[int, option(RUNNING, "Processes on this machine that share the documents.")] = 1,
+    out: Annotated[Path, option(OUTPUT, "Output folder.")] = Path("runs/reproduce"),
+    dry_run: Annotated[bool, option(OUTPUT, "Show the plan and its cost, and stop.", "--dry-run")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure published scores anew through lmms-eval, and show them beside what others print.
+
+    The default is the yardstick on which independent sources agree: FastV and DivPrune at 128 and 64 tokens.
+    Interrupted runs resume.
+
+    Example: tokprune reproduce llava-1.5-7b --dry-run
+    """
+    check_least(batch_size=batch_size, processes=processes, limit=limit)
+    reproduction = eval_module("reproduce", needs=("easy_vqa", "filelock", "pandas", "tabulate"))
+    wanted = reproduction.Wanted(model, names(methods), names(tasks), _tokens(budgets), checkpoint, limit)
+    if dry_run:
+        return reproduction.plan(wanted, tables.console(), estimate.shape_of(checkpoint) if checkpoint else None)
+    lmms = eval_module("suites.lmms")
+    lmms.check_installed()
+    arguments = _plugin_arguments(dtype, attn, device, "")
+    suite = lmms.Suite(wanted.weights, wanted.tasks, wanted.configs, limit, batch_size, None, arguments, "", processes)
+    reproduction.run(wanted, suite, out, tables.console(), overwrite)
+
+
+def _plugin_arguments(dtype: str, attn: str, device: str, more: str) -> str:
+    """Arguments of the plug-in of lmms-eval from options of a command."""
+    loading = {"dtype": dtype, "attn_implementation": attn, "device": device}
+    return ",".join([*(f"{name}={value}" for name, value in loading.items() if value), *([more] if more else [])])
 
 
 @app.command(no_args_is_help=True, short_help="Write the report of a comparison again.")
