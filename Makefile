@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo docs quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
+.PHONY: setup demo docs notebooks quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -57,6 +57,10 @@ docs: setup
 	$(BIN)/python -m tokprune.cli.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	! grep -rnE '<(script|img|iframe)[^>]* src="https?:|<link[^>]* rel="(stylesheet|preconnect)"[^>]*https?:' site --include='*.html'
+
+# Run the notebooks from the top and store what they print.
+notebooks: setup
+	$(BIN)/python tests/notebooks.py
 
 fix: setup
 	$(BIN)/ruff check --fix .

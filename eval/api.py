@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import html
-import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +93,8 @@ class ComparisonResult:
 
     def __repr__(self) -> str:
         tasks = dict.fromkeys(r.task for r in self.rows)
-        head = f"ComparisonResult({len(self.rows)} rows, {', '.join(tasks)}, {str(self.folder)!r})"
+        folder = "" if self._kept else f", {str(self.folder)!r}"  # a temporary one is nobody's to know
+        head = f"ComparisonResult({len(self.rows)} rows, {', '.join(tasks)}{folder})"
         return "\n  ".join([head, *map(repr, self.rows[:SHOWN_ROWS]), *(["..."] if self.rows[SHOWN_ROWS:] else [])])
 
 
@@ -297,7 +297,9 @@ def bench(*, out: str | Path | None = None, console: Console | None = None, **se
     """
     with tempfile.TemporaryDirectory(prefix="tokprune-") as folder:
         file = Path(folder) / "bench.jsonl" if out is None else Path(out)
-        return BenchmarkResult(Bench(Settings(**settings), file, console or Console(file=io.StringIO())).run())
+        return BenchmarkResult(
+            Bench(Settings(**settings), file, console or Console(quiet=True, force_jupyter=False)).run()
+        )
 
 
 def _html(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

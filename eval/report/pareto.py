@@ -301,6 +301,15 @@ def write_png(rows: Sequence[Row], question_only: Mapping[str, float | None], pa
             figure.savefig(new, dpi=_DPI, format="png")
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows without pyplot's magic."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def figure_of(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> Figure | None:
     """All plots of a run in one picture: a column for each task, or two columns for one task; None without points.
 
@@ -318,7 +327,7 @@ def figure_of(rows: Sequence[Row], question_only: Mapping[str, float | None]) ->
     n_lines = -(-len(cells) // n_columns)
     with _drawing():
         size = (6 * n_columns, 3.9 * n_lines + 0.25 * len(looks) / n_columns)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = NotebookFigure(figsize=size, layout="constrained")
         canvases = figure.subplots(n_lines, n_columns, squeeze=False).flatten().tolist()
         for canvas in canvases[len(cells) :]:
             canvas.remove()

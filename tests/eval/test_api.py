@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -77,7 +78,8 @@ def test_a_comparison_as_a_data_frame(compared):
 
 def test_a_comparison_as_text(compared):
     head, *rows = repr(compared).splitlines()
-    assert head.startswith("ComparisonResult(4 rows, findit, ")
+    assert head == "ComparisonResult(4 rows, findit)"
+    assert repr(replace(compared, _kept=None)).startswith(f"ComparisonResult(4 rows, findit, '{compared.folder}')")
     assert len(rows) == 4
     assert rows[2].startswith("  Row(findit, vtc_cls@0.25: exact_match ")
     assert rows[2].endswith("144 -> 36 visual tokens)")
@@ -126,6 +128,7 @@ def test_a_figure_has_an_axis_a_cost(compared):
     figure = compared.figure()
     assert figure is not None
     assert len(figure.axes) >= 2
+    assert figure._repr_png_().startswith(b"\x89PNG")
 
 
 def test_a_drawing_shows_itself():
