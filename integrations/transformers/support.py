@@ -40,12 +40,13 @@ class Support:
 def list_support() -> list[Support]:
     """Every method on every model family, from what methods need and families supply.
 
-    Methods of other packages that cannot be built are left out; `tokprune methods` says what is wrong with them.
+    Methods and families of other packages that cannot be built or imported are left out; `tokprune methods` says what
+    is wrong with a method.
     """
-    from .families import all_families
+    from .families import all_families, other_families
 
     names, pairs = METHODS.working(), []
-    for family in all_families():
+    for family in [*all_families(), *other_families()]:
         for kind in dict.fromkeys(family.towers.values()):
             tower = Tower(n_layers=24, has_cls=kind.has_cls, projects_rows=family.one_patch_a_row)
             supplied = family.supplies_of(tower)

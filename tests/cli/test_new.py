@@ -9,7 +9,7 @@ import pytest
 from commands import refusal, tokprune_cli
 
 
-@pytest.mark.parametrize(("kind", "name"), [("method", "longest"), ("task", "my_colours")])
+@pytest.mark.parametrize(("kind", "name"), [("method", "longest"), ("task", "my_colours"), ("family", "my_llava")])
 def test_what_is_written_passes_its_test(kind, name, tmp_path):
     done = tokprune_cli("new", kind, name, "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -23,7 +23,8 @@ def test_what_is_written_passes_its_test(kind, name, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["family", "mine"], "use method or task"),
+        (["model", "mine"], "use method, task or family"),
+        (["family", "llava"], "a model family 'llava' already"),
         (["method", "9lives"], "small letters"),
         (["method", "class"], "small letters"),
         (["task", "Mine"], "small letters"),

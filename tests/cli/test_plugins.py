@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import jsonl, refusal, tokprune_cli
 from plugins import write_package
 from tokprune.eval.tasks import TASKS, load_task
@@ -155,3 +157,33 @@ def test_a_task_named_like_an_embedded_one_is_warned_about(installed, monkeypatc
     monkeypatch.setattr(TASKS, "_looked", False)
     with pytest.warns(UserWarning, match="task 'findit' of norms"):
         assert type(load_task("findit")).__name__ == "FindIt"
+
+
+# ---- model families
+
+FAMILY = """
+from tokprune.integrations.transformers.families.llava import Llava
+
+class Mine(Llava):
+    model_type = "mine"
+"""
+
+
+def test_a_family_of_a_package_is_listed_with_what_runs(installed):
+    installed({"mine": "norms:Mine", "broken": "norms:Nothing", "llava": "norms:Mine"}, FAMILY, "families")
+    with pytest.warns(UserWarning, match="'llava' of norms .* is ignored"):
+        assert "mine" in tokprune.list_models()
+    pairs = {(p.method, p.tower): p.works for p in tokprune.list_support() if p.model == "mine"}
+    assert pairs["divprune", "SigLIP"]
+    assert not pairs["vtc_cls", "SigLIP"]
+    assert not [p for p in tokprune.list_support() if p.model == "broken"]
+    assert "vtc_cls" in tokprune_cli("models", "mine").stdout
+
+
+def test_a_broken_family_is_one_line_where_its_model_is_attached_to(installed):
+    installed({"mine": "norms:Nothing", "other": "pathlib:Path"}, FAMILY, "families")
+    for name, said in (("mine", "cannot be imported"), ("other", "is not a subclass of .*ModelFamily")):
+        model = torch.nn.Module()
+        model.config = SimpleNamespace(model_type=name)
+        with pytest.raises(PluginError, match=f"model family '{name}' .*{said}"):
+            tokprune.attach(model, "divprune", keep_ratio=0.5)

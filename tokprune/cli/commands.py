@@ -148,10 +148,10 @@ def doctor() -> None:
     console.print("All checks passed.")
 
 
-@app.command(no_args_is_help=True, short_help="Write a method or a task to begin with.")
+@app.command(no_args_is_help=True, short_help="Write a method, a task or a model family to begin with.")
 def new(
-    kind: Annotated[str, typer.Argument(help="method or task.")],
-    name: Annotated[str, typer.Argument(help="Name of the file, such as my_method.")],
+    kind: Annotated[str, typer.Argument(help="method, task or family.")],
+    name: Annotated[str, typer.Argument(help="Name of the file, such as my_method; of a family, the model_type.")],
     folder: Annotated[Path, typer.Option(help="Where to write.")] = Path(),
 ) -> None:
     """Write a file to begin with, and a test that passes as it is.

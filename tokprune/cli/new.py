@@ -6,6 +6,8 @@ import keyword
 from pathlib import Path
 from string import Template
 
+import tokprune
+
 from ..core.errors import RunError
 
 METHOD = Template('''"""A method of one's own: tokprune explain picture.png --method ./$name.py:$cls"""
@@ -114,26 +116,154 @@ def test_it_can_be_compared_on():
     compared = tokprune.compare("tiny-llava", task=TASK, methods=["uniform"], keep=[0.5])
     assert {row.task for row in compared.rows} == {"$name"}
 ''')
-KINDS = {"method": (METHOD, METHOD_TEST), "task": (TASK, TASK_TEST)}
+FAMILY = Template('''"""A model family of one's own: models whose config.model_type is "$name".
+
+A package makes it known in its pyproject.toml; tokprune.attach and every command then take such models:
+
+    [project.entry-points."tokprune.families"]
+    $name = "$name:$cls"
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tokprune.integrations.transformers.families.base import TowerKind
+from tokprune.integrations.transformers.families.llava import Llava
+
+
+class $cls(Llava):
+    """A model like LLaVA: one crop a picture, a projector of two linear layers, one row a patch.
+
+    What differs is overridden; tokprune.integrations.transformers.families.base.ModelFamily says what each part means:
+
+    - the tower, its layers, the projector or the language model lie elsewhere: `tower`, `vision_layers`,
+      `attention_module`, `read_layer`, `projector`, `language_model_name`
+    - rows of a picture lie otherwise, in crops or with newlines: `layouts`, `pack`, `crops_of`, `crop_patches`
+    - several patches become one row: `one_patch_a_row`
+    - another projector, or anything else that computes: `shape_of`, which the test compares with torch's flop counter
+    """
+
+    model_type = "$name"
+    # Functions of the base model that turn pictures into rows, and where the configuration has their placeholder's id.
+    encode_functions: ClassVar = {"get_image_features": "image_token_id"}
+    # By vision_config.model_type: a name, and whether a [CLS] row comes first.
+    towers: ClassVar = {"clip_vision_model": TowerKind("CLIP", True), "siglip_vision_model": TowerKind("SigLIP", False)}
+''')
+FAMILY_TEST = Template('''"""pytest test_$name.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tokprune
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE, N_TOKENS = 90, 36  # the placeholder, and rows of a picture
+
+
+@pytest.fixture(autouse=True)
+def installed(tmp_path, monkeypatch):
+    """As if a package with the entry point were installed."""
+    info = tmp_path / "$name-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: $name\\nVersion: 0.1\\n")
+    (info / "entry_points.txt").write_text("[tokprune.families]\\n$name = $name:$cls\\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+
+class Config(LlavaConfig):
+    """Stands in for the configuration of the model that the family is for."""
+
+    model_type = "$name"
+
+
+@pytest.fixture
+def model():
+    """Such a model in small; put the real class and its configuration here."""
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=3, num_attention_heads=4)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=48, image_size=24, patch_size=4, **sizes)
+    text = LlamaConfig(hidden_size=64, intermediate_size=96, vocab_size=99, pad_token_id=0, **sizes)
+    config = Config(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=N_TOKENS)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation("eager")  # which the flop counter knows on every device
+    return model
+
+
+@pytest.fixture
+def inputs():
+    """One prompt with one picture."""
+    pixels = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[1, 5, 6, *[IMAGE] * N_TOKENS, 7, 8, 9]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def test_it_is_known():
+    assert "$name" in tokprune.list_models()
+
+
+@torch.no_grad()
+def test_keeping_all_changes_nothing(model, inputs):
+    bare = model(**inputs).logits
+    with tokprune.attach(model, "divprune", keep_ratio=1.0):
+        torch.testing.assert_close(model(**inputs).logits, bare)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["divprune", "vtc_cls"])
+def test_an_answer_is_that_of_the_shorter_prompt(method, model, inputs):
+    """The kept rows are gathered here by hand."""
+    features = model.model.get_image_features(inputs["pixel_values"])
+    rows = list(getattr(features, "pooler_output", features))[0].reshape(N_TOKENS, -1)
+    with tokprune.attach(model, method, keep_ratio=0.25) as attachment:
+        pruned = model(**inputs).logits[0, -1]
+        (kept,) = attachment.kept
+    assert len(kept) == N_TOKENS // 4
+    words = model.get_input_embeddings()(inputs["input_ids"])[0]
+    (place,) = torch.where(inputs["input_ids"][0] == IMAGE)
+    shorter = torch.cat([words[: place[0]], rows[kept], words[place[-1] + 1 :]])[None]
+    states = model.model.language_model(inputs_embeds=shorter).last_hidden_state
+    torch.testing.assert_close(pruned, model.lm_head(states[0, -1]), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_ledger_is_what_torch_counts(model, inputs):
+    with tokprune.attach(model, "divprune", keep_ratio=0.25) as attachment:
+        with FlopCounterMode(display=False) as pruned:
+            model(**inputs, logits_to_keep=1)
+        report = attachment.report
+    with FlopCounterMode(display=False) as bare:
+        model(**inputs, logits_to_keep=1)
+    assert report.ledger_unpruned.prefill.flops == pytest.approx(bare.get_total_flops(), rel=0.01)
+    without_selector = report.ledger.llm + report.ledger.before_llm
+    selector = report.ledger.selector.flops
+    assert without_selector.flops + selector == pytest.approx(pruned.get_total_flops(), rel=0.02)
+''')
+KINDS = {"method": (METHOD, METHOD_TEST), "task": (TASK, TASK_TEST), "family": (FAMILY, FAMILY_TEST)}
 
 
 def write(kind: str, name: str, folder: Path) -> list[Path]:
     """Write the file and its test; what is there is never replaced.
 
     Args:
-        kind: "method" or "task".
+        kind: "method", "task" or "family".
         name: of the file, in small letters; its class is named alike.
         folder: where to write.
 
     Raises:
-        RunError: no such kind, a name that Python cannot import, or a file that is there already.
+        RunError: no such kind, a name that Python cannot import or that a family has, or a file that is there already.
     """
     if kind not in KINDS:
-        raise RunError(
-            f"invalid kind {kind!r}: use {' or '.join(KINDS)}; a model family is described in CONTRIBUTING.md"
-        )
+        raise RunError(f"invalid kind {kind!r}: use method, task or family")
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
         raise RunError(f"invalid name {name!r}: use small letters, digits and underscores, such as my_{kind}")
+    if kind == "family" and name in tokprune.list_models():
+        raise RunError(f"there is a model family {name!r} already; use the model_type of your model")
     files = [folder / f"{name}.py", folder / f"test_{name}.py"]
     there = [file for file in files if file.exists()]
     if there:

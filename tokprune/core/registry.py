@@ -101,6 +101,11 @@ class Registry:
         own = self.own_names()
         return [name for name in self.names() if name in own or not self.fault(name)]
 
+    def importable(self) -> list[str]:
+        """Names without those of other packages that cannot be imported."""
+        own = self.own_names()
+        return [name for name in self.names() if name in own or self._class_or_none(name)]
+
     def _class_or_none(self, name: str) -> type | None:
         try:
             return self.load(name)

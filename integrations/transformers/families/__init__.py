@@ -44,7 +44,9 @@ FAMILIES = Registry(
         "video_llava": "tokprune.integrations.transformers.families.video_llava:VideoLlava",
         "vipllava": "tokprune.integrations.transformers.families.vipllava:VipLlava",
     },
+    group="tokprune.families",
     listing="tokprune.list_models()",
+    base=ModelFamily,
 )
 
 # Families of models whose vision tower packs pictures in its own way, by model_type and vision_config.model_type.
@@ -55,12 +57,18 @@ VARIANTS = Registry(
 
 
 def all_families() -> list[type[ModelFamily]]:
-    """Every family, and behind it its variants."""
+    """Every family of this package, and behind it its variants."""
     return [
         found
-        for name in FAMILIES.names()
+        for name in FAMILIES.own_names()
         for found in (FAMILIES.load(name), *(VARIANTS.load(v) for v in VARIANTS.names() if v.startswith(f"{name}/")))
     ]
+
+
+def other_families() -> list[type[ModelFamily]]:
+    """Families of other packages that can be imported."""
+    own = FAMILIES.own_names()
+    return [FAMILIES.load(name) for name in FAMILIES.importable() if name not in own]
 
 
 def family_class(config: Any) -> type[ModelFamily]:
@@ -68,6 +76,7 @@ def family_class(config: Any) -> type[ModelFamily]:
 
     Raises:
         UnknownNameError: there is none for its model_type.
+        PluginError: it is another package's and cannot be imported.
     """
     variant = f"{config.model_type}/{getattr(getattr(config, 'vision_config', None), 'model_type', '')}"
     return VARIANTS.load(variant) if variant in VARIANTS.names() else FAMILIES.load(config.model_type)
@@ -140,6 +149,6 @@ def _checked_type(model: nn.Module) -> None:
     if model_type not in FAMILIES.names():
         raise UnsupportedModelError(
             f"no model family for model_type {model_type!r} ({type(model).__name__}). "
-            f'Supported: {", ".join(FAMILIES.names())} (tokprune.list_models()); to add a family, see "Add a model '
-            'family" in CONTRIBUTING.md'
+            f'Supported: {", ".join(FAMILIES.names())} (tokprune.list_models()); to add a family, use "tokprune '
+            'new family"'
         )
