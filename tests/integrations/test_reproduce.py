@@ -1,4 +1,4 @@
-"""`tokprune reproduce` end to end: real lmms-eval, an embedded model in place of a large one, a task of ours for POPE."""
+"""`tokprune reproduce` end to end: real lmms-eval, an embedded model for a large one, a task of ours for POPE."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 from commands import jsonl, tokprune_cli
-from tokprune.eval.report.reported import read_reproduced
+from tokprune.eval.report.reported import Reproduced
 
 
 def asked(out):
@@ -34,7 +34,7 @@ def ran(tmp_path_factory):
 def test_every_score_is_that_of_lmms_eval(ran):
     out, done = ran
     assert not done.returncode, done.stderr
-    rows = [r for r in read_reproduced(out) if r.task == "findit"]
+    rows = [Reproduced(**line) for line in jsonl(out / "reproduced.jsonl")]
     assert [(r.method, r.budget, r.n) for r in rows] == [
         ("none", "144", 12),
         ("fastv", "36", 12),
