@@ -30,6 +30,7 @@ from .report.explained import Explained, asked, usual_method, with_ratios
 from .report.exports import frame_of, markdown_tables
 from .report.findings import named_alarms
 from .report.latex import latex_table
+from .report.rankings import rankings
 from .report.stored import Run
 from .report.tables import body, caption
 from .run.folder import RunFolder
@@ -89,7 +90,8 @@ class ComparisonResult:
 
     def _repr_html_(self) -> str:
         tasks = {task: [r for r in self.rows if r.task == task] for task in dict.fromkeys(r.task for r in self.rows)}
-        return "\n".join(_html(f"{t}: {caption(own[0])}", *body(own, self.floors.get(t))) for t, own in tasks.items())
+        shown = [_html(f"{t}: {caption(own[0])}", *body(own, self.floors.get(t))) for t, own in tasks.items()]
+        return "\n".join([*shown, *(_html(g.title, g.header, g.lines, g.notes) for g in rankings(self.rows))])
 
     def __repr__(self) -> str:
         tasks = dict.fromkeys(r.task for r in self.rows)
@@ -112,6 +114,7 @@ def compare(
     batch_size: int = 32,
     frames: int = N_FRAMES,
     suffix: str = "",
+    suffixes: Sequence[str] = (),
     max_new_tokens: int = 8,
     metric: str = "",
     baseline: bool = True,
@@ -141,6 +144,7 @@ def compare(
         batch_size: questions at a time.
         frames: frames to take of a video in a folder.
         suffix: added to every question.
+        suffixes: several of them instead: every question is asked with each, and methods are ranked under each.
         max_new_tokens: where an answer is cut.
         metric: how answers are graded; empty for what each question asks for, else exact.
         baseline: whether the unpruned model answers, too.
@@ -162,6 +166,11 @@ def compare(
         raise RunError("strict compares answers with the unpruned run's: leave --no-baseline (baseline=False) out")
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid match {match!r}: use tokens or flops")
+    if suffix and suffixes:
+        raise RunError("give suffix or suffixes, not both")
+    suffixes = list(dict.fromkeys(suffixes))
+    if len(suffixes) == 1:
+        suffix, suffixes = suffixes[0], []
     usual = EMBEDDED.get(model if isinstance(model, str) else "", EMBEDDED[DEFAULT])
     named = usual.methods if methods is None else methods
     names = list(dict.fromkeys(["none", *named])) if baseline else [m for m in named if m != "none"]
@@ -171,6 +180,7 @@ def compare(
     chosen = comparing.chosen_tasks(tasks, limit, full, frames)
     names += comparing.controls(chosen) if controls else []
     configs = comparing.configurations(list(dict.fromkeys(names)), ratios, tokens=keep_tokens)
+    chosen = comparing.prompted(chosen, suffixes) if suffixes else chosen
     grading = Grading.load(metric)
     grading.check(chosen)
     options = {"max_new_tokens": max_new_tokens, "suffix": suffix, "grading": grading}
@@ -181,7 +191,8 @@ def compare(
     with _answering(model, processor, loading, options) as (runner, name):
         configs = comparing.runnable(runner, chosen, configs, match == "flops", methods is not None, console)
         plan = planned(chosen, configs, batch_size, None if overwrite else folder)
-        more = {} if frames == N_FRAMES else {"frames": frames}
+        more: dict[str, Any] = {} if frames == N_FRAMES else {"frames": frames}
+        more |= {"suffixes": suffixes} if suffixes else {}
         settings = comparing.settings(runner, name, plan, batch_size=batch_size, **more)
         with contextlib.closing(RunFolder(folder, settings, overwrite, processes, plan.questions)) as results:
             done = comparing.Comparison(runner, name, results, plan)
@@ -302,11 +313,12 @@ def bench(*, out: str | Path | None = None, console: Console | None = None, **se
         )
 
 
-def _html(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def _html(title: str, header: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     """A plain table for notebooks."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
 
 
 __all__ = ["BenchmarkResult", "ComparisonResult", "Explained", "Sample", "bench", "compare", "explain", "load_task"]

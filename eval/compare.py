@@ -24,6 +24,7 @@ from .report import html as report
 from .report.findings import task_table
 from .report.losses import Artist
 from .report.progress import following, progress
+from .report.rankings import rankings
 from .run.folder import RunFolder
 from .run.lines import counted
 from .run.plan import Plan
@@ -44,6 +45,7 @@ from .run.rows import (
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
 from .tasks.grading import AS_ASKED, Grading
+from .tasks.prompted import Prompted
 from .tasks.subset import SUBSET_SIZE
 
 RANDOM_SEEDS = 3
@@ -232,6 +234,8 @@ class Comparison:
         for task, samples in tasks:
             console.print(task_table(task.name, [r for r in self.rows if r.task == task.name], self.floors[task.name]))
             self._print_wrong(task, samples, console)
+        for ranking in rankings(self.rows):
+            console.print(ranking)
 
     def _print_wrong(self, task: Task, samples: Sequence[Sample], console: Console) -> None:
         """The first wrong answers of the unpruned model, and a hint where most are not in the form that is graded."""
@@ -289,7 +293,8 @@ class Comparison:
             given[config] = [row for key in keys for row in self.folder.answers[key]]
             times[config] = [self.folder.times[key] for key in keys]
         split = getattr(task, "split", "")
-        return Summariser(self.model_name, self.runner.model, task.name, split).rows(given, times)
+        suffix = getattr(task, "suffix", self.runner.suffix)
+        return Summariser(self.model_name, self.runner.model, task.name, split, suffix).rows(given, times)
 
 
 def settings(runner: Runner, model_name: str, plan: Plan, **more: Any) -> dict[str, Any]:
@@ -335,6 +340,15 @@ def chosen_tasks(
             f"two tasks are named alike ({', '.join(t.name for t in loaded)}); rename a folder, or run them apart"
         )
     return [(task, chosen_samples(task, limit, full)) for task in loaded]
+
+
+def prompted(tasks: Sequence[tuple[Task, list[Sample]]], suffixes: Sequence[str]) -> list[tuple[Task, list[Sample]]]:
+    """The same questions of every task once for each text that is added to them."""
+    found: list[tuple[Task, list[Sample]]] = []
+    for task, samples in tasks:
+        for own in (Prompted(task, suffix) for suffix in suffixes):
+            found.append((own, own.asked(samples)))
+    return found
 
 
 def chosen_samples(task: Task, limit: int | None = None, full: bool = False) -> list[Sample]:

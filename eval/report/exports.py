@@ -11,7 +11,10 @@ import pandas as pd
 from tabulate import tabulate
 
 from ..run.rows import Row
+from .findings import warnings
+from .rankings import rankings
 from .tables import QUESTION_ONLY, body, conditions
+from .terminal import Grid
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet reads a formula where a text begins with one of these
 _MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#~"} | {c: " " for c in "\r\n\t"})
@@ -30,7 +33,7 @@ def escaped(text: str) -> str:
 def markdown_tables(
     rows: Sequence[Row], question_only: Mapping[str, float | None], text: Callable[[str], str] = escaped
 ) -> str:
-    """One Markdown table a task with its conditions, as in the README.
+    """One Markdown table a task with its conditions and warnings; then ranks, where there are several prompts.
 
     Args:
         rows: of all tasks.
@@ -42,8 +45,15 @@ def markdown_tables(
         mine = [r for r in rows if r.task == task]
         header, lines = body(mine, question_only.get(task))
         head = f"**{text(task)}**: {conditions(mine[0])}".translate({10: " ", 13: " "})
-        parts.append(f"{head}\n\n{markdown(header, [[text(cell) for cell in line] for line in lines])}")
+        below = "".join(f"\n{text(said)}\n" for said in warnings(mine))
+        parts.append(f"{head}\n\n{markdown(header, [[text(cell) for cell in line] for line in lines])}{below}")
+    parts += [_ranking(grid, text) for grid in rankings(rows)]
     return "\n".join(parts)
+
+
+def _ranking(grid: Grid, text: Callable[[str], str]) -> str:
+    lines = [[text(cell) for cell in line] for line in grid.lines]
+    return "\n\n".join([text(grid.title), markdown(grid.header, lines).strip(), *map(text, grid.notes)]) + "\n"
 
 
 def csv_table(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> str:

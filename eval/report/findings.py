@@ -179,23 +179,27 @@ def not_equal(rows: Sequence[Row]) -> str:
     return f"Not at equal tokens: {'; '.join(told)}." if told else ""
 
 
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """What no reader of one task's table may miss: alarms, and controls that are not at equal tokens."""
+    return [*(f"Alarm: {text}." for text in alarms(rows)), *filter(None, [not_equal(rows)])]
+
+
 def task_table(task: str, rows: Sequence[Row], question_only: float | None) -> Grid:
     """One task's table for the terminal; under it alarms, whether budgets cost the same, and the verdict."""
-    warned = [f"Alarm: {text}." for text in alarms(rows)]
-    notes = [*warned, *(text for text in (not_equal(rows), unequal(rows), verdict(rows, question_only)) if text)]
+    notes = [*warnings(rows), *(text for text in (unequal(rows), verdict(rows, question_only)) if text)]
     return replace(table(task, rows, question_only), notes=notes)
 
 
 def findings(rows: Sequence[Row], question_only: float | None) -> list[Finding]:
-    """Alarms and floors, then every budget from the largest, then how small a difference the run can detect.
+    """Floors and alarms, then every budget from the largest, then how small a difference the run can detect.
 
     Args:
         rows: of one task.
         question_only: the share of questions that the most frequent training answer gets right.
     """
     shown = pooled(rows)
-    found = [Finding("Alarm", f"{text[0].upper()}{text[1:]}.", True) for text in alarms(rows)]
-    found.append(_floors(shown, question_only))
+    found = [_floors(shown, question_only)]
+    found += [Finding("Alarm", f"{text[0].upper()}{text[1:]}.", True) for text in alarms(rows)]
     budgets = dict.fromkeys(budget(r) for r in sorted(shown, key=order))
     if _one(rows, NONE) is not None:
         found += [f for name in budgets if (f := _budget(name, [r for r in shown if budget(r) == name])) is not None]

@@ -25,6 +25,7 @@ from .exports import csv_table, markdown_tables
 from .findings import findings, headline, in_words, verdict
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
 from .pareto import COSTS, plots, styles
+from .rankings import rankings
 from .stored import Run
 from .tables import (
     CHECKS,
@@ -110,6 +111,7 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
     return environment.get_template(TEMPLATE).render(
         model=first.model,
         tasks=tasks,
+        rankings=rankings(run.rows),
         conditions=_conditions(run),
         is_embedded=first.model in EMBEDDED,
     )
@@ -258,7 +260,7 @@ def _conditions(run: Run) -> list[tuple[str, str]]:
         "positions": of_rows("positions"),
         "batch size": of_rows("batch_size"),
         "answers cut at": f"{settings['max_new_tokens']} tokens" if "max_new_tokens" in settings else None,
-        "added to questions": settings.get("suffix"),
+        "added to questions": settings.get("suffix") or ", ".join(map(repr, settings.get("suffixes", ()))),
         "prompt, checksum": settings.get("prompt"),
         "configurations": len(settings.get("configurations", ())) or None,
         "torch": of_rows("torch"),

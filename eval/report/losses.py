@@ -15,7 +15,8 @@ from tokprune.core.errors import RunError, TokPruneError
 
 from ..run.rows import BARE, NONE, Config, Row, SampleRow, pooled
 from ..run.runner import Runner
-from ..tasks import TASKS, Sample, Task, load_task
+from ..tasks import Sample, Task
+from ..tasks.prompted import embedded_task
 from .explained import asked
 from .tables import FLOORS
 
@@ -143,14 +144,14 @@ class Artist:
                     f"the {name} of {settings.get('model')} changed since the run: checksum {now}, was "
                     f"{settings.get(name)}; leave --pictures out, or compare again"
                 )
-        names = list(settings.get("tasks", {}))
-        unknown = [name for name in names if name not in TASKS.names()]
+        found = {name: embedded_task(name, settings.get("suffixes", ())) for name in settings.get("tasks", {})}
+        unknown = [name for name, task in found.items() if task is None]
         if unknown:
             raise RunError(
                 f"the run does not store the path of the task {unknown[0]!r}; type the same tokprune compare again to "
                 "draw its pictures (answered questions are not asked again), or leave --pictures out"
             )
-        tasks = [load_task(name) for name in names]
+        tasks = [task for task in found.values() if task is not None]
         return cls(runner, [(task, task.samples()) for task in tasks], settings.get("flops_text", 0))
 
     def draw(self, row: SampleRow) -> Picture:

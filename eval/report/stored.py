@@ -35,6 +35,7 @@ class Settings:
     weights: Any = None
     prompt: str = ""
     suffix: str = ""
+    suffixes: list[str] = field(default_factory=list)
     tasks: dict[str, Any] = field(default_factory=dict)
     configurations: dict[str, Any] = field(default_factory=dict)
     flops_text: int = 0

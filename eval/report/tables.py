@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..run.rows import DOWNSAMPLE, EXACT_MATCH, FRAMES, NONE, SHUFFLED, Row, pooled
 from ..stats import wilson
+from ..tasks.prompted import name_of
 from .terminal import Grid
 
 FLOORS = (SHUFFLED, "blind")  # answers without the right picture
@@ -194,8 +195,9 @@ def unpruned(row: Row) -> str:
 def caption(row: Row) -> str:
     """The conditions of a task's rows."""
     metric = "" if row.metric == EXACT_MATCH else f"metric {row.metric}, "
+    prompt = f"suffix {row.suffix!r}, " if row.suffix and name_of(row.task, row.suffix) == row.task else ""
     return (
-        f"{row.n_samples} questions of the {row.split or 'whole'} split, {metric}{row.model}, {row.device}, "
+        f"{row.n_samples} questions of the {row.split or 'whole'} split, {metric}{prompt}{row.model}, {row.device}, "
         f"{row.dtype}, {row.attn_implementation}, batch {row.batch_size}, transformers {row.transformers}, "
         f"torch {row.torch}, {row.date}."
     )

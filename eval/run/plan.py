@@ -74,7 +74,8 @@ def planned(
         raise RunError(f"{folder} holds a run of an earlier release of tokprune; {INSTEAD}")
     named = [task.name for task, _ in tasks]
     if old_tasks and (more := [name for name in old_tasks if name not in named]):
-        raise RunError(f"{folder} holds {', '.join(more)}, too: name every task of it with --task, or {INSTEAD}")
+        every = "name all of its tasks with --task and prompts with --suffix"
+        raise RunError(f"{folder} holds {', '.join(more)}, too: {every}, or {INSTEAD}")
     try:
         kept = [typed(Config, values) for values in old_configs.values()]
     except (Damaged, AttributeError, TypeError) as error:

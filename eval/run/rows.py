@@ -176,8 +176,9 @@ class Row:
     and `llm_columns_after` are of the last decoder layer, `n_visual_mean` over all of them; `params` are the method's
     options; `hard_value` is the value, with its 95 % interval, over the `hard_n` questions that the control
     `downsample` at the same budget gets wrong; `n_changed` is how many answers are another text than the unpruned
-    run's, `commonest` the share of the commonest text and `commonest_bare` that of the unpruned run; `by_kind` holds
-    value and number of questions by kind; counts, FLOPs and bytes are means over questions;
+    run's, `commonest` the share of the commonest text and `commonest_bare` that of the unpruned run; `suffix` is the
+    text that was added to every question; `by_kind` holds value and number of questions by kind; counts, FLOPs and
+    bytes are means over questions;
     times are of full batches; `peak_gib` and `gpu` are empty on a CPU. What a harness does not know is None.
     """
 
@@ -235,6 +236,7 @@ class Row:
     n_changed: float | None = None
     commonest: float | None = None
     commonest_bare: float | None = None
+    suffix: str | None = None
 
     def __repr__(self) -> str:
         tokens = f"{self.n_visual_before:g} -> {self.n_visual_after:g} visual tokens"
@@ -310,6 +312,7 @@ class Summariser:
     model: torch.nn.Module
     task: str
     split: str
+    suffix: str | None = None
 
     def rows(self, answers: dict[Config, list[SampleRow]], times: dict[Config, list[BatchTime]]) -> list[Row]:
         """One row a configuration. A last batch smaller than the others is not timed."""
@@ -366,6 +369,7 @@ class Summariser:
             decode_ms_per_token_p50=median(steps) if steps else None,
             peak_gib=max(peaks) / 2**30 if peaks else None,
             seed=params.get("seed"),
+            suffix=self.suffix,
             **shared,
         )
 

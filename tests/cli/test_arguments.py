@@ -68,7 +68,7 @@ def test_an_option_typed_twice_is_refused(name, option, tmp_path, monkeypatch):
 
 def test_options_of_several_values_are_listed():
     saved = {(name, "config") for name in ("bench", "compare", "eval", "explain", "flops")}
-    listed = {("compare", "task"), ("explain", "method"), *saved}
+    listed = {("compare", "task"), ("compare", "suffix"), ("explain", "method"), *saved}
     assert {(name, p.name) for name, p in OPTIONS if p.multiple} == listed
 
 

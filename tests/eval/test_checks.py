@@ -196,6 +196,12 @@ def rows(model):
     return list(made.values())
 
 
+def test_markdown_warns_below_its_table(rows):
+    lines = markdown_tables(rows, {}, text=str).splitlines()
+    assert any(line.startswith("Alarm: uniform at 0.5 changed none") for line in lines)
+    assert "Not at equal tokens: downsample at 0.5 has 144 visual tokens, not 72." in lines
+
+
 CELLS = ("0.500 [0.237, 0.763] n = 10", "0 of 20 !", "0.75 (0.75)")
 
 

@@ -84,7 +84,14 @@ def compare(
     limit: Limit = None,
     full: Annotated[bool, option(QUESTIONS, "Use all questions instead of the fixed 800 per task.", "--full")] = False,
     frames: Frames = 8,
-    suffix: Suffix = "",
+    suffix: Annotated[
+        list[str] | None,
+        option(
+            QUESTIONS,
+            "Text added to every question, such as ' Answer with one word.'; repeatable: every question is asked "
+            "with each, and methods are ranked under each.",
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 8,
     metric: Annotated[
         str,
@@ -123,6 +130,8 @@ def compare(
         raise RunError(f"invalid --format {form!r}: use latex, markdown or csv")
     if strict and no_baseline:
         raise RunError("--strict compares answers with the unpruned run's: leave --no-baseline out")
+    if suite and suffix:
+        raise RunError("--suffix cannot be given with --suite, whose tasks have prompts of their own; leave it out")
     if suite:
         return eval_(
             tasks=",".join(task or ()),
@@ -155,7 +164,7 @@ def compare(
         full=full,
         batch_size=batch_size,
         frames=frames,
-        suffix=suffix,
+        suffixes=suffix or (),
         max_new_tokens=max_new_tokens,
         metric=metric,
         baseline=not no_baseline,
