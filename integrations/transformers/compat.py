@@ -341,6 +341,42 @@ def window_index(tower: Any, grids: Tensor) -> Tensor:
     )[0]
 
 
+def vision_inputs(tower: Any, grids: Tensor) -> dict[str, Tensor]:
+    """What a Qwen tower works out of the grids (n, 3) of its pictures, by keywords with which it takes it ready-made.
+
+    By patch: `position_ids`, and `interp_indices` with `interp_weights` where positions are learned. Ends of what
+    attends to itself, in patches: `cu_seqlens`, and `cu_window_seqlens` with the order of tokens, `window_index`, where
+    there are windows.
+    """
+    module, config = sys.modules[type(tower).__module__], tower.config
+    found = {
+        "position_ids": module.get_vision_position_ids(grids, config.spatial_merge_size),
+        "cu_seqlens": module.get_vision_attention_seqlens(grids, config)[0],
+    }
+    if hasattr(module, "get_vision_window_index"):
+        sizes = {"window_size": config.window_size, "patch_size": config.patch_size}
+        windows = module.get_vision_window_index(grids, spatial_merge_size=config.spatial_merge_size, **sizes)
+        found |= dict(zip(("window_index", "cu_window_seqlens"), windows, strict=True))
+    if hasattr(module, "get_vision_interpolation_indices_and_weights"):
+        between = module.get_vision_interpolation_indices_and_weights(
+            grids,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=config.spatial_merge_size,
+        )
+        found |= dict(zip(("interp_indices", "interp_weights"), between, strict=True))
+    return found
+
+
+def spread_features(out: Any, spread: Callable[[Tensor], Tensor]) -> Any:
+    """The output of a Qwen tower with `spread` on every tensor that has a row for each token."""
+    out.pooler_output = spread(out.pooler_output)
+    if getattr(out, "deepstack_features", None) is not None:
+        out.deepstack_features = [spread(rows) for rows in out.deepstack_features]
+    return out
+
+
 def m_rope(sections: list[int], interleaved: bool = False) -> dict[str, Any]:
     """What a text configuration says of M-RoPE."""
     options: dict[str, Any] = {"rope_type": "default", "mrope_section": sections}

@@ -77,10 +77,18 @@ def by_image(family: ModelFamily, encoded: Encoded, runs: Sequence[Any] | None =
     ]
 
 
+def unencoded(family: ModelFamily, name: str, arguments: Mapping[str, Any]) -> list[Picture]:
+    """Layout and pixels of pictures that the tower has not seen; their features have no width yet."""
+    cells = family.cells(name, arguments)
+    return by_image(family, Encoded(name, arguments, [cells[:, :0]], {Signal(Kind.PIXELS): cells}))
+
+
 def _signal_by_image(
     family: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], signal: Signal, values: Tensor
 ) -> list[Tensor]:
     """A signal of every image, as `Picture` holds it."""
+    if signal.kind is Kind.PIXELS:
+        return [cells[None] for cells in values.split([layout.n_visual for layout in layouts])]
     if signal.kind is Kind.CLS_STATE:
         n_crops = family.crops_of(encoded.name, encoded.arguments, len(values))
         return list(values.to(encoded.features[0].device).split(n_crops))
@@ -113,6 +121,7 @@ class Pruner:
         self.family, self.request, self._signals = family, request, signals
         method = request.before
         self.reads_states = method is not None and method.space == "tower" and family.tower.projects_rows
+        self.selects_pixels = method is not None and method.space == "pixels" and family.takes_cells
         self._selector = None
         if method is not None:
             project = family.projector if self.reads_states else None
@@ -127,11 +136,23 @@ class Pruner:
         budget = self.request.before_budget
         return self._selector is None or (budget is not None and budget.is_everything)
 
+    def chosen(self, pictures: Sequence[Picture], salts: Sequence[int], n_before: int) -> list[Tensor]:
+        """What stays of pictures that are not encoded yet, (N,) bool each, after `n_before` pictures of the call."""
+        keeps = [torch.ones(len(p.features), dtype=torch.bool, device=p.features.device) for p in pictures]
+        if self.request.replay is not None:
+            numbered = enumerate(keeps, n_before)
+            return [self.request.replay.keep(i, 0, len(keep)).to(keep.device) for i, keep in numbered]
+        for group in self._selector.groups(pictures, salts) if self._selector else ():
+            for place, i in enumerate(group.members):
+                keeps[i] = group.keep[place]
+        return keeps
+
     @span("select")
     def prune(self, pictures: Sequence[Picture], salts: Sequence[int], call: Call) -> list[Tensor]:
         """The rows of every image, marked where they are dropped."""
         if self.request.replay is not None:
-            return self._replayed(pictures, call)
+            keeps = [self.request.replay.keep(len(call.images) + i, 0, len(p.features)) for i, p in enumerate(pictures)]
+            return self.mark(pictures, keeps, call)
         marked = [p.features for p in pictures]
         keeps = [rows.new_ones(len(rows), dtype=torch.bool) for rows in marked]
         for group in self._selector.groups(pictures, salts) if self._selector else ():
@@ -148,16 +169,17 @@ class Pruner:
             call.images.append(self._image_report(picture, keep))
         return marked
 
-    def _replayed(self, pictures: Sequence[Picture], call: Call) -> list[Tensor]:
+    def mark(self, pictures: Sequence[Picture], keeps: Sequence[Tensor], call: Call) -> list[Tensor]:
         """The same for images of which it is known what to keep."""
         marked = []
-        for picture in pictures:
+        for picture, chosen in zip(pictures, keeps, strict=True):
             rows, layout = picture.features, picture.layout
-            keep = self.request.replay.keep(len(call.images), 0, len(layout.crop)).to(rows.device)
+            keep = chosen.to(rows.device)
             call.touched = True
             call.bad.append(rows.isnan().any())
             call.dropped.append((~keep).any())
-            call.images.append(ImageReport(keep, layout, self.family.crop_patches(layout), is_video=picture.is_video))
+            n_patches, said = self.family.crop_patches(layout), {"is_video": picture.is_video}
+            call.images.append(ImageReport(keep, layout, n_patches, before_tower=self.selects_pixels, **said))
             marked.append(mark_dropped(rows, keep))
         return marked
 

@@ -23,7 +23,8 @@ from tokprune.prune.request import Request
 
 from .caches import Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
 from .compat import cache_of, past_length, position_deltas, replace_features
-from .encode import Encoded, Pruner, by_image
+from .cells import Part, TowerShortener
+from .encode import Encoded, Pruner, by_image, unencoded
 from .families.base import ModelFamily
 from .hooks import Hooks
 from .layers.select import LayerSelector
@@ -53,7 +54,9 @@ class Observer(NotCopyable):
         self.cutter = LayerSelector(family, request, self) if request.between else None
         self._reads_prompt = family.images_from_prompt or any(s.kind is Kind.TEXT_EMBEDS for s in signals)
         reads_states = self.pruner.reads_states
-        self._tap = TowerTap(family, signals, self.passes, reads_states) if signals or reads_states else None
+        self._pixels = [s for s in signals if s.kind is Kind.PIXELS]
+        taps = len(signals) > len(self._pixels) or reads_states
+        self._tap = TowerTap(family, signals, self.passes, reads_states) if taps else None
         self._shortener = Shortener(family, request.positions, self)
         self.hooks = Hooks(family.model)
 
@@ -77,6 +80,8 @@ class Observer(NotCopyable):
             hooks.replace(owner, name, functools.partial(self._positions, getattr(owner, name)))
         if self._tap:
             self._tap.install(hooks)
+        if self.pruner.selects_pixels:
+            TowerShortener(family, self.passes).install(hooks)
         if family.model is not family.base:
             hooks.before(family.model, functools.partial(self._enter, HEAD))
             hooks.after(family.model, functools.partial(self._leave, HEAD))
@@ -207,10 +212,13 @@ class Observer(NotCopyable):
         context = self.passes.context
         call, started = self._call_of_encode(name, context), time.perf_counter()
         try:
-            out, collected = self._collect(name, functools.partial(original, *args, **kwargs))
-            features, put_back = split_features(out)
             bound = signature.bind(*args, **kwargs).arguments
             arguments = {**bound, **bound.get("kwargs", {})}
+            keeps = self._before_tower(name, arguments, call)
+            part = Part(torch.cat(keeps)) if keeps else None
+            out, collected = self._collect(name, functools.partial(original, *args, **kwargs), part)
+            features, put_back = split_features(out)
+            collected |= {signal: self.family.cells(name, arguments) for signal in self._pixels if part is None}
             if self.family.images_from_prompt:
                 features = self.family.pieces(name, arguments, features)
             encoded = Encoded(name, arguments, features, collected)
@@ -219,7 +227,10 @@ class Observer(NotCopyable):
                 return out
             pictures = by_image(self.family, encoded)
             start = len(call.images)
-            marked = self.pruner.prune(pictures, salts_of(tuple(self.salts), len(pictures), start), call)
+            if part is not None:
+                marked = self.pruner.mark(pictures, keeps, call)
+            else:
+                marked = self.pruner.prune(pictures, salts_of(tuple(self.salts), len(pictures), start), call)
             call.by_name[name] = range(start, len(call.images))
         except BaseException:
             context.call = None  # what was half encoded must not be taken for the next call's
@@ -227,11 +238,25 @@ class Observer(NotCopyable):
         call.encode_s += time.perf_counter() - started
         return put_back(marked) if call.touched else out
 
-    def _collect(self, name: str, original: Callable[[], Any]) -> tuple[Any, dict]:
+    def _before_tower(self, name: str, arguments: Mapping[str, Any], call: Call) -> list[Tensor]:
+        """What stays of every picture, (N,) bool, where that is decided before the tower runs; else nothing."""
+        if not self.pruner.selects_pixels:
+            return []
+        pictures, start = unencoded(self.family, name, arguments), len(call.images)
+        return self.pruner.chosen(pictures, salts_of(tuple(self.salts), len(pictures), start), start)
+
+    def _collect(self, name: str, original: Callable[[], Any], part: Part | None = None) -> tuple[Any, dict]:
         if self._tap and not self.pruner.keeps_all:
             return self._tap.collect(original, name)
-        with self.passes.encoding(name):
-            return original(), {}
+        with self.passes.encoding(name) as encoding:
+            encoding.part = part
+            out = original()
+        if part is not None and not part.ran:
+            raise TokPruneError(
+                "the vision tower was not called while a picture was encoded, so nothing could leave before it; "
+                "use a method that selects after it, such as 'divprune'"
+            )
+        return out, {}
 
     def _call_of_encode(self, name: str, context: Context) -> Call:
         call, this = context.call, self.passes.current

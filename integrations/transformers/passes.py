@@ -173,6 +173,7 @@ class Encoding:
     name: str = ""
     inside: Context = field(default_factory=Context)
     collected: dict | None = None  # by the tower's taps
+    part: Any = None  # `cells.Part`, of what the tower is to run on
 
 
 class Passes(threading.local):
@@ -268,6 +269,12 @@ class Passes(threading.local):
         """What the tower's taps have collected of the picture that is being encoded; None where nothing is."""
         top = self._top
         return top.collected if isinstance(top, Encoding) else None
+
+    @property
+    def part(self) -> Any:
+        """The part of the pictures that the tower is to run on; None for all, and where nothing is encoded."""
+        top = self._top
+        return top.part if isinstance(top, Encoding) else None
 
     @contextlib.contextmanager
     def _pushed(self, scope: Generation | Encoding) -> Iterator[None]:

@@ -41,7 +41,7 @@ class TowerTap(NotCopyable):
 
     def __init__(self, family: ModelFamily, signals: frozenset[Signal], passes: Passes, states: bool = False):
         self.family, self.states, self._passes = family, states, passes
-        self.signals = frozenset(s for s in signals if s.kind is not Kind.TEXT_EMBEDS)
+        self.signals = frozenset(s for s in signals if s.kind not in (Kind.TEXT_EMBEDS, Kind.PIXELS))
         self.n_special = 1 if family.tower.has_cls else 0
 
     def install(self, hooks: Hooks) -> None:

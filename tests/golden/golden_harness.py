@@ -38,7 +38,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "hiprune",
         "holov",
         "mmtok",
-        "pixelprune",
         "quota",
         "scope",
         "vidcom2",

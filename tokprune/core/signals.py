@@ -19,7 +19,8 @@ class Kind(Enum):
     visual tokens of its crop, mean over heads and keys, (G, l, N). KEYS: keys of every head, (G, l, N, H, d).
     CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for the C crops that it encodes; only
     where the projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt,
-    (G, T, D), rows of zeros elsewhere; available only when the language model runs. All are float32.
+    (G, T, D), rows of zeros elsewhere; available only when the language model runs. PIXELS: the P pixel values that a
+    visual token shows, (G, 1, N, P), as the model is given them; known before the tower runs. All others are float32.
 
     Of the language model, for a cut before one of its layers; n visual tokens are still there, T tokens of text:
     LM_ROW: attention of the last prompt token to them, mean over heads, (G, l, n); the softmax runs over the whole
@@ -36,6 +37,7 @@ class Kind(Enum):
     KEYS = "keys"
     CLS_STATE = "cls_state"
     TEXT_EMBEDS = "text_embeds"
+    PIXELS = "pixels"
     LM_ROW = "lm_row"
     LM_MASS = "lm_mass"
     LM_TEXT_ROWS = "lm_text_rows"
@@ -49,7 +51,7 @@ class Kind(Enum):
     @property
     def is_per_token(self) -> bool:
         """Whether axis 2 goes over visual tokens of the vision tower."""
-        return self in (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN, Kind.KEYS)
+        return self in (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.PIXELS)
 
     @property
     def is_decoder(self) -> bool:

@@ -25,6 +25,7 @@ METHODS = Registry(
         "fopru": "tokprune.methods.fopru:FoPru",
         "globalcom2": "tokprune.methods.globalcom2:GlobalCom2",
         "hired": "tokprune.methods.hired:HiRED",
+        "pixelprune": "tokprune.methods.pixelprune:PixelPrune",
         "pool": "tokprune.methods.pool:Pool",
         "prumerge": "tokprune.methods.prumerge:PruMerge",
         "prumerge_plus": "tokprune.methods.prumerge_plus:PruMergePlus",

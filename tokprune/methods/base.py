@@ -36,7 +36,8 @@ class Method:
 
     stage: ClassVar[Stage] = Stage.PRE_LLM
     keeps_features: ClassVar[bool] = True  # False if kept tokens are merged or averaged
-    space: ClassVar[Literal["packed", "tower"]] = "packed"  # "tower": merges the projector's input where possible
+    # "tower": merges the projector's input where possible; "pixels": selects before the tower, which runs on the rest.
+    space: ClassVar[Literal["packed", "tower", "pixels"]] = "packed"
     is_filter: ClassVar[bool] = False  # needs a method after it
     needs_file: ClassVar[str] = ""  # the option with the file that it cannot run without
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of numeric options

@@ -21,6 +21,18 @@ def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]
     return ops.keep_top_of_parts(scores, ops.on_device(layout.crop_places, scores.device), counts)
 
 
+def crop_rasters(layout: Layout) -> list[list[list[list[int]]]]:
+    """Visual tokens of every crop, row by row: (crops, rows, columns) of indices for every size of crop."""
+    by_crop: dict[int, dict[int, list[int]]] = {}
+    for place, i in enumerate(layout.visual):
+        by_crop.setdefault(layout.crop[i], {}).setdefault(layout.row[i], []).append(place)
+    by_size: dict[tuple[int, int], list[list[list[int]]]] = {}
+    for crop in layout.crops:
+        rows = [by_crop[crop][row] for row in sorted(by_crop[crop])]
+        by_size.setdefault((len(rows), len(rows[0])), []).append(rows)
+    return list(by_size.values())
+
+
 def crop_by_crop(
     tokens: VisualTokens, n_keeps: tuple[int, ...], select: Callable[[VisualTokens, int], VisualTokens]
 ) -> VisualTokens:

@@ -34,6 +34,7 @@ class ImageReport:
         cuts: (N,) bool on the device by decoder layer: what is left from that layer on.
         cut_ops: what cutting computed, given the tokens left at each of `cuts`.
         is_video: whether it is a video.
+        before_tower: whether the tower ran on the kept tokens alone.
     """
 
     keep: Tensor
@@ -43,6 +44,7 @@ class ImageReport:
     cuts: dict[int, Tensor] = field(default_factory=dict)
     cut_ops: dict[int, Ops] = field(default_factory=dict)
     is_video: bool = False
+    before_tower: bool = False
 
     @property
     def n_visual(self) -> int:
@@ -75,6 +77,20 @@ class ImageReport:
         """Visual tokens left after the last cut, rows that show no patch not counted."""
         return self._n_visual(self.left)
 
+    @property
+    def n_encoded(self) -> int:
+        """Visual tokens that the vision tower ran on."""
+        return self.n_given if self.before_tower else self.n_visual
+
+    def encoded(self, shape: Shape) -> Ledger:
+        """Tower and projector as they ran: crop by crop, where tokens left before them."""
+        if not self.before_tower or self.n_patches is None:
+            return shape.encode(self.layout.n_crops, self.n_patches)
+        patches_a_token = self.n_patches * self.layout.n_crops // self.n_visual
+        sizes = [n * patches_a_token for n in self._by_crop(self.kept).values()]
+        parts = [shape.encode(sizes.count(n), n) for n in sorted(set(sizes))]
+        return sum(parts[1:], parts[0])
+
     def n_by_layer(self, n_layers: int) -> list[int]:
         """Visual tokens in every decoder layer."""
         counts = {layer: self._n_visual(kept) for layer, kept in self.kept_by_layer.items() if layer}
@@ -105,8 +121,11 @@ class ImageReport:
 
     def kept_by_crop(self) -> dict[int, int]:
         """How many tokens each crop keeps."""
+        return self._by_crop(self.left)
+
+    def _by_crop(self, rows: Tensor) -> dict[int, int]:
         counts = dict.fromkeys(self.layout.crops, 0)
-        for i in self.left.tolist():
+        for i in rows.tolist():
             if self.layout.crop[i] >= 0:
                 counts[self.layout.crop[i]] += 1
         return counts
@@ -233,22 +252,26 @@ class Report:
     @functools.cached_property
     def ledger(self) -> Ledger | None:
         """The call as it ran, at its padded width; None where the cost of the model is not known."""
-        selectors = [image.selector for image in self.encoded]
-        return self._ledger([p.columns(self.n_layers) for p in self.prefills], selectors)
+        return self._ledger(
+            [p.columns(self.n_layers) for p in self.prefills],
+            lambda image, shape: image.encoded(shape) + Ledger((Ops(),) * shape.text.n_layers, selector=image.selector),
+        )
 
     @functools.cached_property
     def ledger_unpruned(self) -> Ledger | None:
         """The same call of the bare model."""
         before = [([p.n_outer] * self.n_layers, [p.past_outer] * self.n_layers) for p in self.prefills]
-        return self._ledger(before, [Ops()] * len(self.encoded))
+        return self._ledger(before, lambda image, shape: shape.encode(image.layout.n_crops, image.n_patches))
 
-    def _ledger(self, columns: list[tuple[list[int], list[int]]], selectors: list[Ops]) -> Ledger | None:
+    def _ledger(
+        self, columns: list[tuple[list[int], list[int]]], encode: Callable[[ImageReport, Shape], Ledger]
+    ) -> Ledger | None:
         shape = self.shape
         if shape is None or not self.prefills:
             return None
         ledger = Ledger(layers=(Ops(),) * shape.text.n_layers)
-        for image, selector in zip(self.encoded, selectors, strict=True):
-            ledger += shape.encode(image.layout.n_crops, image.n_patches, selector)
+        for image in self.encoded:
+            ledger += encode(image, shape)
         for p, (n, past) in zip(self.prefills, columns, strict=True):
             ledger += shape.read(n, rows=p.n_rows, past=past, bytes_per_value=self.bytes_per_value)
         return ledger
@@ -263,6 +286,7 @@ class Report:
             "n_visual": [i.n_visual for i in self.images],
             "n_kept": [i.n_kept for i in self.images],
             "n_given": [i.n_given for i in self.images],
+            "n_encoded": [i.n_encoded for i in self.images],
             "n_mean": [self.n_mean(i) for i in self.images],
             "n_special": [i.n_special for i in self.images],
             "n_special_kept": [i.n_special_kept for i in self.images],
@@ -282,6 +306,7 @@ class Report:
             "prefill_flops": [before.prefill.flops, after.prefill.flops],
             "selector_flops": after.selector.flops,
             "before_llm_flops": before.before_llm.flops,
+            "tower_flops": [before.vision.flops, after.vision.flops],
             "kv_bytes": [before.kv_bytes, after.kv_bytes],
         }
 
@@ -322,6 +347,9 @@ class Report:
         if not self.prefills and not self.images:
             return ["no call yet"]
         parts = [_tokens_line(self.images), f"language model {self.n_prompt} -> {self.n_prompt_kept} columns"]
+        if any(i.before_tower for i in self.images):
+            n_cells = sum(i.n_visual for i in self.images), sum(i.n_encoded for i in self.images)
+            parts.insert(1, f"vision tower {n_cells[0]} -> {n_cells[1]} cells in all")
         if any(i.cuts for i in self.images):
             parts[-1] += f", {self.layers[-1]} after the last cut"
             parts.append(self._layers_line())
@@ -360,8 +388,11 @@ def _cost_lines(before: Ledger, after: Ledger) -> list[str]:
         f"LLM {arrow(*llm, 'FLOPs', 1000)}, whole prefill {arrow(*whole, 'FLOPs', 1000)}",
         f"KV cache {arrow(before.kv_bytes, after.kv_bytes, 'B', 1024)}",
     ]
-    share = before.before_llm.flops / whole[0]
-    if share >= LIMIT_SHOWN:
+    encoding = before.before_llm.flops, after.before_llm.flops
+    share = encoding[0] / whole[0]
+    if encoding[1] < encoding[0]:
+        lines.append(f"vision tower and projector {arrow(*encoding, 'FLOPs', 1000)}")
+    elif share >= LIMIT_SHOWN:
         lines.append(f"vision tower and projector are {100 * share:.0f} % of the unpruned prefill and cannot be saved")
     return lines
 

@@ -78,6 +78,8 @@ class ModelFamily:
         picture_processor: class of its processor that is loaded for pictures alone where torchvision is missing, which
             video processors need; empty if it needs none.
         patches_clips: whether clips are then cut into patches by the image processor, two frames a step of time.
+        takes_cells: whether its tower can run on a part of a picture's tokens; then `cells`, `cell_tower` and
+            `tower_part` say how.
         visual_inputs: keywords with a list of (visual columns, D), selected by the mask that `visual_mask` names.
     """
 
@@ -104,6 +106,7 @@ class ModelFamily:
     recurrent_caches: ClassVar[bool] = False
     no_layer_cuts: ClassVar[str] = ""
     no_tower_signals: ClassVar[str] = ""
+    takes_cells: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -222,6 +225,8 @@ class ModelFamily:
         kinds = {Kind.TEXT_EMBEDS} | {k for k in Kind if k.is_decoder}
         if not cls.no_tower_signals:
             kinds |= {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS}
+        if cls.takes_cells:
+            kinds.add(Kind.PIXELS)
         if tower.has_cls:
             kinds |= {Kind.CLS_ROW, Kind.CLS_STATE} if tower.projects_rows else {Kind.CLS_ROW}
         return frozenset(kinds)
@@ -344,6 +349,25 @@ class ModelFamily:
     def crops_of(self, name: str, arguments: Mapping[str, Any], n_crops: int) -> list[int]:
         """How many of the encoded crops belong to each entry of `features`."""
         return [1] * n_crops
+
+    def cells(self, name: str, arguments: Mapping[str, Any]) -> Tensor:
+        """Pixel values of what every token shows, (N, P), one picture after the other; only where `takes_cells`."""
+        raise NotImplementedError
+
+    @property
+    def cell_tower(self) -> nn.Module:
+        """The module that makes features of pixels; only where `takes_cells`."""
+        raise NotImplementedError
+
+    def tower_part(self, args: tuple, kwargs: dict, keep: Tensor, index: Tensor) -> tuple[tuple, dict]:
+        """Arguments of `cell_tower` for the tokens that stay; only where `takes_cells`.
+
+        Args:
+            args, kwargs: as it is called.
+            keep: (N,) bool, of all pictures of the call.
+            index: (K,), where the kept ones are among the N.
+        """
+        raise NotImplementedError
 
     def merges_states(self, layout: Layout) -> bool:
         """Whether packed rows of this image are projected patches one by one, so that states can be merged instead."""

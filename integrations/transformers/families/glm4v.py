@@ -22,6 +22,7 @@ class Glm4V(Qwen2VL):
     """
 
     model_type = "glm4v"
+    takes_cells: ClassVar[bool] = False
     picture_processor: ClassVar[str] = ""
     patches_clips: ClassVar[bool] = False
     own_image_processor: ClassVar[tuple[str, str]] = ("glm4v", "Glm4vImageProcessor")

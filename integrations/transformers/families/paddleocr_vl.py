@@ -20,6 +20,7 @@ class PaddleOCRVL(Qwen2VL):
     """PaddleOCRVLForConditionalGeneration. The tower has patches in raster order, and tokens are folded after it."""
 
     model_type = "paddleocr_vl"
+    takes_cells: ClassVar[bool] = False
     picture_processor: ClassVar[str] = ""
     patches_clips: ClassVar[bool] = False
     encode_functions: ClassVar = {"get_image_features": "image_token_id"}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokprune.core.layout import Layout, frames_layout, grid_layout
@@ -22,6 +23,9 @@ from .sizes import Sizes, pil_image_processor
 REFERENCE_SIDE = (
     1008  # pixels a side of the picture that the ledger's shape is of; any other size is counted by its own
 )
+
+# Keywords of a tower with an entry a patch.
+BY_PATCH = ("hidden_states", "position_ids", "interp_indices", "interp_weights")
 
 
 class Qwen2VL(ModelFamily):
@@ -39,6 +43,7 @@ class Qwen2VL(ModelFamily):
     m_rope: ClassVar[bool] = True
     default_positions: ClassVar[str] = "original"
     one_patch_a_row: ClassVar[bool] = False
+    takes_cells: ClassVar[bool] = True
     encode_functions: ClassVar = {"get_image_features": "image_token_id", "get_video_features": "video_token_id"}
     # transformers 4 gives the tower's configuration the name of the model.
     towers: ClassVar = {"qwen2_vl_vision": TowerKind("Qwen2-ViT", False), "qwen2_vl": TowerKind("Qwen2-ViT", False)}
@@ -127,7 +132,37 @@ class Qwen2VL(ModelFamily):
         pairs = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k)), strict=True)
         yield from ((a, b, module.scaling) for a, b in pairs)
 
+    @property
+    def cell_tower(self) -> nn.Module:
+        """The tower with its merger."""
+        return self.base.visual
+
+    def tower_part(self, args: tuple, kwargs: dict, keep: Tensor, index: Tensor) -> tuple[tuple, dict]:
+        """Patches with their own rotary and learned positions; segments and windows as long as what stays of them."""
+        named = {**dict(zip(("hidden_states", "grid_thw"), args, strict=False)), **kwargs}
+        ready = compat.vision_inputs(self.cell_tower, named["grid_thw"])
+        ready |= {name: given for name, given in named.items() if name in (*ready, "hidden_states")}
+        by_patch = {name: ready[name] for name in BY_PATCH if name in ready}
+        rows = (index[:, None] * self.merge**2 + torch.arange(self.merge**2, device=index.device)).flatten()
+        short = {name: values[rows.to(values.device)] for name, values in by_patch.items()}
+        short["cu_seqlens"] = self._ends(ready["cu_seqlens"], keep)
+        if "window_index" in ready:
+            order = ready["window_index"].to(keep.device)
+            short["cu_window_seqlens"] = self._ends(ready["cu_window_seqlens"], keep[order])
+            short["window_index"] = order.argsort()[index].argsort()
+        return (), {**named, **short}
+
+    def _ends(self, ends: Tensor, keep: Tensor) -> Tensor:
+        """Where segments of the tower end, from 0 on, in the patches that stay; empty ones are left out."""
+        n_before = F.pad(keep.cumsum(0), (1, 0))
+        return torch.unique_consecutive(n_before[ends // self.merge**2] * self.merge**2).to(ends)
+
     # ---- pictures
+
+    def cells(self, name: str, arguments: Mapping[str, Any]) -> Tensor:
+        """The patches of a token follow each other."""
+        patches = arguments["pixel_values_videos" if name == "get_video_features" else "pixel_values"]
+        return patches.unflatten(0, (-1, self.merge**2)).flatten(1)
 
     def layouts(
         self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
