@@ -28,6 +28,8 @@ VARIANTS = [
     "globalcom2:renormalise=true",
     "hired:alpha=0.2",
     "hired:faithful=true",
+    "pixelprune:tau=0.5",
+    "pixelprune:tau=1:anchored=false",
     "prumerge:adaptive=false",
     "prumerge_plus:adaptive=false",
     "prumerge_plus:n_top=5:step=6",
@@ -77,6 +79,7 @@ def build(spec: str):
 
 BUDGETED = [s for s in SPECS if build(s).takes_budget]
 PRUNING = [s for s in SPECS if s != "blind"]  # with those that decide how many by themselves
+BEFORE_THE_TOWER = [s for s in SPECS if build(s).space == "pixels"]  # few towers run on a part of a picture
 TOWER = Tower(n_layers=24, has_cls=True)
 HEADS, HEAD_DIM, TOWER_WIDTH, N_TEXT = 2, 4, 16, 5
 
@@ -124,6 +127,8 @@ def tokens_for(spec: str, n_images=3, layout: Layout | None = None, dtype=torch.
             return values(max(len(s.layers), 1), n, HEADS, HEAD_DIM)
         if s.kind is Kind.CLS_STATE:
             return values(layout.n_crops, width)  # of all crops that a tower encodes
+        if s.kind is Kind.PIXELS:
+            return values(1, n, 3).round()  # so that some repeat
         if s.kind is Kind.TEXT_EMBEDS:
             return values(N_TEXT, width) * torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])[:, None]
         return (3 * values(max(len(s.layers), 1), n)).softmax(-1)

@@ -85,7 +85,7 @@ class Costs:
         cls,
         shape: Shape | None,
         columns: tuple[int, int | Sequence[int]],
-        selector: Ops,
+        spent: Ops,
         bytes_per_value: int,
         crops: tuple[Crops, Crops] = (Crops(1), Crops(1)),
     ) -> Costs:
@@ -94,7 +94,7 @@ class Costs:
         Args:
             shape: the model.
             columns: of the prompt before, and after in every decoder layer or by layer.
-            selector: what selecting computed.
+            spent: what selecting computed, less what tower and projector were spared.
             bytes_per_value: of keys and values.
             crops: that the tower encodes before and after.
         """
@@ -108,7 +108,7 @@ class Costs:
             llm_flops_before=bare.llm.flops,
             llm_flops_after=pruned.llm.flops,
             prefill_flops_before=bare.prefill.flops,
-            prefill_flops_after=(pruned.prefill + selector).flops,
+            prefill_flops_after=(pruned.prefill + spent).flops,
             kv_bytes_before=bare.kv_bytes,
             kv_bytes_after=pruned.kv_bytes,
         )

@@ -235,7 +235,8 @@ class Runner:
         n_layers = self.n_layers
         n_mean = [mean(i.placeholders_by_layer(n_layers)) for i in report.encoded] if report else asked.n_visual
         n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
-        selectors = [i.selector for i in report.encoded] if report else [Ops()] * len(samples)
+        counted = report.encoded if report and self.shape else []
+        spent = [i.spent_before_llm(self.shape) for i in counted] or [Ops()] * len(samples)
         stops = _stop_ids(self.model)
         texts = [t.strip() for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
         values = [self.grading.value(s, text) for s, text in zip(samples, texts, strict=True)]
@@ -260,7 +261,7 @@ class Runner:
                 n_visual_mean=n_mean[i],
                 llm_columns_before=before[i],
                 llm_columns_after=by_layer[i][-1],
-                costs=self._costs((whole, asked), i, (before[i], by_layer[i]), selectors[i]),
+                costs=self._costs((whole, asked), i, (before[i], by_layer[i]), spent[i]),
                 value=None if self.grading.name_of(s) == EXACT else value,
                 metric=self.grading.name_of(s),
             )
@@ -270,13 +271,13 @@ class Runner:
         time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
         return rows, time
 
-    def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], selector: Ops) -> Costs:
+    def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], spent: Ops) -> Costs:
         if len(columns[1]) == 1:  # the bare model: the same in every layer
             columns = columns[0], columns[1] * self.n_layers
         if not all(a.crops for a in asked):
             return Costs()
         before, after = (a.crops[i] for a in asked)
-        return Costs.of(self.shape, columns, selector, self.model.dtype.itemsize, (before, after))
+        return Costs.of(self.shape, columns, spent, self.model.dtype.itemsize, (before, after))
 
     def asked_about(
         self, task: Task, samples: Sequence[Sample], image_ids: Sequence[str], config: Config | None = None

@@ -114,12 +114,12 @@ def _costs(
     for image in images:
         encoded = shape.encode(image.layout.n_crops, image.n_patches)
         bare, pruned = bare + encoded, pruned + encoded
-    selector = sum((image.selector for image in images), Ops())
+    spent = sum((image.spent_before_llm(shape) for image in images), Ops())
     values = (
         bare.llm.flops,
         pruned.llm.flops,
         bare.prefill.flops,
-        (pruned.prefill + selector).flops,
+        (pruned.prefill + spent).flops,
         bare.kv_bytes,
         pruned.kv_bytes,
     )

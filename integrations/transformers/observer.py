@@ -22,8 +22,8 @@ from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
 
 from .caches import Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
-from .compat import cache_of, past_length, position_deltas, replace_features
 from .cells import Part, TowerShortener
+from .compat import cache_of, past_length, position_deltas, replace_features
 from .encode import Encoded, Pruner, by_image, unencoded
 from .families.base import ModelFamily
 from .hooks import Hooks

@@ -74,8 +74,9 @@ def checked_signals(method: Method, label: str, family) -> frozenset[Signal]:
     if not family.supplies_all(signals):
         missing = sorted({s.kind.name for s in signals if s.kind not in family.supplies})
         works = [n for n in METHODS.working() if family.supplies_all(METHODS.build(n).needs(family.tower))]
-        whole = "runs on whole pictures alone" if missing == [Kind.PIXELS.name] else ""
-        lacks = whole or family.no_tower_signals or ("does not supply it" if family.tower.has_cls else "has no [CLS] token")
+        lacks = family.no_tower_signals or ("does not supply it" if family.tower.has_cls else "has no [CLS] token")
+        if missing == [Kind.PIXELS.name]:
+            lacks = "runs on whole pictures alone"
         typed = label in METHODS.names() and method.if_missing and not family.no_tower_signals
         option = f" (or {label}:{method.if_missing})" if typed else ""
         raise MissingSignalError(

@@ -280,3 +280,24 @@ def test_a_family_says_which_release_it_needs(monkeypatch):
     model = types.SimpleNamespace(config=types.SimpleNamespace(model_type="gemma3"))
     with pytest.raises(UnsupportedModelError, match=r"99\.0 or newer.*pip install -U transformers"):
         families._checked_release(families.FAMILIES.load(model.config.model_type))
+
+
+# ---- towers that run on a part of a picture
+
+
+@pytest.mark.parametrize("kind", tiny.served([*tiny.QWEN, "qwen3_5"]))
+@torch.no_grad()
+def test_a_qwen_tower_takes_ready_made_what_it_works_out_of_grids(kind):
+    tower, inputs = tiny.model(kind).model.visual, tiny.pixels(kind, [[0, 1]])
+    pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+    ready = compat.vision_inputs(tower, grids)
+    whole, again = tower(pixels, grid_thw=grids), tower(pixels, grid_thw=grids, **ready)
+    assert torch.equal(whole.pooler_output, again.pooler_output), changed("what a Qwen tower takes ready-made")
+    for name in ready:  # every one of them counts
+        broken = {**ready, name: ready[name].flip(0) if "cu_" not in name else ready[name][[0, -1]]}
+        if len(ready[name]) > 2:
+            other = tower(pixels, grid_thw=grids, **broken).pooler_output
+            assert not torch.equal(other, whole.pooler_output), changed(f"the keyword {name} of a Qwen tower")
+    spread = compat.spread_features(tower(pixels, grid_thw=grids), lambda rows: rows[:1])
+    assert len(spread.pooler_output) == 1, changed("the output of a Qwen tower")
+    assert all(len(rows) == 1 for rows in getattr(spread, "deepstack_features", None) or ())

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 import tokprune
 
-EVERYTHING = specs.SPECS + specs.CUTTING
+EVERYTHING = [s for s in specs.SPECS if s not in specs.BEFORE_THE_TOWER] + specs.CUTTING
 FEW = ["vtc_cls:without_cls=received", "visionzip", "cdpruner", "globalcom2", "fastv", "sparsevlm", "fopru+dart"]
 PARTS = {
     "all but the head": {"model.vision_tower": "disk", "model.multi_modal_projector": "disk"},

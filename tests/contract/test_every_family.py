@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from specs import CUTTING, PRUNING, build, scaled
+from specs import BEFORE_THE_TOWER, CUTTING, PRUNING, build, scaled
 from tokprune.integrations.transformers import compat, family_of
 
 import tokprune
@@ -64,6 +64,10 @@ def test_every_method_before_the_language_model_runs(kind, spec):
         with pytest.raises(MissingSignalError, match=r"relative positions.*Methods that work here: .*divprune[\w, ]*$"):
             tokprune.attach(model, scaled(spec), **budget_of(spec))
         return
+    if spec in BEFORE_THE_TOWER and not family_of(model).takes_cells:
+        with pytest.raises(MissingSignalError, match=r"whole pictures.*Methods that work here: .*divprune[\w, ]*$"):
+            tokprune.attach(model, spec)
+        return
     with tokprune.attach(model, for_family(spec, family_of(model)), **budget_of(spec)) as attachment:
         together, kept = model(**inputs).logits[:, -1], attachment.kept
         rows = []
@@ -77,7 +81,7 @@ def test_every_method_before_the_language_model_runs(kind, spec):
 @pytest.mark.parametrize("kind", UNREAD)
 def test_support_promises_nothing_that_is_read_from_such_a_tower(kind):
     answers = {p.method: p.answer for p in tokprune.list_support() if p.model == kind}
-    assert {name for name, answer in answers.items() if answer == "no"} == set(READS_THE_TOWER)
+    assert {name for name, answer in answers.items() if answer == "no"} == {*READS_THE_TOWER, "pixelprune"}
     assert set(answers.values()) == {"yes", "no"}
 
 

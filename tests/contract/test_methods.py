@@ -24,6 +24,9 @@ NOT_EXACT = {
     "fopru:strategy=row": Count.AT_MOST,
     "globalcom2:faithful=true": Count.CONTENT,
     "hired:faithful=true": Count.CONTENT,
+    "pixelprune": Count.CONTENT,
+    "pixelprune:tau=0.5": Count.CONTENT,
+    "pixelprune:tau=1:anchored=false": Count.CONTENT,
     "pool": Count.AT_MOST,
     "prumerge": Count.CONTENT,
     "prumerge_plus": Count.CONTENT,
@@ -249,6 +252,7 @@ def test_fopru_rows_are_whole():
 
 
 # Methods that a model cannot serve as they are, with the reason. A pair enters only with one.
+WHOLE = "the tower runs on whole pictures; pixelprune is for Qwen-VL, whose laws are in test_pixelprune.py"
 NO_CLS = "SigLIP has no [CLS] token; the option without_cls=received is explicit"
 WITHOUT_CLS = ("siglip", "llava_onevision")
 UNSUPPORTED = {
@@ -256,6 +260,7 @@ UNSUPPORTED = {
     for kind in WITHOUT_CLS
     for name in ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vtc_cls")
 }
+UNSUPPORTED |= {("pixelprune", kind): WHOLE for kind in tiny.KINDS}
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -267,7 +272,7 @@ def test_minimum_support_table(name, kind):
 
 
 @pytest.mark.parametrize("kind", WITHOUT_CLS)
-@pytest.mark.parametrize("name", sorted({name for name, _ in UNSUPPORTED}))
+@pytest.mark.parametrize("name", sorted({name for (name, _), why in UNSUPPORTED.items() if why is NO_CLS}))
 def test_what_to_type_instead_runs(name, kind):
     adapter = family_of(tiny.model(kind))
     assert adapter.supplies_all(build(f"{name}:{build(name).if_missing}").needs(adapter.tower))

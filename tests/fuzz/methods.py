@@ -20,6 +20,7 @@ N_TOWER, N_DECODER = 4, 5
 TOWER = (-4, -3, -2, -1, 0, 1, 2, 3)
 FILTERS, CUT_FILTERS = ("damro_filter",), ("sink_filter",)
 CUTTING = ("dart", "dyvte", "fastv", "pyramiddrop", "schedule", "sparsevlm", "visual_exit")
+BEFORE_THE_TOWER = ("pixelprune",)  # of Qwen-VL, which is not drawn
 # Everything else that is registered acts before the language model.
 FILTERABLE = ("fopru", "vtc_cls", "random", "hired", "globalcom2")
 MERGING = ("pool", "prumerge", "prumerge_plus", "tome", "visionzip")  # and sparsevlm unless recycle=false
@@ -29,7 +30,7 @@ NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", 
 
 def names() -> list[str]:
     """Methods before the language model."""
-    return [n for n in METHODS.own_names() if n not in (*CUTTING, *FILTERS, *CUT_FILTERS)]
+    return [n for n in METHODS.own_names() if n not in (*CUTTING, *FILTERS, *CUT_FILTERS, *BEFORE_THE_TOWER)]
 
 
 def sometimes(random: Random, chance: float = 0.35) -> bool:
@@ -83,6 +84,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "faithful": BOOL,
         "without_cls": (),
     },
+    "pixelprune": {"tau": (), "anchored": ()},
     "pool": {},
     "prumerge": {"adaptive": BOOL, "layer": TOWER, "without_cls": ()},
     "prumerge_plus": {

@@ -118,16 +118,18 @@ def flops(
         f"{visual} visual tokens ({n_crops} {what}{'s' * (n_crops > 1)}; change it with --visual)"
         + _kept_text(asked[0], found[0], len(asked))
     )
-    before = pairs[0][0]
-    share = before.before_llm.flops / before.prefill.flops
-    typer.echo(f"Vision tower and projector are {100 * share:.1f} % of the unpruned prefill and cannot be saved.")
+    before = pairs[0][0].prefill.flops
+    share, left = (100 * ledger.before_llm.flops / before for ledger in pairs[0])
+    whole = len(asked) > 1 or found[0].in_tower == visual
+    saved = " and cannot be saved" if whole else f"; {left:.1f} % are left"
+    typer.echo(f"Vision tower and projector are {share:.1f} % of the unpruned prefill{saved}.")
 
 
 def _kept_text(asked: tuple[str, float], found: pruning.Kept, n_asked: int) -> str:
     """How many tokens are kept, in words, where there is one answer."""
     if n_asked > 1 or is_saved(asked[0]):
         return "."
-    return f", keep {asked[1]:g}." if found.budgeted else ", how many are kept is up to the method."
+    return f", {found.decided.format(keep=asked[1])}."
 
 
 @app.command(short_help="Check this installation.")

@@ -19,6 +19,8 @@ from ..prune.saved import is_saved
 
 _PART_NAMES = {"vision": "vision tower", "decoder": "LLM decoder layers", "lm_head": "LM head"}
 
+WHERE = {"pixels": "before the tower"}
+
 
 def console(quiet: bool = False) -> Console:
     """A console for the terminal that prints brackets literally, not as markup."""
@@ -36,7 +38,7 @@ def methods_table() -> Grid:
         method = METHODS.build(name)
         preset = "" if str(method).endswith("()") else f" As {method}."
         count = "filter" if method.is_filter else "none" if name == "blind" else method.count.value
-        where = "between layers" if method.stage is Stage.DECODER else "before the LLM"
+        where = "between layers" if method.stage is Stage.DECODER else WHERE.get(method.space, "before the LLM")
         said = "control" if name in own else _said_source(type(method))
         source = ALIAS_SOURCES.get(name) or method.source or said
         lines.append([name, _first_line(type(method)) + preset, where, count, source])

@@ -212,6 +212,7 @@ class Shape:
         token_side: pixels a side of what a visual token shows, if `any_size`; 0 where it is not known.
         frames_a_step: frames of a video that share their tokens.
         gated_projector: half of the projector's last inner width gates the other half (SwiGLU).
+        takes_cells: the tower can run on a part of a picture's patches.
         n_projectors: projectors that run on every row; several if features of several tower layers are used.
     """
 
@@ -227,6 +228,7 @@ class Shape:
     frames_a_step: int = 1
     n_projectors: int = 1
     gated_projector: bool = False
+    takes_cells: bool = False
 
     def project(self, n_rows: int) -> Ops:
         """The projector on `n_rows` rows."""

@@ -162,7 +162,7 @@ def _any_size(
     """Four patches a token, two frames a step of time."""
     n = tower.n_patches // 4
     shape = Shape(name, tower, (*widths, text.width), n, n, text, vocabulary, any_size=True, token_side=side)
-    return replace(shape, **{"frames_a_step": 2, **more})
+    return replace(shape, **{"frames_a_step": 2, "takes_cells": name.startswith("qwen"), **more})
 
 
 def _smolvlm2(name: str, tower: Vision, folded: int, text: Stack) -> Shape:

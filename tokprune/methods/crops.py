@@ -21,8 +21,8 @@ def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]
     return ops.keep_top_of_parts(scores, ops.on_device(layout.crop_places, scores.device), counts)
 
 
-def crop_rasters(layout: Layout) -> list[list[list[list[int]]]]:
-    """Visual tokens of every crop, row by row: (crops, rows, columns) of indices for every size of crop."""
+def crop_rasters(layout: Layout, device: torch.device) -> list[Tensor]:
+    """Visual tokens of every crop, row by row: (crops, rows, columns) int64 for every size of crop."""
     by_crop: dict[int, dict[int, list[int]]] = {}
     for place, i in enumerate(layout.visual):
         by_crop.setdefault(layout.crop[i], {}).setdefault(layout.row[i], []).append(place)
@@ -30,7 +30,7 @@ def crop_rasters(layout: Layout) -> list[list[list[list[int]]]]:
     for crop in layout.crops:
         rows = [by_crop[crop][row] for row in sorted(by_crop[crop])]
         by_size.setdefault((len(rows), len(rows[0])), []).append(rows)
-    return list(by_size.values())
+    return [torch.tensor(crops).to(device, non_blocking=True) for crops in by_size.values()]
 
 
 def crop_by_crop(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class PixelPrune(Method):
     anchored: bool = True
 
     limits: ClassVar = {"tau": (0, 1e6)}
-    space: ClassVar[Literal["packed", "tower", "pixels"]] = "pixels"
+    space: ClassVar = "pixels"
     source: ClassVar[str] = "OPPO-Mente-Lab/PixelPrune"
 
     @property
@@ -61,8 +61,7 @@ class PixelPrune(Method):
         """Every crop or frame by itself; those of one size together."""
         pixels, keep = tokens.signal(Kind.PIXELS)[:, 0], torch.ones_like(tokens.keep)
         kept = self._anchored if self.anchored and self.tau else self._sliding
-        for rasters in crop_rasters(tokens.layout):
-            at = ops.on_device(rasters, pixels.device)  # (crops, H, W)
+        for at in crop_rasters(tokens.layout, pixels.device):
             cells = pixels[:, at.flatten()].unflatten(1, at.shape).flatten(0, 1)  # (G * crops, H, W, P)
             keep[:, at.flatten()] = kept(cells).view(len(pixels), -1)
         return replace(tokens, keep=keep)

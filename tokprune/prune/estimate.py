@@ -13,6 +13,7 @@ from ..core.tokens import Count
 from ..cost.flops import Ledger, Ops, Shape
 from ..cost.selection import SelectionCost, cut_ops
 from ..methods import build_method
+from ..methods.base import Method
 from .report import by_layer
 from .request import request_of
 from .saved import is_saved, read_saved
@@ -20,18 +21,19 @@ from .saved import is_saved, read_saved
 
 @dataclass(frozen=True)
 class Kept:
-    """Visual tokens of one picture in every decoder layer, the signals needed, and the cost of selecting."""
+    """Visual tokens of one picture by decoder layer and in the tower, the signals needed, and the cost of selecting."""
 
     by_layer: list[int]
+    in_tower: int
     signals: frozenset[Signal] = frozenset()
     products: Ops = field(default_factory=Ops)
-    budgeted: bool = True
+    decided: str = "keep {keep:g}"  # how many stay, for the line below a table
 
 
 def costs(shape: Shape, found: Kept, visual: int, text: int, crops: int | None) -> tuple[Ledger, Ledger]:
     """Ledgers of a prompt, unpruned and with what is kept."""
     before = shape.picture(visual, crops) + shape.read(visual + text)
-    after = shape.picture(visual, crops, found.signals) + shape.read([n + text for n in found.by_layer])
+    after = shape.picture(found.in_tower, crops, found.signals) + shape.read([n + text for n in found.by_layer])
     return before, after + Ledger(layers=(Ops(),) * shape.text.n_layers, selector=found.products)
 
 
@@ -50,8 +52,13 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
     """
     n_layers = shape.text.n_layers
     if not method:
-        return Kept([Budget(keep_ratio=keep).n_keep(visual)] * n_layers)
+        return Kept([Budget(keep_ratio=keep).n_keep(visual)] * n_layers, visual)
     built: Any = read_saved(method).method.method if is_saved(method) else build_method(method)[0]
+    if isinstance(built, Method) and built.space == "pixels":
+        if not shape.takes_cells:
+            raise RunError(f"{method!r} needs a tower that runs on part of a picture: use a Qwen-VL model")
+        n = Budget(keep_ratio=keep).n_keep(visual)
+        return Kept([n] * n_layers, n, decided="as if a picture keeps {keep:g}")
     if built.count is Count.CONTENT or built.is_filter:
         raise RunError(
             f"how many tokens {method!r} keeps depends on the picture: leave --method out to count the budget alone"
@@ -62,20 +69,21 @@ def kept(shape: Shape, method: str, keep: float, visual: int, text: int) -> Kept
             f"{method!r} is fitted to one model: attach it there, or use its counts, as fastv:schedule=layers/2x288"
         )
     before, between = built.stages
+    decided = Kept.decided if built.takes_budget else "how many are kept is up to the method"
     first, second = _budgets(method, keep ** (1 / max(built.n_budgets, 1)))
     n_keep, products = visual, Ops()
     signals: frozenset[Signal] = frozenset()
     if before is not None:
         n_keep, signals, products = _before(shape, method, before, first.n_keep(visual) if first else 0, visual)
     if between is None:
-        return Kept([n_keep] * n_layers, signals, products, built.takes_budget)
+        return Kept([n_keep] * n_layers, visual, signals, products, decided)
     left = second.n_keep(n_keep) if second and between.takes_budget else 0
     cuts = between.cuts(Decoder(n_layers, shape.text.width), n_keep, left)
     counts, layout = by_layer(cuts, n_keep, n_layers), grid_layout(1, n_keep)
     for layer, n in cuts.items():
         columns = counts[layer - 1] + text
         products += cut_ops(shape, between.cost, between.reads(layer), layer, layout, n, columns, text)
-    return Kept(counts, signals, products, built.takes_budget)
+    return Kept(counts, visual, signals, products, decided)
 
 
 def _budgets(method: str, ratio: float) -> tuple[Budget | None, Budget | None]:

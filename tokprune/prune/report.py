@@ -91,6 +91,11 @@ class ImageReport:
         parts = [shape.encode(sizes.count(n), n) for n in sorted(set(sizes))]
         return sum(parts[1:], parts[0])
 
+    def spent_before_llm(self, shape: Shape) -> Ops:
+        """What selecting computed, less what tower and projector were spared."""
+        whole = shape.encode(self.layout.n_crops, self.n_patches)
+        return self.selector + self.encoded(shape).before_llm + whole.before_llm * -1
+
     def n_by_layer(self, n_layers: int) -> list[int]:
         """Visual tokens in every decoder layer."""
         counts = {layer: self._n_visual(kept) for layer, kept in self.kept_by_layer.items() if layer}

@@ -363,7 +363,8 @@ class ModelFamily:
         """Arguments of `cell_tower` for the tokens that stay; only where `takes_cells`.
 
         Args:
-            args, kwargs: as it is called.
+            args: as it is called.
+            kwargs: as it is called.
             keep: (N,) bool, of all pictures of the call.
             index: (K,), where the kept ones are among the N.
         """

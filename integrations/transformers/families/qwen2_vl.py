@@ -62,7 +62,8 @@ class Qwen2VL(ModelFamily):
         n_rows = n_patches // folds
         vocabulary = config.text_config.vocab_size
         shape = Shape(config.model_type, tower, widths, n_rows, n_rows, text, vocabulary, any_size=True)
-        return replace(shape, token_side=side, frames_a_step=getattr(vision, "temporal_patch_size", 1))
+        frames = getattr(vision, "temporal_patch_size", 1)
+        return replace(shape, token_side=side, frames_a_step=frames, takes_cells=cls.takes_cells)
 
     @classmethod
     def tower_stack(cls, vision: Any) -> Stack:
