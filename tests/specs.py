@@ -35,6 +35,8 @@ VARIANTS = [
     "prumerge_plus:n_top=5:step=6",
     "random:seed=3",
     "random:split=even",
+    "scope:alpha=2:split=even",
+    "scope:combine=add",
     "tokencorr:sample=top:thumbnail=false",
     "uniform:split=even",
     "visionzip:contextual=2",
@@ -81,7 +83,7 @@ BUDGETED = [s for s in SPECS if build(s).takes_budget]
 PRUNING = [s for s in SPECS if s != "blind"]  # with those that decide how many by themselves
 BEFORE_THE_TOWER = [s for s in SPECS if build(s).space == "pixels"]  # few towers run on a part of a picture
 TOWER = Tower(n_layers=24, has_cls=True)
-HEADS, HEAD_DIM, TOWER_WIDTH, N_TEXT = 2, 4, 16, 5
+HEADS, HEAD_DIM, TOWER_WIDTH, N_TEXT = 2, 4, 12, 5
 
 
 def mosaic_layout(side: int, grid: tuple[int, int], height: int | None = None, width: int | None = None) -> Layout:
@@ -125,6 +127,8 @@ def tokens_for(spec: str, n_images=3, layout: Layout | None = None, dtype=torch.
         n = layout.n_visual
         if s.kind is Kind.KEYS:
             return values(max(len(s.layers), 1), n, HEADS, HEAD_DIM)
+        if s.kind is Kind.TOWER_STATES:
+            return values(1, n, TOWER_WIDTH)
         if s.kind is Kind.CLS_STATE:
             return values(layout.n_crops, width)  # of all crops that a tower encodes
         if s.kind is Kind.PIXELS:

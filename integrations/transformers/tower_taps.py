@@ -32,11 +32,15 @@ def split_features(out: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any
     return list(given), put_back
 
 
+OF_READ_LAYER = (Kind.CLS_STATE, Kind.TOWER_STATES)
+
+
 class TowerTap(NotCopyable):
     """Collects signals from the vision tower; open only while a picture is encoded.
 
     Hooks on the projections see what attention sees, whichever attention implementation runs, and cost no
-    extra product of hidden states. With `states`, what the projector takes is collected, too.
+    extra product of hidden states. With `states`, what the projector takes is collected, too. What is not about
+    attention comes from the output of the layer that the model reads.
     """
 
     def __init__(self, family: ModelFamily, signals: frozenset[Signal], passes: Passes, states: bool = False):
@@ -53,10 +57,10 @@ class TowerTap(NotCopyable):
             for side, projection in projections.items():
                 for twin in self.family.tower_twins(projection):
                     hooks.after(twin, functools.partial(self._seen, layer, len(projections), side))
-        if any(s.kind is Kind.CLS_STATE for s in self.signals):
+        if any(s.kind in OF_READ_LAYER for s in self.signals):
             layer = self.family.vision_layers[self.family.read_layer]
             for twin in self.family.tower_twins(layer):
-                hooks.after(twin, self._cls_seen)
+                hooks.after(twin, self._read_layer_seen)
         if self.states:
             hooks.before(self.family.projector, self._states_seen)
 
@@ -82,12 +86,12 @@ class TowerTap(NotCopyable):
                 "choose layers up to the one whose features the model reads. If the tower is compiled, compile decoder "
                 "layers instead, or use a method that reads nothing of the tower"
             )
-        found = {s: rows[s] for s in self.signals if s.kind is Kind.CLS_STATE}
+        found = {s: rows[s] for s in self.signals if s.kind in OF_READ_LAYER}
         # The tower's layers may sit on several devices.
         found |= {
             s: torch.stack([rows[s, layer].to(rows[s, s.layers[0]].device) for layer in s.layers], 2)
             for s in self.signals
-            if s.kind.is_per_token
+            if s.kind not in OF_READ_LAYER
         }
         return found | ({"states": rows["states"]} if self.states else {})
 
@@ -119,11 +123,16 @@ class TowerTap(NotCopyable):
         for signal, parts in found.items():
             rows[signal, layer] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _cls_seen(self, layer: nn.Module, args: tuple, kwargs: dict, out):
+    def _read_layer_seen(self, layer: nn.Module, args: tuple, kwargs: dict, out):
         rows = self._open
-        if rows is not None:
-            state = (out[0] if isinstance(out, tuple) else out)[:, 0].float()
-            rows.update({s: state for s in self.signals if s.kind is Kind.CLS_STATE})
+        if rows is None:
+            return
+        states = self.family.tower_states(out[0] if isinstance(out, tuple) else out, kwargs)
+        for s in self.signals:
+            if s.kind is Kind.CLS_STATE:
+                rows[s] = states[:, 0].float()
+            if s.kind is Kind.TOWER_STATES:
+                rows[s] = states[:, self.n_special :, None].float()
 
     def _states_seen(self, projector: nn.Module, args: tuple, kwargs: dict):
         rows = self._open
@@ -141,16 +150,18 @@ def signal_rows(signals: list[Signal], q: Tensor, k: Tensor, scale: float, n_spe
     for s in signals:
         if s.kind is Kind.KEYS:
             yield s, k[:, :, n_special:].transpose(1, 2).float()
-    for form, heads in sorted({(s.form, s.heads) for s in signals if s.kind is not Kind.KEYS}):
-        asked = {s.kind: s for s in signals if (s.form, s.heads) == (form, heads)}
+    ways = sorted({(s.form, s.heads, s.special) for s in signals if s.kind is not Kind.KEYS})
+    for form, heads, special in ways:
+        asked = {s.kind: s for s in signals if (s.form, s.heads, s.special) == (form, heads, special)}
         queries, keys, by = attention.as_one_head(q, k) if heads == "single" else (q, k, scale)
+        arguments = (queries, keys, by, form, n_special, special)
         if Kind.CLS_ROW in asked:
-            yield asked[Kind.CLS_ROW], attention.cls_row(queries, keys, by, form, n_special)
+            yield asked[Kind.CLS_ROW], attention.cls_row(*arguments)
         if Kind.RECEIVED in asked and Kind.GIVEN in asked:
-            received, given = attention.received_and_given(queries, keys, by, form, n_special)
+            received, given = attention.received_and_given(*arguments)
             yield asked[Kind.RECEIVED], received
             yield asked[Kind.GIVEN], given
         elif Kind.RECEIVED in asked:
-            yield asked[Kind.RECEIVED], attention.received(queries, keys, by, form, n_special)
+            yield asked[Kind.RECEIVED], attention.received(*arguments)
         elif Kind.GIVEN in asked:
-            yield asked[Kind.GIVEN], attention.given(queries, keys, by, form, n_special)
+            yield asked[Kind.GIVEN], attention.given(*arguments)

@@ -197,7 +197,7 @@ def test_cost_of_methods_that_decide_follows_what_they_kept(spec):
     tokens = tokens_for(spec, n_images=1, layout=layout)
     kept = []
     seen = counted(lambda: kept.append(method.select(tokens, 0).keep.sum().item()))
-    widths = Widths(16, HEADS * HEAD_DIM, HEAD_DIM, False)
+    widths = Widths(16, HEADS * HEAD_DIM, HEAD_DIM, 16, False)
     assert method.cost(layout, kept[0], widths).flops == pytest.approx(seen["all"], rel=0.01)
 
 

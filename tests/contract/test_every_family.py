@@ -23,6 +23,7 @@ READS_THE_TOWER = (
     "hired",
     "prumerge",
     "prumerge_plus",
+    "scope",
     "tokencorr",
     "visionzip",
     "vtc_cls",

@@ -97,6 +97,12 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     "pyramiddrop": {"schedule": SCHEDULES, "uniform": (0, 0.25, 1)},
     "random": {"split": SPLIT, "seed": (0, 1, -5, 12345)},
     "schedule": {"schedule": (), "uniform": (), "file": ()},
+    "scope": {
+        "alpha": (0.5, 1, 3),  # with 0, two tokens that cover each other tie but for rounding
+        "combine": ("multiply", "add"),
+        "layer": TOWER,
+        "split": SPLIT,
+    },
     "sink_filter": {"threshold": (0.5, 2, 20), "dims": ("3", "0/5")},
     "sparsevlm": {"schedule": SCHEDULES, "uniform": (0, 0.25), "recycle": BOOL, "faithful": BOOL},
     "tokencorr": {

@@ -39,7 +39,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "holov",
         "mmtok",
         "quota",
-        "scope",
         "vidcom2",
         "vispruner",
     }

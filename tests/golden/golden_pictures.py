@@ -2,15 +2,80 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from golden_harness import Case, assert_kept
+from torch import Tensor
 
 import tokprune
-from tokprune.core.layout import grid_layout
-from tokprune.core.signals import Tower
+from tokprune.core import attention
+from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.signals import Signal, Tower
 from tokprune.core.tokens import VisualTokens
+
+CLIP, QWEN = Tower(24, has_cls=True), Tower(32, has_cls=False, full_layers=(7, 15, 23, 31))
+
+
+def square(n: int) -> Layout:
+    """One crop of n tokens, as square as their number allows."""
+    side = math.isqrt(n)
+    return grid_layout(side, side) if side * side == n else grid_layout(1, n)
+
+
+def in_raster_order(by_patch: Tensor, window_index: Tensor) -> Tensor:
+    """(4 N,) values of patches in window order, as the mean over the 2 x 2 patches of a token, (N,)."""
+    return torch.zeros(len(window_index)).scatter(0, window_index, by_patch.view(-1, 4).mean(1))
+
+
+def received_by_image(q: Tensor, k: Tensor, window_index: Tensor, starts: list[int]) -> Tensor:
+    """(N,): what a token of a tower without [CLS] receives, summed over the queries of its image.
+
+    Args:
+        q, k: (H, 4 N, d), in window order.
+        window_index: where the tokens lie, (N,).
+        starts: first patches of the images, and their end.
+    """
+    parts = []
+    for start, end in itertools.pairwise(starts):
+        own = attention.received(q[None, :, start:end], k[None, :, start:end], q.shape[-1] ** -0.5)[0]
+        parts.append(own * (end - start))
+    return in_raster_order(torch.cat(parts), window_index)
+
+
+def cls_row(signal: Signal, q: Tensor, k: Tensor) -> Tensor:
+    """(B, N) from queries and keys of one layer, as the signal has it."""
+    return attention.cls_row(q, k, q.shape[-1] ** -0.5, signal.form, 1, signal.special)
+
+
+def check_scope(case: Case) -> None:
+    """Features and a saliency, or queries and keys; all images of a request form one pool."""
+    inputs, expected = case.load()
+    p = case.params
+    features = inputs["features"]
+    features = features if features.ndim == 3 else features[None]
+    combine = {"multi": "multiply", "add": "add"}[p.get("combined") or "multi"]
+    has_saliency = "q" in inputs or "saliency" in inputs
+    method = tokprune.get_method("scope", alpha=p.get("alpha", 1.0) if has_saliency else 0.0, combine=combine)
+    tower = QWEN if "window_index" in inputs else CLIP
+    signals = {}
+    for signal in method.needs(tower):
+        if "window_index" in inputs:  # that code sums over queries and over the patches of a token
+            starts = inputs["cu_seqlens"].tolist()
+            saliency = 4 * received_by_image(inputs["q"], inputs["k"], inputs["window_index"], starts)[None]
+        elif "q" in inputs:
+            saliency = cls_row(signal, inputs["q"], inputs["k"]).reshape(1, -1)
+        else:
+            saliency = inputs["saliency"]
+        if "saliency" in expected:
+            torch.testing.assert_close(saliency[0], expected["saliency"], rtol=1e-4, atol=0)
+        signals[signal] = saliency.reshape(len(features), 1, -1)
+    tokens = VisualTokens.of(features, square(features.shape[1]), signals)
+    n_keep = p["num_keep"]
+    assert torch.equal(method.order(tokens, n_keep), expected["greedy_order"].reshape(len(features), -1))
+    assert_kept(method.select(tokens, n_keep).keep, expected["kept"].reshape(len(features), -1))
 
 
 def check_pixelprune(case: Case) -> None:
@@ -27,4 +92,5 @@ def check_pixelprune(case: Case) -> None:
 
 PICTURE_CHECKS: dict[str, Callable[[Case], None]] = {
     "pixelprune": check_pixelprune,
+    "scope": check_scope,
 }

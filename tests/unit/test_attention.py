@@ -19,7 +19,7 @@ FORMS = ("softmax", "logits")
 
 
 def written_out(q, k, scale, form, n_special):
-    """(B, N, N) mean over heads of the map among patches."""
+    """(B, T, T) mean over heads of the map among all tokens."""
     logits = q.double() @ k.double().transpose(-1, -2) * scale
     full = logits.softmax(-1) if form == "softmax" else logits
     return full.mean(1)
@@ -41,6 +41,24 @@ def test_rows_and_means_equal_the_map(form, n_special, dtype):
     torch.testing.assert_close(given, patches.mean(2), **close)
     torch.testing.assert_close(attention.cls_row(q, k, 0.35, form, n_special), full[:, 0, n_special:], **close)
     assert received.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n_special", [1, 5])
+def test_special_tokens_take_part_as_it_is_asked(form, n_special):
+    """ "none" is the map of a tower without them, but for the query of the first; "both" averages over all queries."""
+    q, k = (torch.randn(2, 3, 150, 8) for _ in "qk")
+    close = dict(rtol=1e-4, atol=1e-6, check_dtype=False)
+    patches = (q[:, :, n_special:], k[:, :, n_special:], 0.35)
+    for function in (attention.received, attention.given):
+        alone = function(q, k, 0.35, form, n_special, "none")
+        torch.testing.assert_close(alone, function(*patches, form, 0), **close)
+    alone = attention.cls_row(q, k, 0.35, form, n_special, "none")
+    torch.testing.assert_close(alone, written_out(q[:, :, :1], patches[1], 0.35, form, 0)[:, 0], **close)
+    full = written_out(q, k, 0.35, form, n_special)[..., n_special:]
+    both = attention.received_and_given(q, k, 0.35, form, n_special, "both")
+    torch.testing.assert_close(both[0], full.mean(1), **close)
+    torch.testing.assert_close(both[1], full[:, n_special:].mean(2), **close)
 
 
 def test_chunks_do_not_change_the_result():
@@ -71,6 +89,22 @@ def test_tap_equals_the_towers_own_attention_maps(tower):
             patches = full[:, n_special:, n_special:]
             want = {Kind.RECEIVED: patches.mean(1), Kind.GIVEN: patches.mean(2), Kind.CLS_ROW: full[:, 0, n_special:]}
             torch.testing.assert_close(collected[Signal(kind, layers)][:, :, place], want[kind], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tower", tiny.TOWERS)
+@torch.no_grad()
+def test_tower_states_are_what_the_projector_takes(tower):
+    signal = Signal(Kind.TOWER_STATES)
+    model, pixels = tiny.model(tower), tiny.pictures(3)
+    tap = TowerTap(Llava(model), frozenset({signal}), Passes())
+    taken = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+    with contextlib.closing(Hooks(model)) as hooks:
+        tap.install(hooks)
+        collected = tap.collect(lambda: model.model.get_image_features(pixels))[1]
+    hook.remove()
+    assert collected[signal].shape == (3, 36, 1, taken[0].shape[-1])
+    torch.testing.assert_close(collected[signal][:, :, 0], taken[0])
 
 
 @torch.no_grad()

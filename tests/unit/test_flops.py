@@ -9,7 +9,19 @@ import tiny
 import torch
 import transformers
 from counter import counted
-from specs import BUDGETED, HEAD_DIM, HEADS, SPECS, TOWER, build, mosaic_layout, n_keeps, scaled, tokens_for
+from specs import (
+    BUDGETED,
+    HEAD_DIM,
+    HEADS,
+    SPECS,
+    TOWER,
+    TOWER_WIDTH,
+    build,
+    mosaic_layout,
+    n_keeps,
+    scaled,
+    tokens_for,
+)
 from tokprune.integrations.transformers import shape_from_config
 
 import tokprune
@@ -173,8 +185,8 @@ def test_signals_cost_what_the_counter_sees():
     vision = shape_from_config(tiny.model().config).vision
     kinds = [{Kind.CLS_ROW}, {Kind.RECEIVED}, {Kind.GIVEN}, {Kind.RECEIVED, Kind.GIVEN}, {Kind.CLS_ROW, Kind.KEYS}]
     for form, heads in itertools.product(("softmax", "logits"), ("mean", "single")):
-        for asked in kinds:
-            signals = [Signal(kind, (0,), form, heads) for kind in sorted(asked, key=str)]
+        for asked, special in itertools.product(kinds, ("keys", "both", "none")):
+            signals = [Signal(kind, (0,), form, heads, special=special) for kind in sorted(asked, key=str)]
             seen = counted(lambda signals=signals: list(signal_rows(signals, q, k, 1.0, 1)))
             assert (vision.signals(signals) * 3).flops == within_a_percent(seen["all"])
 
@@ -189,7 +201,7 @@ def test_methods_declare_their_matrix_products(spec, layout):
     tokens = tokens_for(spec, n_images=3, layout=layout)
     n_keep = n_keeps(spec, layout)[len(n_keeps(spec, layout)) // 2]
     has_cls_state = any(s.kind is Kind.CLS_STATE for s in tokens.signals)
-    widths = Widths(16, HEADS * HEAD_DIM, HEAD_DIM, has_cls_state)
+    widths = Widths(16, HEADS * HEAD_DIM, HEAD_DIM, TOWER_WIDTH, has_cls_state)
     seen = counted(lambda: method.select(tokens, n_keep))
     assert 3 * method.cost(layout, n_keep, widths).flops == within_a_percent(seen["all"])
 
@@ -292,7 +304,7 @@ def test_flops_ratio_keeps_the_most_that_it_pays_for(spec, scope):
         ledger = shape.prefill(64 + n_keep, signals=signals if n_keep < 36 else ())
         if scope == "prefill" and n_keep < 36:
             in_tower = method.space == "tower"
-            widths = Widths(32 if in_tower else 64, 32, 8, any(s.kind is Kind.CLS_STATE for s in signals))
+            widths = Widths(32 if in_tower else 64, 32, 8, 32, any(s.kind is Kind.CLS_STATE for s in signals))
             more = method.cost(layout, n_keep, widths) + (shape.project(n_keep) if in_tower else Ops())
             return ledger.prefill.flops + more.flops
         return getattr(ledger, scope).flops

@@ -9,20 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .signals import Form
+from .signals import Form, Special
 
 CHUNK = 128  # queries at a time, fewer where B * H * CHUNK * T floats would be more than LARGEST; costs no time
 LARGEST = 2**25
 
 
-def cls_row(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 1) -> Tensor:
+def cls_row(
+    q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 1, special: Special = "keys"
+) -> Tensor:
     """Attention of the first token to every patch, (B, N); O(H T d), no T x T product.
 
-    The softmax runs over all T keys; the columns of special tokens are dropped afterwards.
+    The softmax runs over all T keys, or over those of patches with special="none"; the columns of special tokens are
+    dropped afterwards.
     """
-    logits = (q[:, :, :1].float() @ k.float().transpose(-1, -2) * scale)[:, :, 0]  # (B, H, T)
+    k, n_keys = _keys(k, n_special, special)
+    logits = (q[:, :, :1].float() @ k.float().transpose(-1, -2) * scale)[:, :, 0]  # (B, H, keys)
     row = logits.softmax(-1) if form == "softmax" else logits
-    return row.mean(1)[:, n_special:]
+    return row.mean(1)[:, n_keys:]
 
 
 def rows(q: Tensor, k: Tensor, scale: float, allowed: Tensor) -> Tensor:
@@ -45,47 +49,65 @@ def as_one_head(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
     return q, k, q.shape[-1] ** -0.5
 
 
-def received(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0) -> Tensor:
-    """Attention every patch receives from all patches, mean over queries, (B, N)."""
+def received(
+    q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0, special: Special = "keys"
+) -> Tensor:
+    """Attention every patch receives, (B, N): mean over the queries of patches, or over all with special="both"."""
     if form == "logits":
-        return _mean_logits(k, q, scale, n_special)
-    return _received_and_given(q, k, scale, n_special)[0]
+        return _mean_logits(k[:, :, n_special:], _queries(q, n_special, special), scale)
+    return _received_and_given(q, k, scale, n_special, special)[0]
 
 
-def given(q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0) -> Tensor:
+def given(
+    q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0, special: Special = "keys"
+) -> Tensor:
     """Attention every patch gives to all patches, mean over keys, (B, N).
 
     After the softmax this is (1 - attention to the special tokens) / N: nearly constant.
     """
     if form == "logits":
-        return _mean_logits(q, k, scale, n_special)
-    return _received_and_given(q, k, scale, n_special)[1]
+        return _mean_logits(q[:, :, n_special:], k[:, :, n_special:], scale)
+    return _received_and_given(q, k, scale, n_special, special)[1]
 
 
 def received_and_given(
-    q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0
+    q: Tensor, k: Tensor, scale: float, form: Form = "softmax", n_special: int = 0, special: Special = "keys"
 ) -> tuple[Tensor, Tensor]:
     """Both at once: after the softmax they share one pass over the queries."""
     if form == "logits":
-        return received(q, k, scale, form, n_special), given(q, k, scale, form, n_special)
-    return _received_and_given(q, k, scale, n_special)
+        arguments = (q, k, scale, form, n_special, special)
+        return received(*arguments), given(*arguments)
+    return _received_and_given(q, k, scale, n_special, special)
 
 
-def _mean_logits(own: Tensor, others: Tensor, scale: float, n_special: int) -> Tensor:
+def _keys(k: Tensor, n_special: int, special: Special) -> tuple[Tensor, int]:
+    """The keys that the softmax runs over, and how many of them are special."""
+    return (k[:, :, n_special:], 0) if special == "none" else (k, n_special)
+
+
+def _queries(q: Tensor, n_special: int, special: Special) -> Tensor:
+    """The queries whose attention is averaged."""
+    return q if special == "both" else q[:, :, n_special:]
+
+
+def _mean_logits(own: Tensor, others: Tensor, scale: float) -> Tensor:
     # The mean over the other side of a product is the product with the mean: one matrix-vector product.
-    mean = others[:, :, n_special:].float().mean(2)  # (B, H, d)
-    return (own[:, :, n_special:].float() @ mean[..., None] * scale)[..., 0].mean(1)
+    mean = others.float().mean(2)  # (B, H, d)
+    return (own.float() @ mean[..., None] * scale)[..., 0].mean(1)
 
 
 def _received_and_given(
-    q: Tensor, k: Tensor, scale: float, n_special: int, chunk: int = CHUNK
+    q: Tensor, k: Tensor, scale: float, n_special: int, special: Special = "keys", chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     heads, n_patches = q.shape[1], q.shape[2] - n_special
     chunk = max(1, min(chunk, LARGEST // (len(q) * heads * q.shape[2])))
+    k, n_keys = _keys(k, n_special, special)
+    q = _queries(q, n_special, special)
     k_t = k.float().transpose(-1, -2)
     column_sum, rows = q.new_zeros(q.shape[0], n_patches, dtype=torch.float32), []
-    for queries in q[:, :, n_special:].split(chunk, dim=2):
-        patches = (queries.float() @ k_t * scale).softmax(-1)[..., n_special:]  # (B, H, chunk, N)
+    for queries in q.split(chunk, dim=2):
+        patches = (queries.float() @ k_t * scale).softmax(-1)[..., n_keys:]  # (B, H, chunk, N)
         column_sum = column_sum + patches.sum((1, 2))
         rows.append(patches.sum((1, 3)))
-    return column_sum / (heads * n_patches), torch.cat(rows, dim=1) / (heads * n_patches)
+    by_query = torch.cat(rows, dim=1)[:, q.shape[2] - n_patches :]
+    return column_sum / (heads * q.shape[2]), by_query / (heads * n_patches)

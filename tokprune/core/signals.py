@@ -17,6 +17,8 @@ class Kind(Enum):
     not renormalised after the [CLS] column is dropped. RECEIVED: attention that a visual token receives from
     all visual tokens of its crop, mean over heads and queries, (G, l, N). GIVEN: attention that it gives to all
     visual tokens of its crop, mean over heads and keys, (G, l, N). KEYS: keys of every head, (G, l, N, H, d).
+    TOWER_STATES: hidden states of the layer that the model reads, before a final norm, mean over the patches of a
+    token, (G, 1, N, D_tower).
     CLS_STATE: the tower's [CLS] state where the model reads it, (G, C, D_tower) for the C crops that it encodes; only
     where the projector takes one patch a row. TEXT_EMBEDS: input embeddings of the text of the image's prompt,
     (G, T, D), rows of zeros elsewhere; available only when the language model runs. PIXELS: the P pixel values that a
@@ -35,6 +37,7 @@ class Kind(Enum):
     RECEIVED = "received"
     GIVEN = "given"
     KEYS = "keys"
+    TOWER_STATES = "tower_states"
     CLS_STATE = "cls_state"
     TEXT_EMBEDS = "text_embeds"
     PIXELS = "pixels"
@@ -51,7 +54,8 @@ class Kind(Enum):
     @property
     def is_per_token(self) -> bool:
         """Whether axis 2 goes over visual tokens of the vision tower."""
-        return self in (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.PIXELS)
+        kinds = (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TOWER_STATES, Kind.PIXELS)
+        return self in kinds
 
     @property
     def is_decoder(self) -> bool:
@@ -68,6 +72,9 @@ Heads = Literal["mean", "single"]
 Text = Literal["after", "last", "all"]
 
 
+Special = Literal["keys", "both", "none"]
+
+
 @dataclass(frozen=True)
 class Signal:
     """A kind with its layers (absolute, 0-based) and, for attention, how it is computed.
@@ -79,6 +86,9 @@ class Signal:
         heads: mean over the tower's heads, or one head over the full width.
         text: for kinds about text: the text after the image, after the last image of the prompt, or all of it.
             If no text follows, the prompt's last token.
+        special: for attention in the tower, where its special tokens ([CLS], registers) take part: as keys of the
+            softmax alone, also as queries of what a token receives ("both"), or not at all. What they receive is
+            always left out.
     """
 
     kind: Kind
@@ -86,6 +96,7 @@ class Signal:
     form: Form = "softmax"
     heads: Heads = "mean"
     text: Text = "after"
+    special: Special = "keys"
 
 
 @dataclass(frozen=True)

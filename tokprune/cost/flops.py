@@ -162,15 +162,18 @@ class Vision:
         n_tokens, inner = n_patches + self.n_special, self.stack.n_heads * self.stack.head_dim
         products = set()  # (layer, what is multiplied): received and given share their softmax rows
         for s in signals:
+            n_keys = n_patches if s.special == "none" else n_tokens
+            n_queries = n_tokens if s.special == "both" else n_patches
+            way = (s.form, s.heads, s.special)
             for layer in s.layers:
                 if s.kind is Kind.CLS_ROW:
-                    products.add((layer, s.form, s.heads, "cls", n_tokens))
+                    products.add((layer, *way, "cls", n_keys))
                 elif s.kind is Kind.KEYS:
                     continue  # what the tower computes anyway
                 elif s.form == "logits":
-                    products.add((layer, s.form, s.heads, s.kind.value, n_patches))
+                    products.add((layer, *way, s.kind.value, n_patches))
                 else:
-                    products.add((layer, s.form, s.heads, "map", n_patches * n_tokens))
+                    products.add((layer, *way, "map", n_queries * n_keys))
         return Ops(inner * sum(p[-1] for p in products))
 
 

@@ -18,12 +18,14 @@ class Widths(NamedTuple):
         rows: width of the rows that are compared and merged.
         keys: width of the tower's keys, all heads.
         head: width of one head's keys.
+        states: width of the tower's states.
         has_cls_state: whether the tower's [CLS] state can be one of the kept tokens.
     """
 
     rows: int
     keys: int
     head: int
+    states: int
     has_cls_state: bool
 
 
@@ -57,6 +59,7 @@ class SelectionCost:
                 rows=tower.width if self.in_tower else self.shape.text.width,
                 keys=tower.n_heads * tower.head_dim,
                 head=tower.head_dim,
+                states=tower.width,
                 has_cls_state=any(s.kind is Kind.CLS_STATE for s in self.signals),
             )
             spent += self.products(layout.without_specials, n_keep, widths)
@@ -95,5 +98,5 @@ def cut_ops(
         n_text: text tokens, for signals about all of them.
     """
     text = shape.text
-    widths = Widths(text.width, text.n_kv_heads * text.head_dim, text.head_dim, False)
+    widths = Widths(text.width, text.n_kv_heads * text.head_dim, text.head_dim, 0, False)
     return decoder_signals(text, signals, layer, n_columns, n_text) + products(layout, n_keep, widths)

@@ -32,6 +32,7 @@ METHODS = Registry(
         "pyramiddrop": "tokprune.methods.pyramiddrop:PyramidDrop",
         "random": "tokprune.methods.random_:Random",
         "schedule": "tokprune.methods.schedule_:FromFile",
+        "scope": "tokprune.methods.scope:SCOPE",
         "sink_filter": "tokprune.methods.sink_filter:SinkFilter",
         "sparsevlm": "tokprune.methods.sparsevlm:SparseVLM",
         "tokencorr": "tokprune.methods.tokencorr:TokenCorr",

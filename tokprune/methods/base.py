@@ -275,6 +275,14 @@ def asked_signals(method: Method, function: Literal["needs", "reads"], where: An
     return frozenset(found)
 
 
+def late_layer(tower: Tower, layer: int | None) -> int:
+    """The layer of late attention: that option, else the one before the last, or the last one without [CLS].
+
+    Papers on towers with [CLS] (CLIP) read what LLaVA reads; those on others (Qwen-VL) the last layer.
+    """
+    return tower.default_layer(-2 if tower.has_cls else -1) if layer is None else tower.layer(layer)
+
+
 def cls_signal(
     tower: Tower, layers: tuple[int, ...], without_cls: WithoutCLS, form: Form = "softmax", heads: Heads = "mean"
 ) -> Signal:

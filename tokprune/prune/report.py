@@ -435,6 +435,7 @@ def describe_signals(signals: frozenset[Signal]) -> str:
 
     def form(s: Signal) -> str:
         attention = s.kind in (Kind.CLS_ROW, Kind.RECEIVED, Kind.GIVEN)
-        return f" ({s.form}{', one head' if s.heads == 'single' else ''})" if attention else ""
+        special = {"keys": "", "both": ", queries of [CLS] too", "none": ", without [CLS]"}[s.special]
+        return f" ({s.form}{', one head' if s.heads == 'single' else ''}{special})" if attention else ""
 
     return ", ".join(sorted(s.kind.value + form(s) + layers(s) for s in signals))

@@ -224,7 +224,7 @@ class ModelFamily:
         """Kinds of signals from such a tower."""
         kinds = {Kind.TEXT_EMBEDS} | {k for k in Kind if k.is_decoder}
         if not cls.no_tower_signals:
-            kinds |= {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS}
+            kinds |= {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TOWER_STATES}
         if cls.takes_cells:
             kinds.add(Kind.PIXELS)
         if tower.has_cls:
@@ -291,6 +291,15 @@ class ModelFamily:
         module = entered["module"]
         q, k = (outputs[side].unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for side in ("q", "k"))
         yield q, k, module.scale
+
+    def tower_states(self, out: Tensor, entered: Mapping[str, Any]) -> Tensor:
+        """What a vision layer put out, (crops, T, D), in the order of `tower_heads`.
+
+        Args:
+            out: its output.
+            entered: keywords that it was called with.
+        """
+        return out if out.ndim == 3 else out[None]
 
     def attention_module(self, layer: int) -> nn.Module:
         """The attention module of a vision layer; has q_proj, k_proj, num_heads and scale."""

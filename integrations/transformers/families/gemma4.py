@@ -56,6 +56,10 @@ class Gemma4(SiglipFamily):
         for queries, keys, own in zip(q, k, valid, strict=True):
             yield queries[None, :, own], keys[None, :, own], module.scaling
 
+    def tower_states(self, out: Tensor, entered: Mapping[str, Any]) -> Tensor:
+        """Of all pictures and frames in one row, without padding."""
+        return out[(entered["position_ids"] >= 0).all(-1)][None]
+
     def layouts(
         self, name: str, arguments: Mapping[str, Any], features: list[Tensor], runs: Sequence[int] = ()
     ) -> list[Layout]:

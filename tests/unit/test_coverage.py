@@ -1,0 +1,109 @@
+"""Greedy coverage against a loop that works everything out again after every choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tokprune
+from tokprune.core.layout import grid_layout
+from tokprune.core.signals import Tower
+from tokprune.core.tokens import VisualTokens
+from tokprune.methods import coverage
+
+WITH_CLS = Tower(24, has_cls=True)
+
+
+def smooth(side: int, width: int, seed: int = 0) -> torch.Tensor:
+    """(1, side * side, width): neighbours are alike, as in a picture."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, width, 6, 6, generator=generator)
+    fine = F.interpolate(coarse, (side, side), mode="bicubic").flatten(2).transpose(1, 2)
+    return fine + 0.05 * torch.randn(fine.shape, generator=generator)
+
+
+def by_hand(x: torch.Tensor, saliency: torch.Tensor, n_keep: int) -> list[int]:
+    """The definition of SCOPE, (N, D) and (N,), in double precision."""
+    cosine = F.normalize(x.double(), dim=-1) @ F.normalize(x.double(), dim=-1).T
+    cover, chosen = torch.zeros(len(x)), []
+    for _ in range(n_keep):
+        gain = (cosine - cover[:, None]).clamp(min=0).sum(0) * saliency
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        cover = cover.maximum(cosine[chosen[-1]])
+    return chosen
+
+
+def scope_tokens(features: torch.Tensor) -> VisualTokens:
+    side = int(features.shape[1] ** 0.5)
+    signals = {
+        s: (2 * torch.randn(1, 1, side * side, generator=torch.Generator().manual_seed(3))).softmax(-1)
+        for s in tokprune.get_method("scope").needs(WITH_CLS)
+    }
+    return VisualTokens.of(features, grid_layout(side, side), signals)
+
+
+@pytest.mark.parametrize("side", [8, 40])
+def test_scope_is_the_greedy_loop_of_its_definition(side):
+    """1,600 tokens are more rows than are brought up to date after a choice."""
+    tokens = scope_tokens(smooth(side, 24))
+    n_keep = side * side // 4
+    assert side == 8 or coverage.n_updated(1600, n_keep) < 1600
+    (saliency,) = tokens.signals.values()
+    got = tokprune.get_method("scope").order(tokens, n_keep)[0].tolist()
+    assert got == by_hand(tokens.features[0], saliency[0, 0].double(), n_keep)
+
+
+def test_alpha_zero_is_coverage_alone_and_reads_nothing():
+    method = tokprune.get_method("scope", alpha=0.0)
+    assert not method.needs(WITH_CLS)
+    features = smooth(8, 24)
+    got = method.order(VisualTokens.of(features, grid_layout(8, 8)), 16)[0].tolist()
+    assert got == by_hand(features[0], torch.ones(64), 16)  # later, two tokens that cover each other alone tie
+
+
+def test_cosines_that_are_not_held_give_the_same_tokens(monkeypatch):
+    tokens = scope_tokens(smooth(20, 24))
+    want = tokprune.get_method("scope").order(tokens, 100)
+    monkeypatch.setattr(coverage, "HELD", 0)
+    monkeypatch.setattr(coverage, "CHUNK", 7)
+    assert torch.equal(tokprune.get_method("scope").order(tokens, 100), want)
+
+
+@pytest.mark.parametrize("spec", ["scope"])
+def test_no_matrix_of_all_pairs_beyond_the_limit(spec):
+    """The largest tensor that is ever made of more tokens than that has a chunk of rows."""
+    n, sizes = 4900, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    tokens = scope_tokens(smooth(70, 8))
+    with Watch():
+        tokprune.get_method(spec).select(tokens, 40)
+    assert coverage.CHUNK * n <= max(sizes) < n * n / 4
+
+
+def test_duplicates_leave_the_rest_to_saliency():
+    """Once every token is covered there is no gain: the most salient ones fill up, not what rounding says."""
+    tokens = scope_tokens(smooth(8, 24)[:, [0] * 32 + [9] * 32])
+    (saliency,) = tokens.signals.values()
+    order = tokprune.get_method("scope").order(tokens, 12)[0]
+    best = saliency[0, 0].argsort(descending=True).tolist()
+    first = order[:2].tolist()
+    assert {i // 32 for i in first} == {0, 1}
+    assert order[2:].tolist() == [i for i in best if i not in first][:10]
+
+
+def test_what_was_left_out_comes_last():
+    tokens = scope_tokens(smooth(8, 24))
+    tokens.keep[:, ::2] = False
+    keep = tokprune.get_method("scope").select(tokens, 34).keep
+    assert keep[:, 1::2].all()
+    assert keep.sum() == 34
