@@ -40,6 +40,8 @@ VARIANTS = [
     "tokencorr:sample=top:thumbnail=false",
     "uniform:split=even",
     "visionzip:contextual=2",
+    "vispruner:important=0.75:split=joint",
+    "vispruner:variant=angelslim",
     "vtc_cls:split=even",
     "vtc_cls:start_layer=22",
     "vtc_cls:start_layer=-8",

@@ -26,6 +26,7 @@ READS_THE_TOWER = (
     "scope",
     "tokencorr",
     "visionzip",
+    "vispruner",
     "vtc_cls",
 )
 TOLERANCE = {"qwen3_5": 1e-3}  # its linear attention is computed in float32, in chunks that padding moves

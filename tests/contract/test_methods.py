@@ -258,7 +258,7 @@ WITHOUT_CLS = ("siglip", "llava_onevision")
 UNSUPPORTED = {
     (name, kind): NO_CLS
     for kind in WITHOUT_CLS
-    for name in ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vtc_cls")
+    for name in ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vispruner", "vtc_cls")
 }
 UNSUPPORTED |= {("pixelprune", kind): WHOLE for kind in tiny.KINDS}
 

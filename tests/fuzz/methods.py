@@ -25,7 +25,7 @@ BEFORE_THE_TOWER = ("pixelprune",)  # of Qwen-VL, which is not drawn
 FILTERABLE = ("fopru", "vtc_cls", "random", "hired", "globalcom2")
 MERGING = ("pool", "prumerge", "prumerge_plus", "tome", "visionzip")  # and sparsevlm unless recycle=false
 LATE = ("cdpruner",)  # reads the text, so it selects when the language model runs
-NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vtc_cls")
+NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vispruner", "vtc_cls")
 
 
 def names() -> list[str]:
@@ -118,6 +118,13 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     "tome": {},
     "uniform": {"split": SPLIT},
     "visionzip": {"contextual": (0, 1, 3, 100), "layer": TOWER},
+    "vispruner": {
+        "important": (0, 0.3, 0.5, 1),
+        "variant": ("authors", "angelslim"),
+        "layer": TOWER,
+        "split": SPLIT,
+        "without_cls": (),
+    },
     "visual_exit": {
         "threshold": (0, 0.3, 0.7, 0.95, 1),
         "patience": (1, 2, 4),

@@ -40,7 +40,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "mmtok",
         "quota",
         "vidcom2",
-        "vispruner",
     }
 )
 

@@ -13,10 +13,22 @@ from torch import Tensor
 import tokprune
 from tokprune.core import attention
 from tokprune.core.layout import Layout, grid_layout
-from tokprune.core.signals import Signal, Tower
+from tokprune.core.signals import Kind, Signal, Tower
 from tokprune.core.tokens import VisualTokens
 
 CLIP, QWEN = Tower(24, has_cls=True), Tower(32, has_cls=False, full_layers=(7, 15, 23, 31))
+
+
+def check_pixelprune(case: Case) -> None:
+    """Pixel values of the patches of every picture, four patches a cell."""
+    inputs, expected = case.load()
+    method = tokprune.get_method("pixelprune", tau=case.params["threshold"], anchored=case.params["anchored"])
+    (signal,) = method.needs(Tower(24, False))
+    grids = [(h // 2, w // 2) for _, h, w in inputs["grid_thw"].tolist()]
+    cells = inputs["pixel_values"].unflatten(0, (-1, 4)).flatten(1).split([h * w for h, w in grids])
+    for i, ((h, w), own) in enumerate(zip(grids, cells, strict=True)):
+        tokens = VisualTokens.of(torch.zeros(1, h * w, 1), grid_layout(h, w), {signal: own[None, None]})
+        assert_kept(method.select(tokens, 0).keep, expected[f"kept_{i}"][None])
 
 
 def square(n: int) -> Layout:
@@ -78,19 +90,50 @@ def check_scope(case: Case) -> None:
     assert_kept(method.select(tokens, n_keep).keep, expected["kept"].reshape(len(features), -1))
 
 
-def check_pixelprune(case: Case) -> None:
-    """Pixel values of the patches of every picture, four patches a cell."""
+def check_vispruner(case: Case) -> None:
+    """[CLS] rows and states of the tower, every tile by itself; or queries, keys and rows of the language model."""
     inputs, expected = case.load()
-    method = tokprune.get_method("pixelprune", tau=case.params["threshold"], anchored=case.params["anchored"])
-    (signal,) = method.needs(Tower(24, False))
-    grids = [(h // 2, w // 2) for _, h, w in inputs["grid_thw"].tolist()]
-    cells = inputs["pixel_values"].unflatten(0, (-1, 4)).flatten(1).split([h * w for h, w in grids])
-    for i, ((h, w), own) in enumerate(zip(grids, cells, strict=True)):
-        tokens = VisualTokens.of(torch.zeros(1, h * w, 1), grid_layout(h, w), {signal: own[None, None]})
-        assert_kept(method.select(tokens, 0).keep, expected[f"kept_{i}"][None])
+    p = case.params
+    official = p["variant"] == "official"
+    share = p.get("important_ratio", p.get("important_ratio_of_kept", 0.5))
+    without = {"without_cls": "received"} if "window_index" in inputs else {}
+    variant = "authors" if official else "angelslim"
+    method = tokprune.get_method("vispruner", important=share, variant=variant, **without)
+    if official:
+        attention_rows = inputs["cls_attn"].mean(1)
+        values = {Kind.CLS_ROW: attention_rows[:, None], Kind.TOWER_STATES: inputs["features"][:, None]}
+        tokens = VisualTokens.of(
+            torch.zeros(*attention_rows.shape, 1),
+            square(p["N"]),
+            {signal: values[signal.kind] for signal in method.needs(CLIP)},
+        )
+        n_keep = p["visual_token_num"]
+        assert method.n_important(n_keep) == p["important_token_num"]
+        assert_kept(method.select(tokens, n_keep).keep, expected["kept"])
+        alone = tokprune.get_method("vispruner", important=1.0)
+        if p["important_token_num"]:
+            assert_kept(alone.select(tokens, p["important_token_num"]).keep, expected["important"])
+        return
+    (signal,) = method.needs(QWEN if without else CLIP)
+    if without:
+        saliency = received_by_image(inputs["q"], inputs["k"], inputs["window_index"], inputs["cu_seqlens"].tolist())
+        sizes = (inputs["cu_seqlens"].diff() // 4).tolist()
+    else:
+        saliency = cls_row(signal, inputs["q"], inputs["k"]).flatten()
+        sizes = [len(saliency) // p["images"]] * p["images"]
+    n_keeps, start = p["num_keep"], 0
+    n_keeps = n_keeps if isinstance(n_keeps, list) else [n_keeps]
+    kept = []
+    for n_keep, size in zip(n_keeps, sizes, strict=True):
+        own = slice(start, start + size)
+        tokens = VisualTokens.of(inputs["features"][None, own], square(size), {signal: saliency[None, None, own]})
+        kept.append(method.select(tokens, n_keep).keep[0])
+        start += size
+    assert_kept(torch.cat(kept)[None], expected["kept"][None])
 
 
 PICTURE_CHECKS: dict[str, Callable[[Case], None]] = {
     "pixelprune": check_pixelprune,
     "scope": check_scope,
+    "vispruner": check_vispruner,
 }

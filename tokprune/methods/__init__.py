@@ -39,6 +39,7 @@ METHODS = Registry(
         "tome": "tokprune.methods.tome:ToMe",
         "uniform": "tokprune.methods.uniform:Uniform",
         "visionzip": "tokprune.methods.visionzip:VisionZip",
+        "vispruner": "tokprune.methods.vispruner:VisPruner",
         "visual_exit": "tokprune.methods.visual_exit:VisualExit",
         "vtc_cls": "tokprune.methods.vtc_cls:VTCCLS",
     },

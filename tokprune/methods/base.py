@@ -16,7 +16,7 @@ from ..core.errors import MethodError, OptionError, shown
 from ..core.layout import Layout
 from ..core.registry import check
 from ..core.scores import heard
-from ..core.signals import Form, Heads, Kind, Signal, Tower
+from ..core.signals import Form, Heads, Kind, Signal, Special, Tower
 from ..core.tokens import Count, Stage, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
@@ -284,11 +284,16 @@ def late_layer(tower: Tower, layer: int | None) -> int:
 
 
 def cls_signal(
-    tower: Tower, layers: tuple[int, ...], without_cls: WithoutCLS, form: Form = "softmax", heads: Heads = "mean"
+    tower: Tower,
+    layers: tuple[int, ...],
+    without_cls: WithoutCLS,
+    form: Form = "softmax",
+    heads: Heads = "mean",
+    special: Special = "keys",
 ) -> Signal:
     """The signal for [CLS] attention; for received attention if `without_cls` says so and the tower has no [CLS]."""
     received = without_cls == "received" and not tower.has_cls
-    return Signal(Kind.RECEIVED if received else Kind.CLS_ROW, layers, form, heads)
+    return Signal(Kind.RECEIVED if received else Kind.CLS_ROW, layers, form, heads, special=special)
 
 
 def cls_values(tokens: VisualTokens, heads: Heads = "mean") -> Tensor:

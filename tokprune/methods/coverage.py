@@ -27,6 +27,14 @@ class Cosines:
             return ops.take(self._all, index)
         return ops.take(self._unit, index) @ self._unit.transpose(1, 2)
 
+    def nearest(self, first: Tensor, second: Tensor) -> Tensor:
+        """(G, a): the largest cosine of every token at (G, a) to those at (G, b)."""
+        if self._all is not None:
+            columns = second[:, None].expand(-1, first.shape[1], -1)
+            return ops.take(self._all, first).gather(2, columns).amax(2)
+        others = ops.take(self._unit, second).transpose(1, 2)
+        return torch.cat([(ops.take(self._unit, part) @ others).amax(2) for part in first.split(CHUNK, 1)], 1)
+
 
 def n_updated(n_rows: int, step: int) -> int:
     """Rows that are brought up to date after choice number `step`, 1, 2, ..."""
