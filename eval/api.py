@@ -166,20 +166,17 @@ def compare(
         raise RunError("strict compares answers with the unpruned run's: leave --no-baseline (baseline=False) out")
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid match {match!r}: use tokens or flops")
-    if suffix and suffixes:
-        raise RunError("give suffix or suffixes, not both")
-    suffixes = list(dict.fromkeys(suffixes))
-    if len(suffixes) == 1:
-        suffix, suffixes = suffixes[0], []
+    suffix, suffixes = _prompts(suffix, suffixes)
     usual = EMBEDDED.get(model if isinstance(model, str) else "", EMBEDDED[DEFAULT])
     named = usual.methods if methods is None else methods
     names = list(dict.fromkeys(["none", *named])) if baseline else [m for m in named if m != "none"]
     ratios = keep or (() if keep_tokens else usual.ratios)
-    comparing.configurations(names, ratios, tokens=keep_tokens)  # refused before a task is read
+    configs = comparing.configurations(names, ratios, tokens=keep_tokens)
     tasks = usual.tasks if task is None else task if isinstance(task, (list, tuple)) else [task]
     chosen = comparing.chosen_tasks(tasks, limit, full, frames)
-    names += comparing.controls(chosen) if controls else []
-    configs = comparing.configurations(list(dict.fromkeys(names)), ratios, tokens=keep_tokens)
+    if controls and any(c.budget for c in configs):
+        less = comparing.configurations(comparing.controls(chosen), ratios, tokens=keep_tokens)
+        configs = list(dict.fromkeys([*configs, *less]))
     chosen = comparing.prompted(chosen, suffixes) if suffixes else chosen
     grading = Grading.load(metric)
     grading.check(chosen)
@@ -202,6 +199,14 @@ def compare(
     if strict and result.alarms:
         raise AlarmError("; ".join(result.alarms))
     return result
+
+
+def _prompts(suffix: str, suffixes: Sequence[str]) -> tuple[str, list[str]]:
+    """The one text that is added to every question, or the several ones that are compared."""
+    if suffix and suffixes:
+        raise RunError("give suffix or suffixes, not both")
+    several = list(dict.fromkeys(suffixes))
+    return (several[0], []) if len(several) == 1 else (suffix, several)
 
 
 @contextlib.contextmanager

@@ -240,7 +240,7 @@ class Comparison:
     def _print_wrong(self, task: Task, samples: Sequence[Sample], console: Console) -> None:
         """The first wrong answers of the unpruned model, and a hint where most are not in the form that is graded."""
         rows = [r for key, some in self.folder.answers.items() if key[:2] == (task.name, NONE) for r in some]
-        if found := answers.wrong(samples, rows):
+        if found := answers.wrong(rows):
             console.print(found)
         if said := answers.hint(samples, rows):
             console.print(f"Hint: {said}", markup=False, soft_wrap=True)

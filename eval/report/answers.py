@@ -38,13 +38,16 @@ def hint(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> str:
     return ""
 
 
-def wrong(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Grid | None:
-    """The first wrong answers of the unpruned model; None where there is none. Arguments as in `hint`."""
-    asked = {s.id: s for s in samples}
-    lost = [r for r in rows if not r.right and r.sample in asked]
+def wrong(rows: Sequence[SampleRow]) -> Grid | None:
+    """The first wrong answers of the unpruned model; None where there is none.
+
+    Args:
+        rows: answers of the unpruned model.
+    """
+    lost = [r for r in rows if not r.right]
     if not lost:
         return None
     first = min(len(lost), N_WRONG)
     header = ["question", "expected", "answer"]
-    lines = [[asked[row.sample].question, row.expected, row.answer] for row in lost[:first]]
+    lines = [[row.question or row.sample, row.expected, row.answer] for row in lost[:first]]
     return Grid(header, lines, f"Wrong answers of the unpruned model, {first} of {len(lost)}:", text=header)

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from tokprune.core.budget import Budget
-
-from ..run.rows import DOWNSAMPLE, LESS, NONE, SHUFFLED, Row, pooled
+from ..run.rows import DOWNSAMPLE, LESS, NONE, SHUFFLED, Row, is_graded, pooled
 from .tables import (
     FLOORS,
     budget,
@@ -47,10 +45,20 @@ def headline(rows: Sequence[Row]) -> str:
     if bare is None:
         return f"{first.model} was not run unpruned, so this report cannot say what pruning costs."
     low, high = bare.ends
+    if not is_share(bare):
+        return (
+            f"Unpruned, {first.model} gets {bare.value:.4g} by the metric {bare.metric}, the mean over "
+            f"{bare.n_samples} questions (95{NBSP}% interval: {low:.4g} to {high:.4g})."
+        )
     return (
         f"Unpruned, {first.model} answers {_percent(bare.value)} of {bare.n_samples} questions right "
         f"(95{NBSP}% interval: {_percent(low)} to {_percent(high)})."
     )
+
+
+def is_share(row: Row) -> bool:
+    """Whether a value is the share of right answers, and not a mean of what answers are worth."""
+    return 0 <= row.value <= 1 and not is_graded(row)
 
 
 def recommended(rows: Sequence[Row], points: float = SAFE_POINTS) -> Row | None:
@@ -173,9 +181,10 @@ def not_equal(rows: Sequence[Row]) -> str:
     told = []
     for row in pooled(rows):
         if row.method in LESS and budget(row):
-            asked = Budget(row.keep_ratio, row.keep_tokens).n_keep(round(row.n_visual_before))
+            share = min(row.keep_ratio or 0, 1) * row.n_visual_before
+            asked = max(1, int(share + 0.5)) if row.keep_tokens is None else min(row.keep_tokens, row.n_visual_before)
             if not asked / UNEQUAL <= row.n_visual_after <= asked * UNEQUAL:
-                told.append(f"{_at(row)} has {row.n_visual_after:.4g} visual tokens, not {asked}")
+                told.append(f"{_at(row)} has {row.n_visual_after:.4g} visual tokens, not {asked:.4g}")
     return f"Not at equal tokens: {'; '.join(told)}." if told else ""
 
 

@@ -20,9 +20,10 @@ from tokprune.core.files import write_text
 from ..models import EMBEDDED
 from ..run.folder import FILES
 from ..run.lines import counted
-from ..run.rows import NONE, Row, SampleRow, pooled
+from ..run.rows import EXACT_MATCH, NONE, Row, SampleRow, pooled
+from . import answers
 from .exports import csv_table, markdown_tables
-from .findings import findings, headline, in_words, verdict
+from .findings import findings, headline, in_words, is_share, verdict
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
 from .pareto import COSTS, plots, styles
 from .rankings import rankings
@@ -64,8 +65,8 @@ def write(path: Path, artist: Callable[[Run], Artist] | None = None, out: Path |
     run = Run.read(path)
     found = changes(run.samples)
     chosen = shown(run.rows, found)
-    answers = [s for _, some in chosen for s in some]
-    drawn = pictures(answers, run.pictures, artist(run) if artist else None)
+    shown_answers = [s for _, some in chosen for s in some]
+    drawn = pictures(shown_answers, run.pictures, artist(run) if artist else None)
     files = {out or path / "report.html": page(run, found, chosen, drawn)}
     if out is None and artist:
         files[path / "pictures.jsonl"] = "".join(json.dumps(asdict(p)) + "\n" for p in drawn.values())
@@ -114,6 +115,8 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
         rankings=rankings(run.rows),
         conditions=_conditions(run),
         is_embedded=first.model in EMBEDDED,
+        is_exact=all(r.metric == EXACT_MATCH for r in run.rows),
+        is_share=all(map(is_share, run.rows)),
     )
 
 
@@ -136,6 +139,8 @@ def _task(i: int, run: Run, task: str, looks: dict, found: dict, cards: list[dic
         "table": _table(rows, floor, found),
         "kinds": _kinds(rows),
         "cards": cards,
+        "wrong": answers.wrong([s for s in run.samples if s.task == task and s.config == NONE]),
+        "is_share": all(map(is_share, rows)),
         "n_samples": rows[0].n_samples,
         "has_bare": any(r.method == NONE for r in rows),
     }

@@ -41,7 +41,7 @@ def has_collapsed(row: Row) -> bool:
 
     The lower end of its 95 % interval has to be above the unpruned share, too. Without a picture, that is no wonder.
     """
-    if row.commonest is None or row.commonest_bare is None or row.method in FLOORS:
+    if row.commonest is None or row.commonest_bare is None or row.method in FLOORS or not 0 <= row.commonest <= 1:
         return False
     low, _ = wilson(row.commonest * row.n_samples, row.n_samples)
     return low > row.commonest_bare and row.commonest >= (1 + row.commonest_bare) / 2

@@ -140,6 +140,7 @@ class SampleRow:
     keep_tokens: int | None = None
     value: float | None = None  # of a metric that knows more than right and wrong
     metric: str = "exact"  # that graded the answer
+    question: str = ""  # as asked, without the suffix of the run; empty in rows of earlier runs
 
     @property
     def score(self) -> float:
@@ -436,9 +437,9 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
     return [group[0] if len(group) == 1 else _pool(name, group) for (_, _, name, *_), group in groups.items()]
 
 
-def _is_graded(row: Row) -> bool:
+def is_graded(row: Row) -> bool:
     """Whether some answers were neither right nor wrong: then the standard error is not that of a share."""
-    if not row.stderr or not 0 <= row.value <= 1:
+    if row.stderr is None or not 0 <= row.value <= 1:
         return False
     return not math.isclose(row.stderr, math.sqrt(row.value * (1 - row.value) / row.n_samples), rel_tol=1e-6)
 
@@ -446,7 +447,7 @@ def _is_graded(row: Row) -> bool:
 def _pool(name: str, group: list[Row]) -> Row:
     first, value = group[0], mean(r.value for r in group)
     low, high = (_mean_or_none([getattr(r, key) for r in group]) for key in ("low", "high"))
-    if low is not None and 0 <= value <= 1 and not all(map(_is_graded, group)):
+    if low is not None and 0 <= value <= 1 and not all(map(is_graded, group)):
         low, high = wilson(value * first.n_samples, first.n_samples)
     ratios = [r.prefill_ratio for r in group if r.prefill_ratio is not None]
     means = {key: mean(getattr(r, key) for r in group) for key in COUNTS}

@@ -264,6 +264,7 @@ class Runner:
                 costs=self._costs((whole, asked), i, (before[i], by_layer[i]), spent[i]),
                 value=None if self.grading.name_of(s) == EXACT else value,
                 metric=self.grading.name_of(s),
+                question=s.question,
             )
             for i, (s, text, value, row) in enumerate(zip(samples, texts, values, tokens, strict=True))
         ]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from ..report.findings import named_alarms, task_table
 from ..run.folder import RunFolder
 from ..run.rows import DOWNSAMPLE, FRAMES, NONE, Config, Row, commit
 from ..tasks import TASKS, Sample, Task, load_task
+from ..tasks.grading import Grading
 from ..tasks.metadata import is_task_folder
+from ..tasks.metrics import METRICS
 from . import export as lmms_export
 from . import scores as lmms_scores
 from .scores import Source, TaskResult
@@ -61,6 +63,11 @@ class Suite:
         model_args: more arguments of the plug-in, such as dtype=bfloat16.
         gen_kwargs: lmms-eval's flag of that name.
         processes: data-parallel processes on this machine.
+        metric: that grades tokprune's own tasks, by its name; empty for what each question asks for.
+
+    Raises:
+        RunError: tasks that cannot be run together, or a metric that cannot grade them.
+        UnknownNameError: no such metric.
     """
 
     model: str
@@ -72,13 +79,27 @@ class Suite:
     model_args: str = ""
     gen_kwargs: str = ""
     processes: int = 1
+    metric: str = ""
     own: dict[str, tuple[Task, list[Sample]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
+        grading = Grading.load(self.metric)
+        if grading.function is not None:
+            raise RunError(
+                f"--metric {self.metric} is a function of your own, which tokprune compare takes and lmms-eval does "
+                f"not: use {', '.join(METRICS)}, or tokprune compare"
+            )
         for name in self.tasks:
             if name in TASKS.names() or _is_folder(name):
                 task = load_task(name)
-                self.own[name] = task, chosen_samples(task, self.limit)
+                samples = chosen_samples(task, self.limit)
+                self.own[name] = task, [replace(s, metric=grading.name or s.metric) for s in samples]
+        if grading.name and (others := [name for name in self.tasks if name not in self.own]):
+            raise RunError(
+                f"--metric {grading.name} grades tokprune's own tasks and folders; {', '.join(others)} of lmms-eval "
+                "has metrics of its own: leave --metric out, or run it apart"
+            )
+        grading.check(list(self.own.values()))
         names = [self.name_of(name) for name in self.tasks]
         if len(set(names)) < len(names):
             raise RunError(f"two tasks are named alike ({', '.join(self.tasks)}); leave one out, or rename a folder")
@@ -110,6 +131,7 @@ class Suite:
             "include_path": None if self.include_path is None else str(self.include_path.resolve()),
             "model_args": self.model_args,
             "gen_kwargs": self.gen_kwargs,
+            **({"metric": self.metric} if self.metric else {}),
             "processes": self.processes,
             "lmms_eval": version("lmms-eval"),
             "torch": torch.__version__,

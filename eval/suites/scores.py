@@ -372,6 +372,7 @@ def sample_rows(config: Config, result: TaskResult, source: Source) -> list[Samp
                 costs=Costs(**line["costs"]),
                 value=value,
                 metric=own.rule if own else next(iter(result.scores), ""),
+                question=own.question if own else "",
             )
         )
     return made

@@ -146,3 +146,11 @@ def test_controls_are_compared_unless_they_are_left_out(tmp_path):
         ("without", "findit"): usual,
         ("without", "watchit"): usual,
     }
+
+
+def test_without_a_budget_there_is_nothing_to_control(tmp_path):
+    done = tokprune_cli(
+        "compare", "--task", "findit", "--methods", "none", "--limit", "2", "--out", str(tmp_path / "a")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "downsample" not in (tmp_path / "a" / "rows.jsonl").read_text()

@@ -163,7 +163,7 @@ def test_report_is_readable_without_eyes(compared):
     assert [t for t, _ in page.tags if t == "h1"] == ["h1"]
     assert all(a.get("alt") for t, a in page.tags if t == "img")
     assert all(a.get("scope") in ("col", "row") for t, a in page.tags if t == "th")
-    assert sum(t == "caption" for t, _ in page.tags) == sum(t == "table" for t, _ in page.tags) == 2
+    assert sum(t == "caption" for t, _ in page.tags) == sum(t == "table" for t, _ in page.tags) == 3
     assert dict(page.tags)["html"]["lang"] == "en"
     figures = [a for t, a in page.tags if t == "figure" and a.get("role") == "group"]
     assert [a["aria-label"].removeprefix("Accuracy against ") for a in figures] == list(pareto.COSTS)

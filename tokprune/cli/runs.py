@@ -147,6 +147,7 @@ def compare(
             out=out,
             limit=limit,
             batch_size=batch_size,
+            metric=metric,
             strict=strict,
             overwrite=overwrite,
         )
@@ -289,6 +290,14 @@ def eval_(
     limit: Annotated[int | None, option(QUESTIONS, "Limit the documents per task, for a quick look.")] = None,
     include_path: Annotated[Path | None, option(QUESTIONS, "A folder with more tasks in lmms-eval's format.")] = None,
     gen_kwargs: Annotated[str, option(QUESTIONS, "lmms-eval's generation settings, such as max_new_tokens=16.")] = "",
+    metric: Annotated[
+        str,
+        option(
+            QUESTIONS,
+            "How answers to tokprune's own tasks and folders are graded: exact, normalized, contains, choice, "
+            "relaxed, vqa or anls. Default: what each question asks for, else exact.",
+        ),
+    ] = "",
     model: Model = "tiny-llava",
     dtype: Dtype = "",
     attn: Attn = "",
@@ -328,7 +337,9 @@ def eval_(
     counts = _tokens(keep_tokens) if keep_tokens else ()
     configs = lmms.grid(chosen, ratios(keep) if keep else () if counts else (0.25,), counts)
     arguments = _plugin_arguments(dtype, attn, device, model_args)
-    wanted = lmms.Suite(model, names(tasks), configs, limit, batch_size, include_path, arguments, gen_kwargs, processes)
+    wanted = lmms.Suite(
+        model, names(tasks), configs, limit, batch_size, include_path, arguments, gen_kwargs, processes, metric
+    )
     alarms = lmms.run(wanted, out, tables.console(), overwrite)
     tables.console().print(f"rows.jsonl and samples.jsonl are in {out}")
     _end(alarms if strict else ())
