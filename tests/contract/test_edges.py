@@ -170,7 +170,12 @@ def test_near_misses_say_what_to_type(method, options, message):
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"), [("hired:budget_layer=3:layer=1", "up to 1"), ("tokencorr:early=3:late=1", "up to 1")]
+    ("spec", "message"),
+    [
+        ("hired:budget_layer=3:layer=1", "up to 1"),
+        ("tokencorr:early=3:late=1", "up to 1"),
+        ("hiprune:layer=3:late=1", "up to 1"),
+    ],
 )
 def test_layers_in_the_wrong_order_are_refused(spec, message):
     budget = {"keep_ratio": 0.3} if build(spec).takes_budget else {}

@@ -24,6 +24,7 @@ NOT_EXACT = {
     "fopru:strategy=row": Count.AT_MOST,
     "globalcom2:faithful=true": Count.CONTENT,
     "hired:faithful=true": Count.CONTENT,
+    "holov:faithful=true": Count.CONTENT,
     "pixelprune": Count.CONTENT,
     "pixelprune:tau=0.5": Count.CONTENT,
     "pixelprune:tau=1:anchored=false": Count.CONTENT,

@@ -24,7 +24,7 @@ BEFORE_THE_TOWER = ("pixelprune",)  # of Qwen-VL, which is not drawn
 # Everything else that is registered acts before the language model.
 FILTERABLE = ("fopru", "vtc_cls", "random", "hired", "globalcom2")
 MERGING = ("pool", "prumerge", "prumerge_plus", "tome", "visionzip")  # and sparsevlm unless recycle=false
-LATE = ("cdpruner",)  # reads the text, so it selects when the language model runs
+LATE = ("cdpruner", "mmtok")  # reads the text, so it selects when the language model runs
 NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vispruner", "vtc_cls")
 
 
@@ -77,12 +77,32 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "faithful": BOOL,
         "ratio": (),
     },
+    "hiprune": {
+        "alpha": (0, 0.1, 0.5, 1),
+        "variant": ("authors", "angelslim"),
+        "layer": (0, 1, -4, -3),
+        "late": (1, 2, 3, -2, -1),
+        "split": SPLIT,
+        "faithful": BOOL,
+    },
     "hired": {
         "alpha": (0, 0.2, 1),
         "budget_layer": (0, 1),
         "layer": (1, 2, 3, -1),
         "faithful": BOOL,
         "without_cls": (),
+    },
+    "holov": {
+        "stripes": (1, 3, 16, 1000),
+        "power": (0, 0.5, 1, 2),
+        "layer": TOWER,
+        "faithful": BOOL,
+    },
+    "mmtok": {
+        "alpha": (0.2, 0.5, 2),
+        "text_temperature": (0.01, 0.02, 1),
+        "vision_temperature": (0.1, 0.2, 1),
+        "split": SPLIT,
     },
     "pixelprune": {"tau": (), "anchored": ()},
     "pool": {},
@@ -233,7 +253,7 @@ def promises(part: str) -> str:
         return "content"
     if name == "pool" or options.get("strategy") == "row":
         return "at most"
-    if name in ("globalcom2", "hired", "sparsevlm", "dart") and options.get("faithful") == "true":
+    if name in ("globalcom2", "hired", "holov", "sparsevlm", "dart") and options.get("faithful") == "true":
         return "content"
     return "exact"
 
@@ -241,8 +261,9 @@ def promises(part: str) -> str:
 def keeps_features(spec: str) -> bool:
     """Whether kept tokens stay as they are, so that indices tell everything."""
     before, between = parts_of(spec)
-    if before and (before.split(":")[0] in MERGING or (before.startswith("globalcom2") and "faithful=true" in before)):
-        return False  # faithfully, globalcom2 puts tokens in another order
+    name = before.split(":")[0] if before else ""
+    if name in MERGING or (before and name in ("globalcom2", "holov") and "faithful=true" in before):
+        return False  # faithfully, these put tokens in another order
     return not (between and between.split(":")[0] == "sparsevlm" and options_of(between).get("recycle") != "false")
 
 

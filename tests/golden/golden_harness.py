@@ -35,9 +35,6 @@ NOT_BUILT: frozenset[str] = frozenset(
         "evs",
         "fastvid",
         "framefusion",
-        "hiprune",
-        "holov",
-        "mmtok",
         "quota",
         "vidcom2",
     }

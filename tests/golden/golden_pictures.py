@@ -132,7 +132,90 @@ def check_vispruner(case: Case) -> None:
     assert_kept(torch.cat(kept)[None], expected["kept"][None])
 
 
+def hiprune_scores(signal: Signal, case: Case, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, 2, N): of the middle and of the late layer."""
+    layers = []
+    for layer in ("object", "deep"):
+        if f"{layer}_score" in inputs:
+            layers.append(inputs[f"{layer}_score"][None])
+            continue
+        q, k = inputs[f"q_{layer}"], inputs[f"k_{layer}"]
+        if "window_index" in inputs:
+            layers.append(received_by_image(q, k, inputs["window_index"], [0, q.shape[1]])[None])
+        elif signal.kind is Kind.CLS_ROW:
+            layers.append(cls_row(signal, q, k))
+        else:
+            layers.append(attention.received(q, k, q.shape[-1] ** -0.5, signal.form, 1, signal.special))
+    return torch.stack(layers, 1)
+
+
+def check_hiprune(case: Case) -> None:
+    """Queries and keys of two layers, or their scores; every tile by itself."""
+    inputs, expected = case.load()
+    p = case.params
+    layer = p["object_layer_0based"] if "object_layer_0based" in p else p["object_layer_1based"] - 1
+    variant = "angelslim" if p["variant"].startswith("angelslim") else "authors"
+    method = tokprune.get_method("hiprune", alpha=p["alpha"], layer=layer, variant=variant, faithful=True)
+    without = p["variant"].endswith("qwen2_5_vl")
+    height, width = p.get("grid_hw") or (p["N"] // p["grid_width"], p["grid_width"])
+    (signal,) = method.needs(Tower(32, has_cls=False) if without else CLIP)
+    scores = hiprune_scores(signal, case, inputs)
+    for place, name in enumerate(("object_score", "deep_score")):
+        if name in expected and p["variant"] != "angelslim_qwen2_5_vl":
+            stored = expected[name].view(len(scores), -1)
+            torch.testing.assert_close(scores[:, place], stored, rtol=1e-4, atol=0)
+    tokens = VisualTokens.of(torch.zeros(*scores[:, 0].shape, 1), grid_layout(height, width), {signal: scores})
+    n_keep = p["num_keep"]
+    assert method.n_anchors(n_keep) == p["num_anchors"]
+    anchors = method.anchors(tokens, n_keep)
+    near = anchors | method.around(anchors, tokens.layout)
+    for own, name in ((anchors, "anchors"), (near, "anchors_and_buffer")):
+        for one, stored in zip(own, expected[name].view(len(own), -1), strict=True):
+            assert torch.equal(one.nonzero()[:, 0], stored[stored >= 0])
+    assert_kept(method.select(tokens, n_keep).keep, expected["kept"].view(len(scores), -1))
+
+
+def check_holov(case: Case) -> None:
+    """Attention of every token; the code may append zeros in place of tokens."""
+    inputs, expected = case.load()
+    p = case.params
+    method = tokprune.get_method("holov", stripes=p["num_patches"], power=float(p.get("power", 1)), faithful=True)
+    (signal,) = method.needs(CLIP)
+    n = len(inputs["attention"])
+    signals = {signal: inputs["attention"][None, None]}
+    tokens = VisualTokens.of(torch.arange(n)[None, :, None].float(), square(n), signals)
+    out = method.select(tokens, p["num_keep"])
+    assert torch.equal(method.quotas(tokens, p["num_keep"])[0], expected["allocated"])
+    assert_kept(out.keep, expected["kept"][None])
+    written = expected["positions"][expected["positions"] >= 0]
+    assert torch.equal(out.features[0, out.keep[0], 0].long(), written)  # the features tell which token went where
+    exact = tokprune.get_method("holov", stripes=p["num_patches"]).select(tokens, p["num_keep"])
+    assert exact.keep.sum() == p["num_keep"]
+
+
+def check_mmtok(case: Case) -> None:
+    """Text, rows and states; patches of padding cannot be chosen."""
+    inputs, expected = case.load()
+    p = case.params
+    method = tokprune.get_method(
+        "mmtok",
+        alpha=p["alpha"],
+        text_temperature=p["tv_temperature"],
+        vision_temperature=p["vv_temperature"],
+    )
+    values = {Kind.TEXT_EMBEDS: inputs["text"][None], Kind.TOWER_STATES: inputs["tower"][None, None]}
+    signals = {s: values[s.kind] for s in method.needs(CLIP)}
+    tokens = VisualTokens.of(inputs["features"][None], square(p["N"]), signals)
+    if "excluded" in inputs:
+        tokens.keep[:, inputs["excluded"]] = False
+    assert torch.equal(method.order(tokens, p["num_keep"])[0], expected["order"])
+    assert_kept(method.select(tokens, p["num_keep"]).keep, expected["kept"][None])
+
+
 PICTURE_CHECKS: dict[str, Callable[[Case], None]] = {
+    "hiprune": check_hiprune,
+    "holov": check_holov,
+    "mmtok": check_mmtok,
     "pixelprune": check_pixelprune,
     "scope": check_scope,
     "vispruner": check_vispruner,

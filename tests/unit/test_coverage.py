@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from counter import counted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tokprune
+from tokprune.core.budget import REFERENCE_TEXT
 from tokprune.core.layout import grid_layout
-from tokprune.core.signals import Tower
+from tokprune.core.signals import Kind, Tower
 from tokprune.core.tokens import VisualTokens
+from tokprune.cost.selection import Widths
 from tokprune.methods import coverage
 
 WITH_CLS = Tower(24, has_cls=True)
@@ -107,3 +110,58 @@ def test_what_was_left_out_comes_last():
     keep = tokprune.get_method("scope").select(tokens, 34).keep
     assert keep[:, 1::2].all()
     assert keep.sum() == 34
+
+
+# ---- mmtok
+
+
+def mmtok_tokens(n_side: int, n_text: int) -> VisualTokens:
+    generator = torch.Generator().manual_seed(5)
+    text = torch.randn(1, n_text, 12, generator=generator)
+    text[:, 1] = 0
+    values = {Kind.TEXT_EMBEDS: text, Kind.TOWER_STATES: smooth(n_side, 20, 6)[:, None]}
+    signals = {s: values[s.kind] for s in tokprune.get_method("mmtok").needs(WITH_CLS)}
+    return VisualTokens.of(smooth(n_side, 12), grid_layout(n_side, n_side), signals)
+
+
+def covered_by_hand(tokens: VisualTokens, n_keep: int, alpha: float) -> list[int]:
+    """The definition of MMTok: every row's best weight, worked out for all candidates after every choice."""
+    text, states = (tokens.signal(k)[0].squeeze(0).double() for k in (Kind.TEXT_EMBEDS, Kind.TOWER_STATES))
+    text = F.normalize(text[(text != 0).any(1)], dim=-1)
+    rows = F.normalize(tokens.features[0].double(), dim=-1)
+    states = F.normalize(states, dim=-1)
+    of_text = (text @ rows.T / 0.02).softmax(1) / len(text)
+    of_picture = (states @ states.T / 0.2).softmax(1) / len(states)
+    worth = torch.cat([of_text, alpha * of_picture])
+    best, chosen = torch.zeros(len(worth)).double(), []
+    for _ in range(n_keep):
+        gain = (worth - best[:, None]).clamp(min=0).sum(0)
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        best = best.maximum(worth[:, chosen[-1]])
+    return chosen
+
+
+@pytest.mark.parametrize("held", [4096, 0])
+@pytest.mark.parametrize("side", [8, 30])
+def test_mmtok_is_the_greedy_loop_of_its_definition(side, held, monkeypatch):
+    monkeypatch.setattr(coverage, "HELD", held)
+    tokens = mmtok_tokens(side, 7)
+    n_keep = side * side // 5
+    got = tokprune.get_method("mmtok", alpha=0.5).order(tokens, n_keep)[0].tolist()
+    assert got == covered_by_hand(tokens, n_keep, 0.5)
+
+
+def test_mmtok_without_text_covers_the_picture():
+    tokens = mmtok_tokens(8, 7)
+    tokens.signal(Kind.TEXT_EMBEDS).zero_()
+    got = tokprune.get_method("mmtok").order(tokens, 12)[0].tolist()
+    tokens.features.normal_()  # rows matter to the text alone
+    assert got == tokprune.get_method("mmtok").order(tokens, 12)[0].tolist()
+    assert len(set(got)) == 12
+
+
+def test_mmtok_costs_what_the_counter_sees_of_usual_text():
+    tokens, method = mmtok_tokens(12, REFERENCE_TEXT), tokprune.get_method("mmtok")
+    seen = counted(lambda: method.select(tokens, 30))
+    assert method.cost(tokens.layout, 30, Widths(12, 8, 4, 20, False)).flops == pytest.approx(seen["all"], rel=0.01)
