@@ -297,6 +297,19 @@ def test_a_method_between_layers_gets_what_is_left(kind):
         assert image.n_kept == math.floor(image.n_encoded / 2 + 0.5) < image.n_encoded < image.n_visual
 
 
+@pytest.mark.parametrize("kind", tiny.served(["qwen2_5_vl"]))
+@torch.no_grad()
+def test_what_is_loaded_prunes_as_what_was_saved(kind, tmp_path):
+    model, inputs = tiny.model(kind), repeating(row(kind, (("image", 1),), dtype=torch.float32))
+    with tokprune.attach(model, "pixelprune:tau=0.1:anchored=false") as first:
+        logits = model(**inputs).logits
+        first.save(tmp_path)
+    with tokprune.load(model, tmp_path) as again:
+        assert torch.equal(model(**inputs).logits, logits)
+        assert (again.method, again.label) == (first.method, first.label)
+        assert len(again.kept[0]) < 15
+
+
 # ---- what is said of it
 
 

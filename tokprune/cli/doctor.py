@@ -74,7 +74,7 @@ def findings(runner: Any) -> Iterator[Finding]:
         fault = METHODS.fault(method)
         if fault:
             yield Finding(method, False, fault)
-        if fault or tokprune.get_method(method).needs_file:
+        if fault or not _runs_here(tokprune.get_method(method)):
             continue
         try:
             yield _prunes(model, inputs, method)
@@ -82,6 +82,11 @@ def findings(runner: Any) -> Iterator[Finding]:
             yield Finding(f"{method} prunes", False, f"{type(error).__name__}: {error}")
     after, _ = _watched(model, lambda: model(**inputs).logits)
     yield Finding("detaching restores the model", torch.equal(after, bare), "logits equal")
+
+
+def _runs_here(built: tokprune.Method) -> bool:
+    """Whether a method needs no file, and no tower that runs on a part of a picture, which the embedded model lacks."""
+    return not built.needs_file and built.space != "pixels"
 
 
 def _prunes(model, inputs: dict, method: str) -> Finding:
