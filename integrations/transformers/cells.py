@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from tokprune.core.errors import NotCopyable, TokPruneError
@@ -68,7 +67,6 @@ class TowerShortener(NotCopyable):
         part.ran = True
         return None if part.is_whole else self.family.tower_part(args, kwargs, part.keep, part.index)
 
-    @torch.no_grad()
     def after(self, tower: nn.Module, args: tuple, kwargs: dict, out):
         """Forward hook: as many rows as the model waits for."""
         part = self._passes.part

@@ -20,6 +20,7 @@ from tokprune.core.layout import frames_layout, grid_layout
 from tokprune.core.signals import Kind, Signal
 from tokprune.core.tokens import VisualTokens
 from tokprune.methods.pixelprune import PixelPrune
+from tokprune.prune.select import Picture
 
 CELLS = (*tiny.QWEN, "qwen3_5")
 kinds = pytest.mark.parametrize("kind", tiny.served(CELLS))
@@ -386,6 +387,16 @@ def test_what_was_kept_of_nothing_is_refused(kind):
 
 
 @kinds
+def test_the_tower_learns_from_what_is_kept(kind):
+    model, inputs = tiny.fresh_model(kind), repeating(row(kind, (("image", 1),), dtype=torch.float32))
+    with tokprune.attach(model, "pixelprune"):
+        model(**inputs).logits.square().mean().backward()
+    gradients = [p.grad for p in model.model.visual.blocks.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert all(g.any() for g in gradients if g.ndim > 1)
+
+
+@kinds
 @torch.no_grad()
 def test_detaching_gives_everything_back(kind):
     model, inputs = tiny.fresh_model(kind), repeating(row(kind, (("image", 0),), dtype=torch.float32))
@@ -419,6 +430,13 @@ def test_a_method_after_the_tower_may_read_pixels(kind, monkeypatch):
     for name, own in zip(("pixel_values", "pixel_values_videos"), kept, strict=True):
         means = inputs[name].view(-1, tiny.MERGED * inputs[name].shape[1]).mean(1)
         assert set(own.tolist()) == set(means.topk(3).indices.tolist())
+
+
+def test_pictures_are_selected_from_without_a_model():
+    pixels = drawn(3, 5, 4, depth=1)[0]
+    signals = {Signal(Kind.PIXELS): pixels[None]}
+    (kept,) = tokprune.select([Picture(torch.randn(15, 8), grid_layout(3, 5), signals)], "pixelprune")
+    assert kept.index.tolist() == kept_of(pixels[None], grid_layout(3, 5))[0].nonzero()[:, 0].tolist()
 
 
 def test_mosaics_of_one_row_work():

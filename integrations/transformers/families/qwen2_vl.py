@@ -142,7 +142,8 @@ class Qwen2VL(ModelFamily):
         """Patches with their own rotary and learned positions; segments and windows as long as what stays of them."""
         named = {**dict(zip(("hidden_states", "grid_thw"), args, strict=False)), **kwargs}
         ready = compat.vision_inputs(self.cell_tower, named["grid_thw"])
-        ready |= {name: given for name, given in named.items() if name in (*ready, "hidden_states")}
+        known = (*ready, "hidden_states")
+        ready |= {name: given for name, given in named.items() if name in known and given is not None}
         by_patch = {name: ready[name] for name in BY_PATCH if name in ready}
         rows = (index[:, None] * self.merge**2 + torch.arange(self.merge**2, device=index.device)).flatten()
         short = {name: values[rows.to(values.device)] for name, values in by_patch.items()}
@@ -156,7 +157,8 @@ class Qwen2VL(ModelFamily):
     def _ends(self, ends: Tensor, keep: Tensor) -> Tensor:
         """Where segments of the tower end, from 0 on, in the patches that stay; empty ones are left out."""
         n_before = F.pad(keep.cumsum(0), (1, 0))
-        return torch.unique_consecutive(n_before[ends // self.merge**2] * self.merge**2).to(ends)
+        kept = n_before[ends.to(keep.device) // self.merge**2] * self.merge**2
+        return torch.unique_consecutive(kept).to(ends)
 
     # ---- pictures
 
