@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.layout import Layout, frames_layout, grid_layout
 from tokprune.core.signals import Decoder, Kind, Signal, Tower
 from tokprune.core.tokens import Stage, VisualTokens
 from tokprune.methods import METHODS, build_method
@@ -18,6 +18,9 @@ VARIANTS = [
     "damro_filter+fopru",
     "damro_filter:n_outliers=3+vtc_cls",
     "divprune:split=even",
+    "evs:split=even",
+    "evs:split=query",
+    "fopru:split=query",
     "fopru:strategy=row",
     "fopru:form=logits",
     "fopru:gate=received",
@@ -45,12 +48,15 @@ VARIANTS = [
     "random:split=even",
     "scope:alpha=2:split=even",
     "scope:combine=add",
+    "random:split=query",
     "tokencorr:sample=top:thumbnail=false",
     "uniform:split=even",
+    "vidcom2:faithful=true",
     "visionzip:contextual=2",
     "vispruner:important=0.75:split=joint",
     "vispruner:variant=angelslim",
     "vtc_cls:split=even",
+    "vtc_cls:split=query",
     "vtc_cls:start_layer=22",
     "vtc_cls:start_layer=-8",
 ]
@@ -115,13 +121,8 @@ LAYOUTS = {
     "thumbnail and 2x2": mosaic_layout(6, (2, 2)),
     "padded": mosaic_layout(6, (2, 2), height=9),
     "wide": mosaic_layout(4, (1, 3), width=11),
-    "three frames": Layout(
-        *(
-            tuple(x)
-            for x in zip(*[(f + 1, f * 3 + r, c) for f in range(3) for r in range(3) for c in range(3)], strict=True)
-        ),
-        crop_grid=(3, 1),
-    ),
+    "three frames": frames_layout(3, 3, 3),
+    "nine frames": frames_layout(9, 2, 2),
 }
 
 
@@ -193,6 +194,13 @@ def n_keeps(spec: str, layout: Layout) -> list[int]:
     """Budgets worth trying: the least, a few in between, all."""
     n, least = layout.n_visual, build(spec).min_keep(layout)
     return sorted({k for k in (least, least + 1, n // 4, n // 2, n - 1, n) if max(least, 1) <= k <= n})
+
+
+def most_kept(spec: str, n_keep: int, layout: Layout) -> int:
+    """The most tokens that a method whose count the picture decides may keep."""
+    if build(spec).takes_budget and spec.lower().startswith("vidcom2:faithful=true"):
+        return n_keep + layout.frames[0]  # every frame is rounded by itself, and keeps one token at least
+    return n_keep
 
 
 def scaled(spec: str) -> str:

@@ -118,8 +118,10 @@ def test_onevision_several_images_are_not_cut():
 
 # ---- videos
 
+OF_VIDEOS = "fopru globalcom2 uniform:split=even visionzip cdpruner tome evs vidcom2 random:split=query"
 
-@pytest.mark.parametrize("method", ["fopru", "globalcom2", "uniform:split=even", "visionzip", "cdpruner", "tome"])
+
+@pytest.mark.parametrize("method", OF_VIDEOS.split())
 @torch.no_grad()
 def test_video_is_one_image_of_frames(method):
     model, inputs = tiny.model("llava_onevision", dtype=torch.float64), video_inputs(dtype=torch.float64)

@@ -231,7 +231,7 @@ def test_what_was_cut_is_what_masked_layers_do_not_see(kind):
 
 
 @with_videos
-@pytest.mark.parametrize("method", ["uniform", "fopru", "visionzip", "vtc_cls"])
+@pytest.mark.parametrize("method", ["uniform", "fopru", "visionzip", "vtc_cls", "evs", "vidcom2", "random:split=query"])
 @torch.no_grad()
 def test_videos_alone_and_in_a_batch_equal_the_short_sequence(kind, method):
     """A budget is over all frames; rows before the frames of Video-LLaVA, which show no patch, are counted apart."""

@@ -56,6 +56,7 @@ cases = parametrized(CASES)
 # A state of all that was read cannot be masked: there the short sequence is the oracle.
 masked_cases = parametrized([(k, r) for k, r in CASES if k not in UNCUT])
 BEFORE = ("uniform", "fopru", "divprune", "random")
+OF_FRAMES = ("evs", "vidcom2", "random:split=query")
 
 
 @cases
@@ -87,7 +88,7 @@ def test_pruned_equals_the_language_model_on_the_short_sequence(kind, rows):
 
 
 @masked_cases
-@pytest.mark.parametrize("method", BEFORE)
+@pytest.mark.parametrize("method", BEFORE + OF_FRAMES)
 @torch.no_grad()
 def test_pruned_equals_the_bare_model_with_dropped_columns_masked(kind, rows, method):
     model, (inputs, _) = model_of(kind), batch(kind, rows)

@@ -199,7 +199,7 @@ def check_newlines(case: Case, image: Shown, newline: Tensor) -> None:
     """Raise where newlines do not follow the policy; of stages that dropped something."""
     policy = case.newlines
     if policy == "auto":
-        kept_all = {"globalcom2": "keep", "hired": "drop"}
+        kept_all = {"globalcom2": "keep", "hired": "drop", "vidcom2": "keep"}
         before = parts_of(case.method)[0] or ""
         policy = kept_all.get(before.split(":")[0], "") if "faithful=true" in before else ""
         policy = policy or "keep_rows_with_tokens"

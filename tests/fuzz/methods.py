@@ -22,9 +22,9 @@ FILTERS, CUT_FILTERS = ("damro_filter",), ("sink_filter",)
 CUTTING = ("dart", "dyvte", "fastv", "pyramiddrop", "schedule", "sparsevlm", "visual_exit")
 BEFORE_THE_TOWER = ("pixelprune",)  # of Qwen-VL, which is not drawn
 # Everything else that is registered acts before the language model.
-FILTERABLE = ("fopru", "vtc_cls", "random", "hired", "globalcom2")
+FILTERABLE = ("evs", "fopru", "vidcom2", "vtc_cls", "random", "hired", "globalcom2")
 MERGING = ("pool", "prumerge", "prumerge_plus", "tome", "visionzip")  # and sparsevlm unless recycle=false
-LATE = ("cdpruner", "mmtok")  # reads the text, so it selects when the language model runs
+LATE = ("cdpruner", "mmtok")  # reads the text, so it selects when the language model runs; so does split=query
 NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vispruner", "vtc_cls")
 
 
@@ -38,6 +38,7 @@ def sometimes(random: Random, chance: float = 0.35) -> bool:
 
 
 BOOL, SPLIT, TEXT = ("true", "false"), ("joint", "even"), ("after", "all")
+RANK_SPLIT = (*SPLIT, "query")
 SCHEDULES = (
     "single/1 single/4 pyramid/1/3 pyramid/2/3/4 pyramid/1/2/3/4 cosine cosine/0.4/0.9 sigmoid/0.5/2 sigmoid/2/2 "
     "sigmoid/1 layers/1x9/3x4 layers/2x20 layers/2x0.5/4x0.2 layers/3x0 layers/1x1 layers/1x30/2x12/4x0"
@@ -58,10 +59,11 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     },
     "divprune": {"split": SPLIT},
     "dyvte": {"gate": ()},
+    "evs": {"split": RANK_SPLIT},
     "fastervlm": {"start_layer": (), "split": (), "without_cls": ()},
     "fastv": {"schedule": SCHEDULES, "uniform": (0, 0.25, 0.5, 1), "layer": (1, 2, 3, 4, -1, -2, -4)},
     "fopru": {
-        "split": SPLIT,
+        "split": RANK_SPLIT,
         "strategy": ("rank", "row"),
         "form": ("softmax", "logits"),
         "gate": ("variance", "received"),
@@ -115,7 +117,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "without_cls": (),
     },
     "pyramiddrop": {"schedule": SCHEDULES, "uniform": (0, 0.25, 1)},
-    "random": {"split": SPLIT, "seed": (0, 1, -5, 12345)},
+    "random": {"split": RANK_SPLIT, "seed": (0, 1, -5, 12345)},
     "schedule": {"schedule": (), "uniform": (), "file": ()},
     "scope": {
         "alpha": (0.5, 1, 3),  # with 0, two tokens that cover each other tie but for rounding
@@ -137,6 +139,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     },
     "tome": {},
     "uniform": {"split": SPLIT},
+    "vidcom2": {"faithful": BOOL, "ratio": ()},
     "visionzip": {"contextual": (0, 1, 3, 100), "layer": TOWER},
     "vispruner": {
         "important": (0, 0.3, 0.5, 1),
@@ -151,7 +154,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "first": (1, 3, -1),
         "layer": (1, 3, -1),
     },
-    "vtc_cls": {"split": SPLIT, "start_layer": (0, 1, 2, -2, -3, -4), "without_cls": ()},
+    "vtc_cls": {"split": RANK_SPLIT, "start_layer": (0, 1, 2, -2, -3, -4), "without_cls": ()},
 }
 
 
@@ -253,7 +256,7 @@ def promises(part: str) -> str:
         return "content"
     if name == "pool" or options.get("strategy") == "row":
         return "at most"
-    if name in ("globalcom2", "hired", "holov", "sparsevlm", "dart") and options.get("faithful") == "true":
+    if name in ("globalcom2", "hired", "holov", "sparsevlm", "dart", "vidcom2") and options.get("faithful") == "true":
         return "content"
     return "exact"
 
@@ -270,7 +273,8 @@ def keeps_features(spec: str) -> bool:
 def needs_whole_prompt(spec: str, kind: str) -> bool:
     """Whether tokens are selected when the prompt is known, so that it has to come in one pass."""
     before, between = parts_of(spec)
-    return between is not None or kind == "internvl" or (before is not None and before.split(":")[0] in LATE)
+    late = before is not None and (before.split(":")[0] in LATE or options_of(before).get("split") == "query")
+    return between is not None or kind == "internvl" or late
 
 
 def registered_options() -> dict[str, set[str]]:

@@ -32,11 +32,8 @@ FOLDERS = (Path(OTHER),) if OTHER else (HERE / "data", HERE / "data-2026")
 NOT_BUILT: frozenset[str] = frozenset(
     {
         "dycoke",
-        "evs",
         "fastvid",
         "framefusion",
-        "quota",
-        "vidcom2",
     }
 )
 

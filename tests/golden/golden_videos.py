@@ -4,6 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from golden_harness import Case
+import torch
+from golden_harness import Case, assert_kept
 
-VIDEO_CHECKS: dict[str, Callable[[Case], None]] = {}
+import tokprune
+from tokprune.core.layout import frames_layout
+from tokprune.core.tokens import VisualTokens
+from tokprune.methods import quota
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def video_of(features: torch.Tensor, grid: tuple[int, int] | None = None, signals=None) -> VisualTokens:
+    """A video from tokens (T, n, D) in frames of a grid, of one row where nothing is said of it."""
+    n_frames, n = features.shape[:2]
+    return VisualTokens.of(features.flatten(0, 1)[None], frames_layout(n_frames, *(grid or (1, n))), signals)
+
+
+def check_frames(keep: torch.Tensor, expected: dict[str, torch.Tensor], n_frames: int) -> None:
+    """The same tokens, and as many of every frame."""
+    assert_kept(keep, expected["kept"][None])
+    if "frame_counts" in expected:
+        assert torch.equal(keep.view(n_frames, -1).sum(1), expected["frame_counts"])
+
+
+def check_evs(case: Case) -> None:
+    """Features alone."""
+    inputs, expected = case.load()
+    n_frames, n = inputs["features"].shape[:2]
+    method, tokens = tokprune.get_method("evs"), video_of(inputs["features"])
+    n_keep = method.paper_count(n_frames, n, case.params["pruning_rate"])
+    assert n_keep == case.params["num_keep"]
+    scores = method.score(tokens).view(n_frames, n)
+    torch.testing.assert_close(scores[1:], expected["dissimilarity"][1:], **CLOSE)
+    check_frames(method.select(tokens, n_keep).keep, expected, n_frames)
+
+
+def check_vidcom2(case: Case) -> None:
+    """Features alone; one variant tells the order among newlines, too."""
+    inputs, expected = case.load()
+    p = case.params
+    n_frames, n = p["frames"], p["tokens_per_frame"]
+    method = tokprune.get_method("vidcom2", faithful=True, ratio=p["base_scale"])
+    tokens = video_of(inputs["features"].view(n_frames, n, -1))
+    to_video, _ = method.similarity(tokens)
+    torch.testing.assert_close(-method.score(tokens).view(n_frames, n), expected["score"], **CLOSE)
+    torch.testing.assert_close(
+        method.retention(to_video, p["base_scale"])[0].clamp(max=1), expected["frame_ratio"], **CLOSE
+    )
+    assert torch.equal(method.channels(tokens)[0], expected["low_var_channels"])
+    assert torch.equal(method.counts(to_video, 1)[0], expected["frame_budget"])
+    out = method.select(tokens, 1)
+    assert_kept(out.keep, expected["kept"][None])
+    if "sequence" in expected:
+        side = round(n**0.5)
+        assert torch.equal(method.paper_sequence(out.keep[0], n_frames, side, side), expected["sequence"])
+
+
+def check_quota(case: Case) -> None:
+    """Relevance of frames; what they get is what every method with split=query spends."""
+    inputs, expected = case.load()
+    p = case.params
+    assert p["exponent"] == quota.EXPONENT
+    sizes = (p["tokens_per_frame"],) * p["frames"]
+    assert torch.equal(quota.budgets(inputs["p"][None], sizes, p["budget"])[0], expected["frame_budget"])
+
+
+VIDEO_CHECKS: dict[str, Callable[[Case], None]] = {
+    "evs": check_evs,
+    "quota": check_quota,
+    "vidcom2": check_vidcom2,
+}

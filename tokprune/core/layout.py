@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,14 @@ class Layout:
     Args:
         crop, row, column: of every token.
         crop_grid: rows and columns of crops, (0, 0) with only a thumbnail or a single crop.
+        is_video: whether the crops are the frames of a video, in the order of time.
     """
 
     crop: tuple[int, ...]
     row: tuple[int, ...]
     column: tuple[int, ...]
     crop_grid: tuple[int, int] = (0, 0)
+    is_video: bool = False
 
     @property
     def n_visual(self) -> int:
@@ -66,7 +69,15 @@ class Layout:
     @functools.cached_property
     def crop_sizes(self) -> tuple[int, ...]:
         """Tokens of every crop, in the order of `crops`."""
-        return tuple(self.crop_places.count(place) for place in range(len(self.crops)))
+        found = Counter(self.crop_places)
+        return tuple(found[place] for place in range(len(self.crops)))
+
+    @functools.cached_property
+    def frames(self) -> tuple[int, int]:
+        """Frames of a video and tokens of each, as they follow each other; of a picture one, with all tokens."""
+        if not self.is_video or len(set(self.crop_sizes)) != 1:
+            return 1, self.n_visual
+        return len(self.crops), self.crop_sizes[0]
 
     @property
     def n_crops(self) -> int:
@@ -108,7 +119,7 @@ class Layout:
 
     def part(self, index: Sequence[int]) -> Layout:
         crop, row, column = (tuple(t[i] for i in index) for t in (self.crop, self.row, self.column))
-        return Layout(crop, row, column, self.crop_grid)
+        return Layout(crop, row, column, self.crop_grid, self.is_video)
 
 
 @functools.lru_cache(maxsize=64)
@@ -117,7 +128,7 @@ def frames_layout(n_frames: int, height: int, width: int, n_newlines: int = 0) -
     places = [(f + 1, f * height + r, c) for f in range(n_frames) for r in range(height) for c in range(width)]
     places += [(NEWLINE, -1, -1)] * n_newlines
     crop, row, column = zip(*places, strict=True)
-    return Layout(crop, row, column, (n_frames, 1))
+    return Layout(crop, row, column, (n_frames, 1), is_video=True)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST = 2**24  # numbers in a temporary tensor
+
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Host integers as an int64 tensor, copied without waiting for the device."""
@@ -47,11 +49,11 @@ def keep_top_of_parts(scores: Tensor, part: Tensor, counts: Tensor) -> Tensor:
         counts: (G, P), on the device; a part keeps at most its size.
     """
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    parts = part[order]  # (G, N), by rank
-    one_hot = parts[..., None] == torch.arange(counts.shape[1], device=part.device)
-    place = one_hot.cumsum(1).gather(2, parts[..., None])[..., 0]  # 1 is the best of its part
-    kept = place <= counts.gather(1, parts)
-    return torch.zeros_like(kept).scatter(1, order, kept)
+    order = order.gather(1, part[order].argsort(dim=1, stable=True))  # part by part, the best of each first
+    parts = part[order]
+    sizes = torch.zeros_like(counts[0]).index_add(0, part, torch.ones_like(part))
+    place = torch.arange(scores.shape[1], device=part.device) - (sizes.cumsum(0) - sizes)[parts]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, place < counts.gather(1, parts))
 
 
 def allocate(weights: Tensor, caps: Sequence[int], total: int) -> Tensor:
@@ -68,17 +70,26 @@ def allocate(weights: Tensor, caps: Sequence[int], total: int) -> Tensor:
         (G, P) int64; every row sums to `total`.
     """
     limit = torch.tensor(caps, dtype=torch.float64).to(weights.device, non_blocking=True).expand_as(weights)
-    weights, share = weights.double().clamp(min=0), torch.zeros_like(limit)
-    for _ in range(len(caps)):  # every round fills a part or ends
-        room = limit - share
-        open_ = torch.where(room > 0, weights, 0)
-        open_ = torch.where(open_.sum(1, keepdim=True) > 0, open_, room)
-        left = total - share.sum(1, keepdim=True)
-        share = torch.minimum(share + left * open_ / open_.sum(1, keepdim=True).clamp(min=1e-300), limit)
+    weights = weights.double().clamp(min=0)
+    share = torch.where(weights > 0, torch.minimum(weights * _level(weights, limit, total), limit), 0.0)
+    rest = torch.where(weights > 0, 0.0, limit)
+    share = share + rest * (total - share.sum(1, keepdim=True)) / rest.sum(1, keepdim=True).clamp(min=1e-300)
     whole = (share + 1e-9).floor()
     remainder = torch.where(whole < limit, share - whole, -1.0)
     rank = remainder.argsort(dim=1, descending=True, stable=True).argsort(1)
     return (whole + (rank < total - whole.sum(1, keepdim=True))).long()
+
+
+def _level(weights: Tensor, limit: Tensor, total: int) -> Tensor:
+    """(G, 1): tokens for a weight of 1 that use up `total` where every part takes its limit at most."""
+    full_at = limit / weights  # inf where there is no weight
+    order = full_at.argsort(dim=1, stable=True)
+    full_at, limit, weights = (x.gather(1, order) for x in (full_at, limit, weights))
+    others = weights.flip(1).cumsum(1).flip(1)  # of a part and those that are full later
+    level = (total - (limit.cumsum(1) - limit)) / others  # if all parts before it are full
+    fits = (others > 0) & (level <= full_at)  # taken for full too early, parts leave less to the others: the most is it
+    most = level.masked_fill(~fits, -torch.inf).amax(1, keepdim=True)
+    return torch.where(fits.any(1, keepdim=True), most, torch.inf)
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,6 +119,16 @@ def cosine(x: Tensor) -> Tensor:
     """Cosine of every pair of rows, (G, N, D) -> (G, N, N), float32."""
     unit = F.normalize(x.float(), dim=-1)
     return unit @ unit.transpose(-1, -2)
+
+
+def paired_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine of every row of one with its row of the other, both (G, T, n, D): (G, T, n), float32.
+
+    A few T at a time, so that no copy of all rows is made.
+    """
+    at_once = max(1, LARGEST // max(1, x[:, :1].numel()))
+    pairs = zip(x.split(at_once, 1), y.split(at_once, 1), strict=True)
+    return torch.cat([F.cosine_similarity(a.float(), b.float(), dim=-1, eps=1e-12) for a, b in pairs], 1)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..cost.selection import Widths
 from .crops import top_by_crop
 
 Split = Literal["joint", "even"]
+RankSplit = Literal["joint", "even", "query"]
 WithoutCLS = Literal["error", "received"]
 
 
@@ -147,17 +148,33 @@ class ScoreMethod(Method):
 class RankMethod(ScoreMethod):
     """A score method that ranks all tokens of an image together, or each crop separately.
 
+    A subclass that needs signals adds them to what `super().needs(tower)` gives.
+
     Args:
-        split: "joint" ranks all tokens of an image together; "even" gives every crop the same share, as
-            methods that compress each crop separately. With one crop they are the same.
+        split: "joint" ranks all tokens of an image together; "even" gives every crop (of a video: every frame) the same
+            share, as methods that compress each crop separately; "query" gives larger shares to crops that are like the
+            prompt's text (QuoTA, `methods/quota.py`). With one crop they are the same.
     """
 
-    split: Split = "joint"
+    split: RankSplit = "joint"
+
+    def needs(self, tower: Tower) -> frozenset[Signal]:
+        return frozenset({Signal(Kind.TEXT_EMBEDS)} if self.split == "query" else ())
+
+    def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
+        """One product of every crop's mean with the question, where that splits the budget."""
+        n_crops = len(layout.crops)
+        return Ops(n_crops * widths.rows if self.split == "query" and n_crops > 1 else 0)
 
     def chosen(self, ranked: Tensor, tokens: VisualTokens, n_keep: int) -> Tensor:
-        if self.split == "joint" or len(tokens.layout.crops) == 1:
+        layout = tokens.layout
+        if self.split == "joint" or len(layout.crops) == 1:
             return super().chosen(ranked, tokens, n_keep)
-        return top_by_crop(ranked, tokens.layout, ops.shares(tokens.layout.crop_sizes, n_keep, even=True))
+        if self.split == "query":
+            from . import quota
+
+            return top_by_crop(ranked, layout, quota.budgets(quota.relevance(tokens), layout.crop_sizes, n_keep))
+        return top_by_crop(ranked, layout, ops.shares(layout.crop_sizes, n_keep, even=True))
 
 
 @dataclass(frozen=True)

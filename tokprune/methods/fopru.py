@@ -49,8 +49,10 @@ class FoPru(RankMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.strategy == "row" and self.split == "even":
-            raise OptionError("FoPru: rows of the mosaic belong to several crops; use strategy=rank with split=even")
+        if self.strategy == "row" and self.split != "joint":
+            raise OptionError(
+                f"FoPru: rows of the mosaic belong to several crops; use strategy=rank with split={self.split}"
+            )
 
     @property
     def count(self) -> Count:
@@ -68,7 +70,7 @@ class FoPru(RankMethod):
     def needs(self, tower: Tower) -> frozenset[Signal]:
         layers = ((tower.default_layer(-2) if self.layer is None else tower.layer(self.layer)),)
         kinds = {"variance": (Kind.RECEIVED, Kind.GIVEN), "received": (Kind.RECEIVED,), "given": (Kind.GIVEN,)}
-        return frozenset(Signal(kind, layers, self.form) for kind in kinds[self.gate])
+        return super().needs(tower) | {Signal(kind, layers, self.form) for kind in kinds[self.gate]}
 
     def score(self, tokens: VisualTokens) -> Tensor:
         if self.gate != "variance":

@@ -49,7 +49,7 @@ class VTCCLS(RankMethod):
                 f"start_layer={self.start_layer} is layer {start}, after layer {last}, the last one summed; "
                 f"use start_layer={last} for that layer alone"
             )
-        return frozenset({cls_signal(tower, tower.layers_from(start, last), self.without_cls)})
+        return super().needs(tower) | {cls_signal(tower, tower.layers_from(start, last), self.without_cls)}
 
     def _start(self, tower: Tower, last: int) -> int:
         if self.start_layer is None:

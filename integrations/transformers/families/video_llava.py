@@ -90,4 +90,4 @@ def _with_cls_rows(n_frames: int, height: int, width: int) -> Layout:
         crop += [NO_PATCH, *plain.crop[start : start + n]]
         row += [-1, *plain.row[start : start + n]]
         column += [-1, *plain.column[start : start + n]]
-    return Layout(tuple(crop), tuple(row), tuple(column), plain.crop_grid)
+    return Layout(tuple(crop), tuple(row), tuple(column), plain.crop_grid, is_video=True)

@@ -1,0 +1,184 @@
+"""Laws of methods that look at the frames of a video, and of split=query, against oracles by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from specs import build, mosaic_layout
+
+import tokprune
+from tokprune.core.errors import MissingSignalError
+from tokprune.core.layout import Layout, frames_layout, grid_layout, tiles_layout
+from tokprune.core.signals import Kind, Signal, Tower
+from tokprune.core.tokens import VisualTokens
+from tokprune.methods import quota
+
+TEXT = Signal(Kind.TEXT_EMBEDS)
+T, SIDE, WIDTH = 6, 3, 8
+N = SIDE * SIDE
+
+
+def clip(seed=0, n_videos=1, n_frames=T) -> torch.Tensor:
+    """(videos, T, n, D): every frame is the one before with some noise, of its own strength at every place."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = [torch.randn(n_videos, N, WIDTH, generator=generator)]
+    for _ in range(n_frames - 1):
+        strength = torch.rand(n_videos, N, 1, generator=generator)
+        frames.append(frames[-1] + strength * torch.randn(n_videos, N, WIDTH, generator=generator))
+    return torch.stack(frames, 1)
+
+
+def video(features: torch.Tensor, signals=None) -> VisualTokens:
+    return VisualTokens.of(features.flatten(1, 2), frames_layout(features.shape[1], SIDE, SIDE), signals)
+
+
+def kept(spec: str, features: torch.Tensor, n_keep: int) -> torch.Tensor:
+    """(videos, T, n) bool."""
+    return build(spec).select(video(features), n_keep).keep.view(features.shape[:3])
+
+
+# ---- what a video is
+
+
+def test_frames_of_a_layout_are_those_of_videos_alone():
+    assert frames_layout(3, 2, 4).frames == (3, 8)
+    assert frames_layout(3, 2, 4, n_newlines=1).without_specials.frames == (3, 8)
+    assert frames_layout(1, 2, 4).frames == (1, 8)
+    # Tiles below each other look the same but for the fact.
+    assert tiles_layout(2, (3, 1), -1).frames == (1, 12)
+    assert grid_layout(2, 3).frames == (1, 6)
+    assert mosaic_layout(2, (2, 2)).frames == (1, 20)
+    assert frames_layout(3, 1, 2) != Layout((1, 1, 2, 2, 3, 3), (0, 0, 1, 1, 2, 2), (0, 1) * 3, (3, 1))
+    assert frames_layout(3, 1, 2).part([2, 3]).frames == (1, 2)
+
+
+# ---- EVS
+
+
+def test_evs_keeps_the_first_frame_and_what_changed():
+    features = clip()
+    far = 1 - torch.cosine_similarity(features[0, 1:], features[0, :-1], dim=-1)
+    keep = kept("evs", features, N + 10)
+    assert keep[0, 0].all()
+    assert set(keep[0, 1:].flatten().nonzero()[:, 0].tolist()) == set(far.flatten().topk(10).indices.tolist())
+
+
+def test_evs_of_a_still_clip_keeps_its_first_frame_alone():
+    still = torch.randn(1, 1, N, WIDTH).expand(1, T, N, WIDTH)
+    assert kept("evs", still, N).sum(2).tolist() == [[N, 0, 0, 0, 0, 0]]
+
+
+def test_evs_below_one_frame_lets_the_first_compete():
+    """A new scene in frame 3 is worth more than what is usual in the first."""
+    features = torch.ones(1, T, N, WIDTH) + 0.01 * clip(1)[:, :1]
+    features[:, 3:] = torch.randn(WIDTH, generator=torch.Generator().manual_seed(2))
+    assert kept("evs", features, N - 1).sum(2).tolist() == [[0, 0, 0, N - 1, 0, 0]]
+
+
+@pytest.mark.parametrize(("pruned", "count"), [(0.9, 100), (0.95, 100), (0.75, 250), (0.3, 700), (0.0, 1000)])
+def test_evs_counts_as_the_engines_do_in_exact_arithmetic(pruned, count):
+    assert build("evs").paper_count(10, 100, pruned) == count
+
+
+# ---- VidCom2
+
+
+@pytest.mark.parametrize("n_keep", [1, T - 1, T, T + 1, 20, T * N - 1])
+def test_vidcom2_meets_the_budget_and_gives_every_frame_a_token(n_keep):
+    counts = kept("vidcom2", clip(n_videos=3), n_keep).sum(2)
+    assert counts.sum(1).tolist() == [n_keep] * 3
+    assert int(counts.max()) <= N
+    assert bool((counts >= 1).all()) == (n_keep >= T)
+
+
+def scenes(unusual: int) -> torch.Tensor:
+    """A clip of one scene, with one frame of another."""
+    features = 1 + 0.1 * clip(3)
+    features[:, unusual] = -features[:, unusual]
+    return features
+
+
+def test_vidcom2_gives_the_unusual_frame_twice_the_share():
+    """p is 1 for it and 0 for the others: shares of R (2 - 1/T) and R (1 - 1/T)."""
+    counts = kept("vidcom2", scenes(4), 25).sum(2)[0].tolist()  # of 9: 7.64 and 3.47, which is 25 in all
+    assert counts[4] == 8
+    assert sorted(counts) == [3, 3, 3, 4, 4, 8]
+    assert kept("vidcom2:faithful=true", scenes(4), 25).sum(2).tolist() == [[3, 3, 3, 3, 8, 3]]
+
+
+def test_vidcom2_gives_the_surplus_of_a_full_frame_to_the_others():
+    n_keep = 5 * N
+    counts = kept("vidcom2", scenes(4), n_keep).sum(2)
+    assert counts[0, 4] == N
+    assert counts.sum() == n_keep
+    assert kept("vidcom2:faithful=true", scenes(4), n_keep).sum() < n_keep
+
+
+# ---- QuoTA
+
+
+def test_quota_of_the_papers_example():
+    p = torch.tensor([[0.99, 0.9, 0.5, 0.1, 0.01]])
+    assert quota.budgets(p, (196,) * 5, 400).tolist() == [[191, 158, 49, 2, 0]]
+    assert quota.budgets(100 * p, (196,) * 5, 400).tolist() == [[191, 158, 49, 2, 0]]
+
+
+def test_quota_caps_a_frame_and_shares_the_rest_again():
+    p = torch.tensor([[1.0, 0.5, 0.5, 0.0]])
+    assert quota.budgets(p, (10,) * 4, 18).tolist() == [[10, 4, 4, 0]]
+    assert quota.budgets(p, (10,) * 4, 32).tolist() == [[10, 10, 10, 2]]  # what is irrelevant takes what is left
+
+
+def about(features: torch.Tensor, question: torch.Tensor) -> VisualTokens:
+    text = torch.stack([question, torch.zeros_like(question)], 1)  # the second row is no text
+    return video(features, {TEXT: text})
+
+
+def test_relevance_is_the_cosine_of_means_from_least_to_highest():
+    features, question = clip(n_videos=2), torch.randn(2, WIDTH)
+    near = torch.cosine_similarity(features.mean(2), question[:, None], dim=-1)
+    want = (near - near.amin(1, keepdim=True)) / (near.amax(1, keepdim=True) - near.amin(1, keepdim=True))
+    torch.testing.assert_close(quota.relevance(about(features, question)), want)
+
+
+def test_relevance_is_alike_without_a_question():
+    features = clip(n_videos=2)
+    assert quota.relevance(about(features, torch.zeros(2, WIDTH))).tolist() == [[1.0] * T] * 2
+
+
+def test_relevance_of_crops_of_unequal_size():
+    layout = mosaic_layout(3, (2, 2), height=5)
+    features, question = torch.randn(1, layout.n_visual, WIDTH), torch.randn(1, 1, WIDTH)
+    found = quota.relevance(VisualTokens.of(features, layout, {TEXT: question}))
+    means = [features[0, [i for i, p in enumerate(layout.crop_places) if p == c]].mean(0) for c in range(5)]
+    near = torch.cosine_similarity(torch.stack(means), question[0], dim=-1)
+    torch.testing.assert_close(found[0], (near - near.min()) / (near.max() - near.min()))
+
+
+@pytest.mark.parametrize("spec", ["random", "evs", "fopru:gate=received", "vtc_cls"])
+def test_split_query_spends_what_quota_gives(spec):
+    features, question = clip(n_videos=2), torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
+    method, tower = build(f"{spec}:split=query"), Tower(4, True)
+    assert TEXT in method.needs(tower)
+    assert TEXT not in build(spec).needs(tower)
+    text = {TEXT: question[:, None]}
+    others = {s: torch.rand(2, len(s.layers), T * N) for s in method.needs(tower) if s != TEXT}
+    tokens = video(features, text | others)
+    out = method.select(tokens, 17)
+    counts = out.keep.view(2, T, N).sum(2)
+    assert torch.equal(counts, quota.budgets(quota.relevance(tokens), (N,) * T, 17))
+    scores = method.score(tokens).view(2, T, N)
+    for g in range(2):
+        for t in range(T):
+            best = scores[g, t].topk(int(counts[g, t])).indices.tolist()
+            assert sorted(best) == out.keep.view(2, T, N)[g, t].nonzero()[:, 0].tolist()
+
+
+def test_split_query_without_text_is_an_error():
+    with pytest.raises(MissingSignalError, match="TEXT_EMBEDS"):
+        build("random:split=query").select(video(clip()), 5)
+
+
+def test_whole_rows_and_shares_of_crops_exclude_each_other():
+    with pytest.raises(tokprune.TokPruneError, match="strategy=rank with split=query"):
+        tokprune.get_method("fopru", strategy="row", split="query")
