@@ -26,7 +26,7 @@ KINDS = {
     "authors table": "by the method's authors",
     "copied": "taken over from another table",
 }
-ELSEWHERE = ("trim", "visionselector", "idpruner", "prumerge_plus (fixed)", "vispruner", "scope", "hiprune", "holov")
+ELSEWHERE = ("trim", "visionselector", "idpruner", "prumerge_plus (fixed)")
 MOST = {"MME": 2800, "MME-P": 2000}  # the highest score; 100 elsewhere
 BUDGET = re.compile(r"\d+(\.\d+)?%?")
 
