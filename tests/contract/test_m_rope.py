@@ -362,6 +362,29 @@ def test_received_attention_is_the_towers_own(kind, what, monkeypatch):
     torch.testing.assert_close(packed, tokens if order is None else tokens[order], rtol=1e-4, atol=1e-7)
 
 
+@kinds
+@torch.no_grad()
+def test_states_of_a_token_are_the_mean_of_its_patches(kind):
+    """What the last block puts out, in the order that placeholders have, which is not that of windows."""
+    model = tiny.fresh_model(kind)
+    family, given, seen = family_of(model), tiny.pixels(kind, [[0, 1]]), []
+    hook = family.vision_layers[-1].register_forward_hook(
+        lambda block, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    signal = Signal(Kind.TOWER_STATES)
+    tap, hooks = TowerTap(family, frozenset({signal}), Passes()), Hooks(model)
+    tap.install(hooks)
+    _, found = tap.collect(lambda: model.model.get_image_features(**given))
+    hooks.close()
+    hook.remove()
+    patches, order = seen[0].reshape(-1, seen[0].shape[-1]), family.token_order(given["image_grid_thw"])
+    if kind == "paddleocr_vl":
+        patches = patches[torch.tensor(in_tokens(given["image_grid_thw"]))]
+    tokens = patches.unflatten(0, (-1, 4)).mean(1)
+    packed = torch.cat(family.pack("get_image_features", given, found[signal][:, :, 0]))
+    torch.testing.assert_close(packed, tokens if order is None else tokens[order])
+
+
 def in_tokens(grids):
     """Places of the patches of one token after the other, where they lie in raster order."""
     found, start = [], 0

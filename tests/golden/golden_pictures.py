@@ -57,6 +57,11 @@ def received_by_image(q: Tensor, k: Tensor, window_index: Tensor, starts: list[i
     return in_raster_order(torch.cat(parts), window_index)
 
 
+def patch_starts(inputs: dict[str, Tensor]) -> list[int]:
+    """First patches of the images of a request, and their end."""
+    return inputs["cu_seqlens"].tolist() if "cu_seqlens" in inputs else [0, 4 * len(inputs["window_index"])]
+
+
 def cls_row(signal: Signal, q: Tensor, k: Tensor) -> Tensor:
     """(B, N) from queries and keys of one layer, as the signal has it."""
     return attention.cls_row(q, k, q.shape[-1] ** -0.5, signal.form, 1, signal.special)
@@ -75,7 +80,7 @@ def check_scope(case: Case) -> None:
     signals = {}
     for signal in method.needs(tower):
         if "window_index" in inputs:  # that code sums over queries and over the patches of a token
-            starts = inputs["cu_seqlens"].tolist()
+            starts = patch_starts(inputs)
             saliency = 4 * received_by_image(inputs["q"], inputs["k"], inputs["window_index"], starts)[None]
         elif "q" in inputs:
             saliency = cls_row(signal, inputs["q"], inputs["k"]).reshape(1, -1)
@@ -116,8 +121,9 @@ def check_vispruner(case: Case) -> None:
         return
     (signal,) = method.needs(QWEN if without else CLIP)
     if without:
-        saliency = received_by_image(inputs["q"], inputs["k"], inputs["window_index"], inputs["cu_seqlens"].tolist())
-        sizes = (inputs["cu_seqlens"].diff() // 4).tolist()
+        starts = patch_starts(inputs)
+        saliency = received_by_image(inputs["q"], inputs["k"], inputs["window_index"], starts)
+        sizes = [(end - start) // 4 for start, end in itertools.pairwise(starts)]
     else:
         saliency = cls_row(signal, inputs["q"], inputs["k"]).flatten()
         sizes = [len(saliency) // p["images"]] * p["images"]
@@ -141,7 +147,7 @@ def hiprune_scores(signal: Signal, case: Case, inputs: dict[str, Tensor]) -> Ten
             continue
         q, k = inputs[f"q_{layer}"], inputs[f"k_{layer}"]
         if "window_index" in inputs:
-            layers.append(received_by_image(q, k, inputs["window_index"], [0, q.shape[1]])[None])
+            layers.append(received_by_image(q, k, inputs["window_index"], patch_starts(inputs))[None])
         elif signal.kind is Kind.CLS_ROW:
             layers.append(cls_row(signal, q, k))
         else:

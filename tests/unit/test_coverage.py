@@ -118,19 +118,19 @@ def test_what_was_left_out_comes_last():
 def mmtok_tokens(n_side: int, n_text: int) -> VisualTokens:
     generator = torch.Generator().manual_seed(5)
     text = torch.randn(1, n_text, 12, generator=generator)
-    text[:, 1] = 0
+    text[:, 1:-2] = 0
     values = {Kind.TEXT_EMBEDS: text, Kind.TOWER_STATES: smooth(n_side, 20, 6)[:, None]}
     signals = {s: values[s.kind] for s in tokprune.get_method("mmtok").needs(WITH_CLS)}
     return VisualTokens.of(smooth(n_side, 12), grid_layout(n_side, n_side), signals)
 
 
-def covered_by_hand(tokens: VisualTokens, n_keep: int, alpha: float) -> list[int]:
+def covered_by_hand(tokens: VisualTokens, n_keep: int, alpha: float, heat: float) -> list[int]:
     """The definition of MMTok: every row's best weight, worked out for all candidates after every choice."""
     text, states = (tokens.signal(k)[0].squeeze(0).double() for k in (Kind.TEXT_EMBEDS, Kind.TOWER_STATES))
     text = F.normalize(text[(text != 0).any(1)], dim=-1)
     rows = F.normalize(tokens.features[0].double(), dim=-1)
     states = F.normalize(states, dim=-1)
-    of_text = (text @ rows.T / 0.02).softmax(1) / len(text)
+    of_text = (text @ rows.T / heat).softmax(1) / len(text)
     of_picture = (states @ states.T / 0.2).softmax(1) / len(states)
     worth = torch.cat([of_text, alpha * of_picture])
     best, chosen = torch.zeros(len(worth)).double(), []
@@ -148,8 +148,9 @@ def test_mmtok_is_the_greedy_loop_of_its_definition(side, held, monkeypatch):
     monkeypatch.setattr(coverage, "HELD", held)
     tokens = mmtok_tokens(side, 7)
     n_keep = side * side // 5
-    got = tokprune.get_method("mmtok", alpha=0.5).order(tokens, n_keep)[0].tolist()
-    assert got == covered_by_hand(tokens, n_keep, 0.5)
+    for alpha, heat in ((0.5, 0.02), (8.0, 0.1)):
+        method = tokprune.get_method("mmtok", alpha=alpha, text_temperature=heat)
+        assert method.order(tokens, n_keep)[0].tolist() == covered_by_hand(tokens, n_keep, alpha, heat)
 
 
 def test_mmtok_without_text_covers_the_picture():
