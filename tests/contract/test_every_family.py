@@ -19,6 +19,7 @@ UNREAD = ("got_ocr2",)  # nothing is read from the tower
 READS_THE_TOWER = (
     "damro_filter",
     "fastervlm",
+    "fastvid",
     "fopru",
     "hiprune",
     "hired",

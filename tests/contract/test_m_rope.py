@@ -56,6 +56,7 @@ cases = parametrized(CASES)
 # A state of all that was read cannot be masked: there the short sequence is the oracle.
 masked_cases = parametrized([(k, r) for k, r in CASES if k not in UNCUT])
 BEFORE = ("uniform", "fopru", "divprune", "random")
+MERGING = ("fastvid",)
 OF_FRAMES = ("evs", "vidcom2", "random:split=query")
 
 
@@ -122,6 +123,22 @@ def test_generation_equals_recomputing_and_rows_alone(kind, rows):
     assert torch.equal(tokens, torch.cat(alone))
     if kind not in UNCUT:
         assert torch.equal(tokens, masked_greedy(model, inputs, keep, positions))
+
+
+@cases
+@pytest.mark.parametrize("method", MERGING)
+@torch.no_grad()
+def test_merged_frames_of_a_batch_equal_rows_alone_and_recomputing(kind, rows, method):
+    model, (inputs, singles) = model_of(kind), batch(kind, rows)
+    budget = {"keep_ratio": 0.3} if tokprune.get_method(method).takes_budget else {}
+    with tokprune.attach(model, method, **budget) as attachment:
+        tokens, kept = tiny.generate(model, inputs, max_new_tokens=4), attachment.kept
+        uncached = tiny.generate(model, inputs, max_new_tokens=4, use_cache=False)
+        alone = [tiny.generate(model, single, max_new_tokens=4) for single in singles]
+        n_prompt = attachment.report.n_prompt_kept
+    assert torch.equal(tokens, uncached)
+    assert torch.equal(tokens, torch.cat(alone))
+    assert n_prompt == int(columns_kept(kind, inputs, kept, rows)[-1:].sum(1).max())
 
 
 @kinds

@@ -182,3 +182,105 @@ def test_split_query_without_text_is_an_error():
 def test_whole_rows_and_shares_of_crops_exclude_each_other():
     with pytest.raises(tokprune.TokPruneError, match="strategy=rank with split=query"):
         tokprune.get_method("fopru", strategy="row", split="query")
+
+
+# ---- FastVID
+
+
+ATTENTION = Signal(Kind.RECEIVED, (3,))
+
+
+def watched(features: torch.Tensor, seed=8) -> VisualTokens:
+    """A clip with the attention that tokens receive."""
+    n = features.shape[1] * features.shape[2]
+    attention = torch.rand(len(features), 1, n, generator=torch.Generator().manual_seed(seed))
+    return video(features, {ATTENTION: attention})
+
+
+def peaks_by_hand(x: torch.Tensor, candidates: list[int], n_peaks: int) -> list[int]:
+    """Density peaks among some tokens (n, D) of a frame, ascending."""
+    apart = {(i, j): float((x[i] - x[j]).square().sum()) / x.shape[1] for i in candidates for j in candidates}
+    spread = {i: sum(sorted(apart[i, j] for j in candidates)[:4]) / min(4, len(candidates)) for i in candidates}
+    density = {i: torch.tensor(-spread[i]).double().exp().item() for i in candidates}
+    worth = {}
+    for i in candidates:
+        denser = [apart[i, j] ** 0.5 for j in candidates if density[j] > density[i]]
+        worth[i] = density[i] * (min(denser) if denser else max(apart.values()) ** 0.5)
+    return sorted(sorted(candidates, key=lambda i: -worth[i])[:n_peaks])
+
+
+@pytest.mark.parametrize("n_keep", [12, 20, 31])
+def test_fastvid_equals_loops_by_hand(n_keep):
+    features, method = clip(7), build("fastvid:segments=2:every=2:tau=-1")
+    tokens = watched(features)
+    out = method.select(tokens, n_keep)
+    x, attention = features[0].double(), tokens.signals[ATTENTION].view(T, N)
+    means = x.mean(1)
+    alike = [float(torch.cosine_similarity(means[t], means[t + 1], dim=0)) for t in range(T - 1)]
+    cut = alike.index(min(alike)) + 1
+    segments = [range(cut), range(cut, T)]
+    n_centres = int(0.4 * n_keep)
+    salient = {}
+    for t in range(T):  # evenly, the remainder to the first ones
+        n_own = (n_keep - n_centres) // T + (t < (n_keep - n_centres) % T)
+        salient[t] = attention[t].topk(n_own).indices.tolist()
+    centre_frames = [t for s in segments for t in s if (s[-1] - t) % 2 == 0]
+    counts = out.keep.view(T, N).sum(1).tolist()
+    centres = {t: counts[t] - len(salient[t]) for t in range(T)}
+    assert {t for t in range(T) if centres[t]} <= set(centre_frames)
+    assert sum(centres.values()) == n_centres
+    for s in segments:  # a segment's centres are its part of all, but for less than one
+        assert abs(sum(centres[t] for t in s) - n_centres * len(s) / T) < 1
+    want = {(t, i): x[t, i] for t in range(T) for i in salient[t]}
+    for s in segments:
+        for t in (t for t in s if centres[t]):
+            rest = [i for i in range(N) if i not in salient[t]]
+            own = peaks_by_hand(x[t], rest, centres[t])
+            joined = {i: [] for i in own}
+            for u in s:
+                for j in range(N):
+                    if j in salient[u] or (u == t and j in own):
+                        continue
+                    near = [float(torch.cosine_similarity(x[u, j], x[t, i], dim=0)) for i in own]
+                    joined[own[near.index(max(near))]].append(x[u, j])
+            for i, others in joined.items():
+                w = max(0.6, 1 / (len(others) + 1))
+                want[t, i] = w * x[t, i] + (1 - w) * torch.stack(others).mean(0) if others else x[t, i]
+    assert sorted(t * N + i for t, i in want) == out.keep[0].nonzero()[:, 0].tolist()
+    merged = torch.stack([want[place] for place in sorted(want)])
+    torch.testing.assert_close(out.features[out.keep].double(), merged, rtol=1e-4, atol=1e-5)
+
+
+def test_fastvid_cuts_where_scenes_change():
+    features = torch.cat([clip(1, n_frames=2), 5 + clip(2, n_frames=3), clip(3, n_frames=1) - 5], 1)
+    method = build("fastvid:segments=1")
+    similarity = torch.cosine_similarity(features.mean(2)[:, 1:], features.mean(2)[:, :-1], dim=-1)
+    assert {1, 4} <= set((similarity < 0.9)[0].nonzero()[:, 0].tolist())
+    assert torch.equal(method.cuts(similarity), similarity < 0.9)
+    of = build("fastvid:segments=1:tau=-1").segmented(similarity)
+    assert of.length.tolist() == [[T] * T]
+    of = build("fastvid:segments=99").segmented(similarity)
+    assert of.length.tolist() == [[1] * T]
+
+
+def test_fastvid_of_nearly_static_frames_on_qwen_loses_what_is_too_much_for_a_frame():
+    """12 frames of 49 tokens at 0.27 in two segments keep 62 tokens of 158."""
+    still = torch.randn(1, 1, 49, WIDTH, generator=torch.Generator().manual_seed(4)).expand(1, 12, 49, WIDTH)
+    features = still + 1e-3 * torch.randn(1, 12, 49, WIDTH, generator=torch.Generator().manual_seed(5))
+    attention = torch.rand(1, 1, 12 * 49, generator=torch.Generator().manual_seed(6))
+    method = build("fastvid:rule=qwen2_5_vl:segments=2:tau=0.84:ratio=0.27")
+    similarity = torch.full((1, 11), 0.99).index_fill(1, torch.tensor([0]), 0.98)
+    tokens = VisualTokens.of(features.flatten(1, 2), frames_layout(12, 7, 7), {ATTENTION: attention})
+    salient, centres = method.chosen(tokens, similarity, 158)
+    assert (salient | centres).sum() == 62
+    assert build("fastvid:segments=2").select(tokens, 158).keep.sum() == 158
+
+
+def test_density_peaks_of_large_frames_come_in_parts(monkeypatch):
+    from tokprune.core import ops
+    from tokprune.methods.fastvid import density_peaks
+
+    frames, candidates = torch.randn(2, 3, 40, 5), torch.rand(2, 3, 40) > 0.2
+    whole = density_peaks(frames, candidates)
+    monkeypatch.setattr(ops, "LARGEST", 40 * 7)
+    torch.testing.assert_close(density_peaks(frames, candidates), whole)

@@ -23,7 +23,7 @@ CUTTING = ("dart", "dyvte", "fastv", "pyramiddrop", "schedule", "sparsevlm", "vi
 BEFORE_THE_TOWER = ("pixelprune",)  # of Qwen-VL, which is not drawn
 # Everything else that is registered acts before the language model.
 FILTERABLE = ("evs", "fopru", "vidcom2", "vtc_cls", "random", "hired", "globalcom2")
-MERGING = ("pool", "prumerge", "prumerge_plus", "tome", "visionzip")  # and sparsevlm unless recycle=false
+MERGING = ("fastvid", "pool", "prumerge", "prumerge_plus", "tome", "visionzip")  # and sparsevlm unless recycle=false
 LATE = ("cdpruner", "mmtok")  # reads the text, so it selects when the language model runs; so does split=query
 NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vispruner", "vtc_cls")
 
@@ -62,6 +62,17 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     "evs": {"split": RANK_SPLIT},
     "fastervlm": {"start_layer": (), "split": (), "without_cls": ()},
     "fastv": {"schedule": SCHEDULES, "uniform": (0, 0.25, 0.5, 1), "layer": (1, 2, 3, 4, -1, -2, -4)},
+    "fastvid": {
+        "rule": ("exact", "llava_onevision", "llava_video", "qwen2_5_vl"),
+        "segments": (1, 2, 9),
+        "tau": (-1, 0.5, 1),
+        "contextual": (0, 0.3, 1),
+        "every": (1, 2, 5),
+        "beta": (0, 0.6, 1),
+        "ignore": (0, 0.9),
+        "layer": TOWER,
+        "ratio": (),
+    },
     "fopru": {
         "split": RANK_SPLIT,
         "strategy": ("rank", "row"),
@@ -253,6 +264,8 @@ def promises(part: str) -> str:
     """ "exact", "at most" or "content": what is promised about the number that a budget leaves."""
     name, options = part.split(":")[0], options_of(part)
     if name in ("dyvte", "visual_exit", "tokencorr") or (name.startswith("prumerge") and not takes_budget(part)):
+        return "content"
+    if name == "fastvid" and options.get("rule", "exact") != "exact":
         return "content"
     if name == "pool" or options.get("strategy") == "row":
         return "at most"

@@ -14,6 +14,7 @@ def is_allowed(case: Case, message: str) -> bool:
     reasons = [
         ("out of reach", "flops_ratio" in (case.budget or {})),
         ("its minimum here is", bool(before) and options_of(before or "").get("strategy") == "row"),
+        ("its minimum here is", "rule" in options_of(before or "")),  # one token a frame
         ("without prefill_chunk_size|needs? it in one pass|prefill_chunk_size", how.get("mode") == "chunked"),
         ("pass the whole prompt at once", how.get("mode") == "chunked" and needs_whole_prompt(case.method, case.kind)),
         ("keep at least one visual token", drops_everything(case)),

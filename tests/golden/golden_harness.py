@@ -32,7 +32,6 @@ FOLDERS = (Path(OTHER),) if OTHER else (HERE / "data", HERE / "data-2026")
 NOT_BUILT: frozenset[str] = frozenset(
     {
         "dycoke",
-        "fastvid",
         "framefusion",
     }
 )

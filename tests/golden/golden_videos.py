@@ -9,8 +9,10 @@ from golden_harness import Case, assert_kept
 
 import tokprune
 from tokprune.core.layout import frames_layout
+from tokprune.core.signals import Tower
 from tokprune.core.tokens import VisualTokens
 from tokprune.methods import quota
+from tokprune.methods.frames import frame_means, frame_similarity
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -70,8 +72,48 @@ def check_quota(case: Case) -> None:
     assert torch.equal(quota.budgets(inputs["p"][None], sizes, p["budget"])[0], expected["frame_budget"])
 
 
+def check_fastvid(case: Case) -> None:
+    """Attention of every frame, tokens, and descriptors of frames where they are not the means of tokens."""
+    inputs, expected = case.load()
+    p = case.params
+    n_frames, n, _ = inputs["tokens"].shape
+    method = tokprune.get_method(
+        "fastvid",
+        rule=p["variant"],
+        ratio=p["retention_ratio"],
+        segments=p["DySeg_c"],
+        tau=p["DySeg_tau"],
+        contextual=p["STPrune_d"],
+        every=p["DTM_p"],
+        beta=p["DTM_beta"],
+        **({"ignore": p["DySeg_ignore"]} if "DySeg_ignore" in p else {}),
+    )
+    (signal,) = method.needs(Tower(27, False))
+    tokens = video_of(inputs["tokens"], p.get("grid_hw"), {signal: inputs["frame_attn"].view(1, 1, -1)})
+    descriptors = inputs["frame_descriptor"][None] if "frame_descriptor" in inputs else frame_means(tokens)
+    similarity = frame_similarity(descriptors)
+    torch.testing.assert_close(similarity[0], expected["similarity"], **CLOSE)
+    assert torch.equal(method.cuts(similarity)[0].nonzero()[:, 0], expected["cuts"])
+    segments = method.segmented(similarity)
+    assert torch.equal(segments.length[segments.place == 0], expected["segment_sizes"])
+    salient, centres = method.chosen(tokens, similarity, 1)
+    assert_kept(salient.flatten(1), expected["salient"][None])
+    assert_kept(centres.flatten(1), expected["centres"][None])
+    out = method.around(tokens, descriptors, 1)
+    check_frames(out.keep, expected, n_frames)
+    torch.testing.assert_close(out.features[out.keep], expected["merged"], rtol=1e-4, atol=2e-5)
+    if "sequence" in expected:
+        side = round(n**0.5)
+        grid = out.keep.view(-1, side)
+        rows = torch.cat([grid, grid.any(1, keepdim=True)], 1)  # a newline stays with a token of its row
+        assert torch.equal(rows.flatten().nonzero()[:, 0], expected["sequence"])
+    if "frame_descriptor" not in inputs:
+        assert torch.equal(method.select(tokens, 1).keep, out.keep)
+
+
 VIDEO_CHECKS: dict[str, Callable[[Case], None]] = {
     "evs": check_evs,
+    "fastvid": check_fastvid,
     "quota": check_quota,
     "vidcom2": check_vidcom2,
 }

@@ -23,6 +23,7 @@ METHODS = Registry(
         "dyvte": "tokprune.methods.dyvte:DyVTE",
         "evs": "tokprune.methods.evs:EVS",
         "fastv": "tokprune.methods.fastv:FastV",
+        "fastvid": "tokprune.methods.fastvid:FastVID",
         "fopru": "tokprune.methods.fopru:FoPru",
         "globalcom2": "tokprune.methods.globalcom2:GlobalCom2",
         "hiprune": "tokprune.methods.hiprune:HiPrune",
