@@ -18,6 +18,8 @@ VARIANTS = [
     "damro_filter+fopru",
     "damro_filter:n_outliers=3+vtc_cls",
     "divprune:split=even",
+    "dycoke:faithful=true",
+    "dycoke:k=none",
     "evs:split=even",
     "evs:split=query",
     "fastvid:rule=llava_onevision",
@@ -29,6 +31,8 @@ VARIANTS = [
     "fopru:form=logits",
     "fopru:gate=received",
     "fopru:gate=given:form=logits",
+    "framefusion:faithful=true",
+    "framefusion:similarity=-1",
     "globalcom2:allocate=even",
     "globalcom2:alpha=0.5:form=softmax:temperature=0.1",
     "globalcom2:faithful=true",
@@ -204,6 +208,8 @@ def most_kept(spec: str, n_keep: int, layout: Layout) -> int:
     """The most tokens that a method whose count the picture decides may keep."""
     if build(spec).takes_budget and spec.lower().startswith("vidcom2:faithful=true"):
         return n_keep + layout.frames[0]  # every frame is rounded by itself, and keeps one token at least
+    if spec.lower().startswith("framefusion:faithful=true"):
+        return layout.n_visual  # where too few tokens are similar
     return n_keep
 
 

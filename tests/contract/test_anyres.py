@@ -118,7 +118,10 @@ def test_onevision_several_images_are_not_cut():
 
 # ---- videos
 
-OF_VIDEOS = "fopru globalcom2 uniform:split=even visionzip cdpruner tome evs vidcom2 fastvid random:split=query"
+OF_VIDEOS = (
+    "fopru globalcom2 uniform:split=even visionzip cdpruner tome evs vidcom2 fastvid framefusion dycoke:k=none "
+    "random:split=query"
+)
 
 
 @pytest.mark.parametrize("method", OF_VIDEOS.split())

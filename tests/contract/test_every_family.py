@@ -21,6 +21,7 @@ READS_THE_TOWER = (
     "fastervlm",
     "fastvid",
     "fopru",
+    "framefusion",
     "hiprune",
     "hired",
     "holov",

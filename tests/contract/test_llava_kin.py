@@ -229,7 +229,8 @@ def test_what_was_cut_is_what_masked_layers_do_not_see(kind):
 
 # ---- videos
 
-ON_VIDEOS = ("uniform", "fopru", "visionzip", "vtc_cls", "evs", "fastvid", "vidcom2", "random:split=query")
+ON_VIDEOS = ("uniform", "fopru", "visionzip", "vtc_cls", "random:split=query")
+ON_VIDEOS += ("dycoke:k=none", "evs", "fastvid", "framefusion", "vidcom2")
 
 
 @with_videos

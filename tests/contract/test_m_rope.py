@@ -56,8 +56,8 @@ cases = parametrized(CASES)
 # A state of all that was read cannot be masked: there the short sequence is the oracle.
 masked_cases = parametrized([(k, r) for k, r in CASES if k not in UNCUT])
 BEFORE = ("uniform", "fopru", "divprune", "random")
-MERGING = ("fastvid",)
-OF_FRAMES = ("evs", "vidcom2", "random:split=query")
+MERGING = ("fastvid", "framefusion", "dycoke:faithful=true")
+OF_FRAMES = ("dycoke:k=none", "evs", "vidcom2", "random:split=query")
 
 
 @cases

@@ -21,10 +21,13 @@ from tokprune.methods.base import ScoreMethod
 SCORING = [s for s in SPECS if isinstance(build(s), ScoreMethod)]
 SOME = ("6x6", "padded", "three frames", "nine frames")
 NOT_EXACT = {
+    "dycoke": Count.CONTENT,
+    "dycoke:faithful=true": Count.CONTENT,
     "fastvid:rule=llava_onevision": Count.CONTENT,
     "fastvid:rule=llava_video": Count.CONTENT,
     "fastvid:rule=qwen2_5_vl": Count.CONTENT,
     "fopru:strategy=row": Count.AT_MOST,
+    "framefusion:faithful=true": Count.CONTENT,
     "globalcom2:faithful=true": Count.CONTENT,
     "hired:faithful=true": Count.CONTENT,
     "holov:faithful=true": Count.CONTENT,

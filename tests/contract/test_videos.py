@@ -284,3 +284,125 @@ def test_density_peaks_of_large_frames_come_in_parts(monkeypatch):
     whole = density_peaks(frames, candidates)
     monkeypatch.setattr(ops, "LARGEST", 40 * 7)
     torch.testing.assert_close(density_peaks(frames, candidates), whole)
+
+
+# ---- DyCoke
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 3, 4, 5, 6, 7, 8, 12])
+def test_dycoke_keeps_every_fourth_frame_whole(n_frames):
+    counts = kept("dycoke:k=0.7", clip(n_frames=n_frames), 0).sum(2)[0].tolist()
+    left = int((1 - 0.7) * N)
+    assert counts == [N if t % 4 == 0 else left for t in range(n_frames)]
+
+
+def test_dycoke_drops_what_is_like_the_frame_it_is_compared_with():
+    features = clip(5, n_frames=4)
+    keep = kept("dycoke:k=0.5", features, 0)[0]
+    for t, other in ((1, 0), (2, 0), (3, 2)):
+        near = torch.cosine_similarity(features[0, t], features[0, other], dim=-1)
+        assert set(keep[t].nonzero()[:, 0].tolist()) == set((-near).topk(4).indices.tolist())
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "whole", "gone"), [(6, {0, 4}, set()), (8, {0, 4, 6}, set()), (9, {0, 4}, {8}), (4, {0, 2}, set())]
+)
+def test_dycoke_of_the_authors_keeps_a_frame_more_and_drops_an_odd_one(n_frames, whole, gone):
+    counts = kept("dycoke:faithful=true", clip(n_frames=n_frames), 0).sum(2)[0].tolist()
+    assert {t for t, n in enumerate(counts) if n == N} == whole
+    assert {t for t, n in enumerate(counts) if n == 0} == gone
+
+
+@pytest.mark.parametrize("n_keep", [1, 5, 2 * N, 2 * N + 1, 3 * N, T * N - 1])
+def test_dycoke_with_a_budget_fills_whole_frames_first(n_keep):
+    counts = kept("dycoke:k=none", clip(n_videos=2), n_keep).sum(2)
+    assert counts.sum(1).tolist() == [n_keep] * 2
+    whole, others = counts[:, [0, 4]], counts[:, [1, 2, 3, 5]]
+    assert int(whole.max() - whole.min()) <= 1
+    assert int(others.max() - others.min()) <= 1
+    assert int(others.max()) == 0 or int(whole.min()) == N
+
+
+def test_dycoke_of_the_authors_takes_no_budget():
+    with pytest.raises(tokprune.TokPruneError, match=r"k=0\.7"):
+        tokprune.get_method("dycoke", k=None, faithful=True)
+    assert not tokprune.get_method("dycoke").takes_budget
+
+
+# ---- FrameFusion
+
+
+def test_framefusion_merges_runs_into_their_first_token():
+    """Place 0 stays the same in frames 1 to 3 and 4 to 5; place 1 always; the others change."""
+    features = torch.randn(1, T, N, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    features[:, 2:4, 0] = features[:, 1:2, 0] * torch.tensor([2.0, 3.0])[:, None]
+    features[:, 5, 0] = 3 * features[:, 4, 0]
+    features[:, 1:, 1] = features[:, :1, 1] * torch.tensor([2.0, 3.0, 4.0, 5.0, 6.0])[:, None]
+    out = build("framefusion:faithful=true:similarity=0.999").select(video(features), 1)
+    keep, rows = out.keep.view(T, N), out.features.view(T, N, WIDTH)
+    assert keep[:, 0].tolist() == [True, True, False, False, True, False]
+    assert keep[:, 1].tolist() == [True] + [False] * 5
+    assert keep[:, 2:].all()
+    torch.testing.assert_close(rows[1, 0], 2 * features[0, 1, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rows[4, 0], 2 * features[0, 4, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rows[0, 1], 3.5 * features[0, 0, 1], rtol=1e-6, atol=1e-6)
+    assert torch.equal(rows[:, 2:], features[0, :, 2:])
+
+
+@pytest.mark.parametrize("n_keep", [1, N, N + 3, 30])
+def test_framefusion_merges_first_and_then_drops_the_least_attended(n_keep):
+    features = clip(6)
+    tokens, method = watched(features), build("framefusion:similarity=0.9")
+    near = torch.cosine_similarity(features[0, 1:], features[0, :-1], dim=-1)
+    alike = [(float(near[t, i]), t + 1, i) for t in range(T - 1) for i in range(N) if near[t, i] >= 0.9]
+    merged = {t * N + i for _, t, i in sorted(alike, reverse=True)[: T * N - n_keep]}
+    rest = [i for i in range(T * N) if i not in merged]
+    attention = tokens.signals[ATTENTION].flatten()
+    want = sorted(sorted(rest, key=lambda i: -float(attention[i]))[:n_keep])
+    out = method.select(tokens, n_keep)
+    assert out.keep[0].nonzero()[:, 0].tolist() == want
+    alone = build("framefusion:similarity=0.9:faithful=true").select(tokens, n_keep)
+    assert alone.keep[0].nonzero()[:, 0].tolist() == rest
+
+
+def test_framefusion_computes_the_sparsity_of_a_layer_from_the_cost_of_all():
+    method = build("framefusion")
+    assert method.paper_ratio(0.3, []) == pytest.approx(0.7)
+    assert method.paper_ratio(0.5, [0.5], n_layers=4) == pytest.approx(0)  # 2 layers' worth: 0.5, and 3 of 0.5
+    assert method.paper_ratio(0.3, [0.5], n_layers=4) == pytest.approx(1 - 0.7 / 1.5)
+    assert method.paper_ratio(0.1, [0.0, 0.0, 0.0]) == 1  # it has cost more already
+
+
+# ---- all of them
+
+
+OF_FRAMES = ("dycoke", "dycoke:k=none", "evs", "fastvid", "framefusion", "vidcom2", "random:split=query")
+
+
+@pytest.mark.parametrize("spec", OF_FRAMES)
+def test_no_method_makes_a_tensor_that_grows_with_the_square_of_the_frames(spec, monkeypatch):
+    """The largest tensor of twice the frames is twice as large at most."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for found in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(found, torch.Tensor) and found.numel() == found.untyped_storage().nbytes() // max(
+                    found.element_size(), 1
+                ):
+                    self.n = max(self.n, found.numel())
+            return out
+
+    method, largest = build(spec), []
+    for n_frames in (16, 32):
+        features = torch.randn(1, n_frames, N, WIDTH)
+        text = {TEXT: torch.randn(1, 3, WIDTH)}
+        needed = {s: torch.rand(1, 1, n_frames * N) for s in method.needs(Tower(4, False)) if s != TEXT}
+        with Largest() as seen:
+            method.select(video(features, text | needed), n_frames * N // 4)
+        largest.append(seen.n)
+    assert largest[1] <= 2.1 * largest[0]
+    assert largest[1] <= 3 * 32 * N * WIDTH

@@ -23,7 +23,8 @@ CUTTING = ("dart", "dyvte", "fastv", "pyramiddrop", "schedule", "sparsevlm", "vi
 BEFORE_THE_TOWER = ("pixelprune",)  # of Qwen-VL, which is not drawn
 # Everything else that is registered acts before the language model.
 FILTERABLE = ("evs", "fopru", "vidcom2", "vtc_cls", "random", "hired", "globalcom2")
-MERGING = ("fastvid", "pool", "prumerge", "prumerge_plus", "tome", "visionzip")  # and sparsevlm unless recycle=false
+# And sparsevlm unless recycle=false.
+MERGING = ("fastvid", "framefusion", "pool", "prumerge", "prumerge_plus", "tome", "visionzip")
 LATE = ("cdpruner", "mmtok")  # reads the text, so it selects when the language model runs; so does split=query
 NEEDS_CLS = ("damro_filter", "fastervlm", "hired", "prumerge", "prumerge_plus", "tokencorr", "vispruner", "vtc_cls")
 
@@ -58,6 +59,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "faithful": BOOL,
     },
     "divprune": {"split": SPLIT},
+    "dycoke": {"k": ("none", 0, 0.5, 0.7, 1), "faithful": BOOL},
     "dyvte": {"gate": ()},
     "evs": {"split": RANK_SPLIT},
     "fastervlm": {"start_layer": (), "split": (), "without_cls": ()},
@@ -80,6 +82,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "gate": ("variance", "received"),
         "layer": TOWER,
     },
+    "framefusion": {"similarity": (-1, 0.3, 0.9), "layer": TOWER, "faithful": BOOL},
     "globalcom2": {
         "form": ("softmax", "logits"),
         "layer": TOWER,
@@ -184,6 +187,8 @@ def with_options(random: Random, name: str, kind: str) -> str:
         drawn = {key: drawn[key] for key in drawn if key not in ("n_top", "step")}
     if name in NEEDS_CLS and kind not in CLS_KINDS:
         drawn["without_cls"] = "received"
+    if name == "dycoke" and drawn.get("k") == "none":
+        drawn.pop("faithful", None)
     if name in ("dyvte", "schedule"):
         drawn = {OPTIONS_OF_FILES[name]: file_of(name, kind, random.randrange(4))}
     return ":".join([name, *(f"{key}={value}" for key, value in drawn.items())])
@@ -257,6 +262,8 @@ def takes_budget(part: str | None) -> bool:
         return options.get("adaptive") == "false"
     if options.get("schedule", "").startswith("layers/"):
         return False
+    if name == "dycoke":
+        return options.get("k") == "none"
     return name not in ("blind", "tokencorr", "dyvte", "visual_exit", "schedule")
 
 
@@ -269,7 +276,10 @@ def promises(part: str) -> str:
         return "content"
     if name == "pool" or options.get("strategy") == "row":
         return "at most"
-    if name in ("globalcom2", "hired", "holov", "sparsevlm", "dart", "vidcom2") and options.get("faithful") == "true":
+    if name == "dycoke" and not takes_budget(part):
+        return "content"
+    of_the_code = name in ("framefusion", "globalcom2", "hired", "holov", "sparsevlm", "dart", "vidcom2")
+    if of_the_code and options.get("faithful") == "true":
         return "content"
     return "exact"
 
@@ -277,8 +287,9 @@ def promises(part: str) -> str:
 def keeps_features(spec: str) -> bool:
     """Whether kept tokens stay as they are, so that indices tell everything."""
     before, between = parts_of(spec)
-    name = before.split(":")[0] if before else ""
-    if name in MERGING or (before and name in ("globalcom2", "holov") and "faithful=true" in before):
+    if before and before.split(":")[0] in MERGING:
+        return False
+    if before and before.startswith(("dycoke", "globalcom2", "holov")) and "faithful=true" in before:
         return False  # faithfully, these put tokens in another order
     return not (between and between.split(":")[0] == "sparsevlm" and options_of(between).get("recycle") != "false")
 

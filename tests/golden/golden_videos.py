@@ -8,7 +8,7 @@ import torch
 from golden_harness import Case, assert_kept
 
 import tokprune
-from tokprune.core.layout import frames_layout
+from tokprune.core.layout import frames_layout, grid_layout
 from tokprune.core.signals import Tower
 from tokprune.core.tokens import VisualTokens
 from tokprune.methods import quota
@@ -111,9 +111,55 @@ def check_fastvid(case: Case) -> None:
         assert torch.equal(method.select(tokens, 1).keep, out.keep)
 
 
+def check_dycoke(case: Case) -> None:
+    """Features alone."""
+    inputs, expected = case.load()
+    n_frames, n = inputs["features"].shape[:2]
+    method = tokprune.get_method("dycoke", k=case.params["k"], faithful=True)
+    tokens = video_of(inputs["features"])
+    assert sum(method.counts(n_frames, n, 0)) == case.params["total_kept"]
+    out = method.select(tokens, 0)
+    check_frames(out.keep, expected, n_frames)
+    assert torch.equal(out.features[out.keep], tokens.features[0, expected["sequence"]])
+
+
+def check_framefusion(case: Case) -> None:
+    """Hidden states of a prompt, of which a layer merges visual tokens; or attention, by which another one prunes."""
+    inputs, expected = case.load()
+    p = case.params
+    if p["variant"] == "prune":
+        check_framefusion_prune(p, inputs, expected)
+        return
+    method = tokprune.get_method("framefusion", faithful=True, similarity=p["similarity_lower_bound"])
+    is_visual = inputs["patch_type"] >= 0
+    features = inputs["hidden"][is_visual].view(p["frames"], p["tokens_per_frame"], -1)
+    tokens = video_of(features)
+    n_merged = int(method.paper_ratio(p["cost"], p["sparsity_list_before"], p["num_layers"]) * tokens.n_visual)
+    out = method.select(tokens, tokens.n_visual - n_merged)
+    check_frames(out.keep, expected, p["frames"])
+    assert (int(out.keep.sum()) > tokens.n_visual - n_merged) == (p["branch"] == "threshold")
+    keep, whole = torch.ones_like(is_visual), inputs["hidden"].clone()
+    keep[is_visual], whole[is_visual] = out.keep[0], out.features[0]
+    assert torch.equal(keep.nonzero()[:, 0], expected["kept_sequence"])
+    torch.testing.assert_close(whole[keep], expected["merged"], rtol=1e-4, atol=1e-5)
+
+
+def check_framefusion_prune(p: dict, inputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """What visual tokens receive from all queries, in place of the tower's; of a picture nothing is merged."""
+    method, n, start = tokprune.get_method("framefusion"), p["video_tokens"], p["video_start"]
+    (signal,) = method.needs(Tower(24, False))
+    attention = inputs["attention"].mean((1, 2))[:, None, start : start + n]
+    n_keep = round(n * (1 - method.paper_ratio(p["cost"], p["sparsity_list"], p["num_layers"])))
+    assert n_keep == p["num_keep"]
+    tokens = VisualTokens.of(torch.zeros(1, n, 4), grid_layout(1, n), {signal: attention})
+    assert_kept(method.select(tokens, n_keep).keep, expected["kept"][None])
+
+
 VIDEO_CHECKS: dict[str, Callable[[Case], None]] = {
+    "dycoke": check_dycoke,
     "evs": check_evs,
     "fastvid": check_fastvid,
+    "framefusion": check_framefusion,
     "quota": check_quota,
     "vidcom2": check_vidcom2,
 }
