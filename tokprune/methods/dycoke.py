@@ -83,12 +83,9 @@ class DyCoke(Method):
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """(G, T, n): minus the cosine to the frame that is compared with; of whole frames, to their own mean."""
-        frames, compared = by_frame(tokens), self._compared(tokens.layout.frames[0])
-        found = [
-            unlike_mean(frames[:, t : t + 1]) if other == t else -ops.paired_cosine(frames[:, [t]], frames[:, [other]])
-            for t, other in enumerate(compared)
-        ]
-        return torch.cat(found, 1)
+        frames = by_frame(tokens).split(1, 1)
+        pairs = ((frames[t], frames[other]) for t, other in enumerate(self._compared(len(frames))))
+        return torch.cat([unlike_mean(x) if x is y else -ops.paired_cosine(x, y) for x, y in pairs], 1)
 
     def paper_order(self, tokens: VisualTokens) -> Tensor:
         """(G, N): kept tokens in the code's order, by rising similarity in frames that are compared; then others."""
