@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ..run.rows import LESS, NONE, Row, pooled
-from .tables import CHECKS, FLOORS, QUESTION_ONLY, budget, order, times
+from .tables import FLOORS, QUESTION_ONLY, budget, order, times
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -21,26 +21,16 @@ def escaped(text: str) -> str:
     return "".join(_ESCAPES.get(c, c) for c in text)
 
 
-def _title(name: str) -> str:
-    return escaped(name[0].upper() + name[1:])
-
-
-def _escaped(cell: Callable[[Row], str]) -> Callable[[Row], str]:
-    return lambda row: escaped(cell(row))
-
-
 _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "Method": lambda r: escaped(r.method),
     "Keep": lambda r: escaped(budget(r)),
     r"Accuracy (\%)": lambda r: _percent(r),
     r"$\Delta$": lambda r: _points(r),
-    **{_title(name): _escaped(cell) for name, cell in CHECKS.items()},
     "Tokens": lambda r: f"{r.n_visual_after:.4g}",
     "LLM FLOPs": lambda r: _times(r.costs.llm_flops_after, r.costs.llm_flops_before),
     "Prefill FLOPs": lambda r: _times(r.costs.prefill_flops_after, r.costs.prefill_flops_before),
     "KV": lambda r: _times(r.costs.kv_bytes_after, r.costs.kv_bytes_before),
 }
-_OPTIONAL = tuple(map(_title, CHECKS))
 
 
 def latex_table(rows: Sequence[Row], floors: Mapping[str, float | None]) -> str:
@@ -58,32 +48,32 @@ def _of_task(rows: Sequence[Row], floor: float | None) -> str:
     shown = sorted(pooled(rows), key=order)
     best = _best(shown)
     first = shown[0]
-    columns = {name: cell for name, cell in _COLUMNS.items() if any(map(cell, shown)) or name not in _OPTIONAL}
     groups: dict[str, list[str]] = {}
     for row in shown:
-        cells = [cell(row) for cell in columns.values()]
-        if row is best.get(budget(row)):
+        cells = [cell(row) for cell in _COLUMNS.values()]
+        if row.method not in LESS and row.value == best.get(budget(row)):
             cells[2] = rf"\textbf{{{cells[2]}}}"
         groups.setdefault("" if row.method in (NONE, *FLOORS) else budget(row), []).append(" & ".join(cells) + r" \\")
     if floor is not None:
         groups.setdefault("", []).insert(
-            0, f"{QUESTION_ONLY} & & {100 * floor:.1f}" + " &" * (len(columns) - 3) + r" \\"
+            0, f"{QUESTION_ONLY} & & {100 * floor:.1f}" + " &" * (len(_COLUMNS) - 3) + r" \\"
         )
     body = "\n\\midrule\n".join("\n".join(lines) for lines in groups.values())
     return (
-        f"% {first.task}: {first.n_samples} questions, {first.model}; 95 % intervals; {_UNSEEN}: no loss seen\n"
-        f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n{' & '.join(columns)} \\\\\n\\midrule\n"
+        f"% {first.task}: {first.n_samples} questions, {first.model}; 95 % intervals; {_UNSEEN}: no loss seen; "
+        "\\usepackage{booktabs}\n"
+        f"\\begin{{tabular}}{{l{'r' * (len(_COLUMNS) - 1)}}}\n\\toprule\n{' & '.join(_COLUMNS)} \\\\\n\\midrule\n"
         f"{body}\n\\bottomrule\n\\end{{tabular}}\n"
     )
 
 
-def _best(rows: Sequence[Row]) -> dict[str, Row]:
-    """By budget, the method with the highest value, where there are several; no control of other tokens."""
+def _best(rows: Sequence[Row]) -> dict[str, float]:
+    """By budget, the highest value, where there are several methods; no control of other tokens."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if budget(row) and row.method not in LESS:
             found.setdefault(budget(row), []).append(row)
-    return {key: max(some, key=lambda r: r.value) for key, some in found.items() if len(some) > 1}
+    return {key: max(r.value for r in some) for key, some in found.items() if len(some) > 1}
 
 
 def _percent(row: Row) -> str:

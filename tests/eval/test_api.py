@@ -102,11 +102,19 @@ def test_a_comparison_as_latex(compared):
     assert {len(line) for line in table} == {len(columns)}
     assert [line[0] for line in table[1:]] == ["question only", "shuffled pictures", "none", r"vtc\_cls", "uniform"]
     assert lines.count(r"\midrule") == 2
-    best = max((r for r in compared.rows if r.keep_ratio), key=lambda r: r.value)
-    assert [line[0] for line in table if "textbf" in line[2]] == [escaped(best.method)]
+    highest = max(r.value for r in compared.rows if r.keep_ratio)
+    best = {escaped(r.method) for r in compared.rows if r.keep_ratio and r.value == highest}
+    assert {line[0] for line in table if "textbf" in line[2]} == best
     marked = {line[0] for line in table if line[3].endswith(r"{\circ}$")}
     assert marked == {escaped(r.method) for r in compared.rows if r.difference is not None and r.is_noise}
     assert (lines[2], lines[-2], lines[-1]) == (r"\toprule", r"\bottomrule", r"\end{tabular}")
+
+
+def test_a_tie_is_bold_twice(compared):
+    """Two methods that answer alike are both the best of their budget."""
+    rows = [r for r in compared.rows if r.method != "none" and r.keep_ratio]
+    tied = [replace(r, value=0.5) for r in rows]
+    assert latex_table(tied, {}).count(r"\textbf") == len(rows) > 1
 
 
 def test_latex_names_are_escaped():
