@@ -23,7 +23,13 @@ PRE_LLM = (
     "prumerge",
     "prumerge_plus",
     "tokencorr",
+    "scope",
+    "vispruner",
+    "hiprune",
+    "holov",
+    "mmtok",
 )
+OF_VIDEOS = ("evs", "vidcom2", "fastvid", "dycoke:k=none", "framefusion")
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ EMBEDDED = {
         ("findit", "watchit"),
         (
             *CONTROLS[:3],
-            *("frames", "fopru", "vtc_cls:without_cls=received", "divprune"),
+            *("frames", "fopru", "vtc_cls:without_cls=received", "divprune", "scope", *OF_VIDEOS),
             *CONTROLS[3:],
         ),
         (0.5, 0.25, 0.1),

@@ -196,6 +196,7 @@ def test_grid_of_configurations():
 
 def test_seeds_are_pooled_into_one_row():
     row = dict.fromkeys(rows.Row.__dataclass_fields__, 0) | {"task": "t", "keep_ratio": 0.5, "n_samples": 100}
+    row |= {"stderr": None}  # as of right and wrong answers
     seeds = [
         rows.Row(
             **row

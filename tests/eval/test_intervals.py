@@ -60,7 +60,7 @@ def test_a_row_knows_its_difference_from_the_unpruned_run(lost, noise):
 
 def test_seeds_have_the_mean_difference():
     names = rows.Row.__dataclass_fields__
-    empty = {**dict.fromkeys(names, 0), "by_kind": {}, "costs": rows.Costs(), "task": "t"}
+    empty = {**dict.fromkeys(names, 0), "by_kind": {}, "costs": rows.Costs(), "task": "t", "stderr": None}
     seeds = [
         rows.Row(**empty | {"method": f"random:seed={i}", "difference": d, "difference_low": d - 1, "p_value": 0.5})
         for i, d in enumerate((-0.1, -0.3))
