@@ -359,7 +359,13 @@ def reproduce(
         str, option(METHODS, "Visual tokens to keep, separated by commas.", "--budgets", "--keep-tokens")
     ] = "128,64",
     tasks: Annotated[
-        str, option(QUESTIONS, "Tasks of lmms-eval, separated by commas.", "--tasks", "--task")
+        str,
+        option(
+            QUESTIONS,
+            "Tasks of lmms-eval, findit and others of ours, or folders, separated by commas.",
+            "--tasks",
+            "--task",
+        ),
     ] = "pope,gqa,textvqa_val,mme",
     limit: Limit = None,
     batch_size: Annotated[int, option(RUNNING, "Documents per batch.")] = 8,
