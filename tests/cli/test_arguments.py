@@ -157,6 +157,7 @@ def small(folder, tmp_path, monkeypatch):
             "--hidden": "4",
             "--batch-size": "4",
         },
+        "reproduce": {"": "llava-1.5-7b", "--tasks": "findit", "--dry-run": "", **dict([out])},
         "search": {"--task": "findit", "--samples": "2", "--trials": "1", **dict([out])},
         "eval": {"--tasks": "findit", **dict([out])},
         "bench": {"--model": "tiny-llava", "--methods": "uniform", "--rounds": "1", "--new-tokens": "2", **dict([out])},
