@@ -19,13 +19,13 @@ from tokprune.prune.copies import folded
 from tokprune.prune.report import Report, describe_signals
 from tokprune.prune.request import Request, request_of
 from tokprune.prune.saved import Folder, write_saved
+from tokprune.prune.supply import checked_signals
 
 from .compat import warn_if_untested
 from .families import family_of
 from .families.base import ModelFamily
 from .observer import Observer
 from .passes import Call
-from .support import checked_signals
 
 LOG = logging.getLogger("tokprune")
 
@@ -43,7 +43,7 @@ def attach(model: nn.Module, request: Request) -> Attachment:
     family.check_positions(request.positions)
     family.check_attention(request.positions)
     before = None if request.replay else request.before
-    signals = checked_signals(before, request.label, family) if before else frozenset()
+    signals = checked_signals(before, request.label, family.supply) if before else frozenset()
     if request.between is not None and family.no_layer_cuts:
         raise UnsupportedModelError(
             f"{request.label!r} cuts between decoder layers, which {family.model_type!r} does not allow: "

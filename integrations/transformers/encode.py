@@ -19,7 +19,7 @@ from tokprune.core.tokens import Count
 from tokprune.cost.selection import SelectionCost
 from tokprune.prune.report import ImageReport
 from tokprune.prune.request import Request
-from tokprune.prune.select import Picture, Selector, most_specials
+from tokprune.prune.select import Picture, Selector, flops_of
 
 from .caches import mark_dropped
 from .families.base import ModelFamily
@@ -185,11 +185,9 @@ class Pruner:
 
     def _flops(self, layout: Layout, n_keep: int) -> int:
         """What keeping n_keep tokens of an image costs, with the reference text."""
-        n_special = most_specials(layout, n_keep, self.request.newlines)
-        n_patches = self.family.crop_patches(layout)
         budget = self.request.before_budget or Budget(flops_ratio=1)
-        ledger = self._cost(layout).prefill(layout, n_keep, budget.flops_text + n_special, n_patches)
-        return getattr(ledger, budget.flops_scope).flops
+        n_patches = self.family.crop_patches(layout)
+        return flops_of(self._cost(layout), budget, self.request.newlines, layout, n_keep, n_patches)
 
     def _image_report(self, picture: Picture, keep: Tensor) -> ImageReport:
         layout, collected = picture.layout, bool(picture.signals)

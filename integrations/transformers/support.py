@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokprune.core.errors import MissingSignalError
-from tokprune.core.signals import Kind, Signal, Tower
+from tokprune.core.signals import Kind, Tower
 from tokprune.core.tokens import Stage
 from tokprune.methods import METHODS
-from tokprune.methods.base import Method, asked_signals
+from tokprune.methods.base import asked_signals
 
 from .families.base import ModelFamily
 
@@ -62,25 +61,3 @@ def _pair(family: type[ModelFamily], tower_name: str, name: str, tower: Tower, s
     helps = bool(method.if_missing) and all(s.kind in supplied for s in METHODS.build(typed).needs(tower))
     instead = typed if helps and not works and not cuts else ""
     return Support(family.model_type, tower_name, name, works, instead)
-
-
-def checked_signals(method: Method, label: str, family) -> frozenset[Signal]:
-    """What a method needs from the tower of a model.
-
-    Raises:
-        MissingSignalError: the tower does not supply it; the message names methods that work.
-    """
-    signals = asked_signals(method, "needs", family.tower)
-    if not family.supplies_all(signals):
-        missing = sorted({s.kind.name for s in signals if s.kind not in family.supplies})
-        works = [n for n in METHODS.working() if family.supplies_all(METHODS.build(n).needs(family.tower))]
-        lacks = family.no_tower_signals or ("does not supply it" if family.tower.has_cls else "has no [CLS] token")
-        if missing == [Kind.PIXELS.name]:
-            lacks = "runs on whole pictures alone"
-        typed = label in METHODS.names() and method.if_missing and not family.no_tower_signals
-        option = f" (or {label}:{method.if_missing})" if typed else ""
-        raise MissingSignalError(
-            f"{label!r} needs {', '.join(missing)}, but this model's vision tower {lacks}. "
-            f"Methods that work here: {', '.join(works)}{option}"
-        )
-    return signals

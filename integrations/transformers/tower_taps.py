@@ -118,7 +118,7 @@ class TowerTap(NotCopyable):
         # Autocast would turn the products back to half precision.
         with span("signals"), torch.autocast(out.device.type, enabled=False):
             for q, k, scale in self.family.tower_heads(sides, entered):
-                for signal, row in signal_rows(asked, q, k, scale, self.n_special):
+                for signal, row in attention.signal_rows(asked, q, k, scale, self.n_special):
                     found.setdefault(signal, []).append(row)
         for signal, parts in found.items():
             rows[signal, layer] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -143,25 +143,3 @@ class TowerTap(NotCopyable):
     def _open(self) -> dict | None:
         """Where to collect; None where no picture is being encoded for this attachment."""
         return self._passes.collecting
-
-
-def signal_rows(signals: list[Signal], q: Tensor, k: Tensor, scale: float, n_special: int):
-    """(signal, (crops, patches, ...)) for every signal asked of one layer; q and k are (crops, H, T, d)."""
-    for s in signals:
-        if s.kind is Kind.KEYS:
-            yield s, k[:, :, n_special:].transpose(1, 2).float()
-    ways = sorted({(s.form, s.heads, s.special) for s in signals if s.kind is not Kind.KEYS})
-    for form, heads, special in ways:
-        asked = {s.kind: s for s in signals if (s.form, s.heads, s.special) == (form, heads, special)}
-        queries, keys, by = attention.as_one_head(q, k) if heads == "single" else (q, k, scale)
-        arguments = (queries, keys, by, form, n_special, special)
-        if Kind.CLS_ROW in asked:
-            yield asked[Kind.CLS_ROW], attention.cls_row(*arguments)
-        if Kind.RECEIVED in asked and Kind.GIVEN in asked:
-            received, given = attention.received_and_given(*arguments)
-            yield asked[Kind.RECEIVED], received
-            yield asked[Kind.GIVEN], given
-        elif Kind.RECEIVED in asked:
-            yield asked[Kind.RECEIVED], attention.received(*arguments)
-        elif Kind.GIVEN in asked:
-            yield asked[Kind.GIVEN], attention.given(*arguments)

@@ -275,7 +275,7 @@ UNSUPPORTED |= {("pixelprune", kind): WHOLE for kind in tiny.KINDS}
 @pytest.mark.parametrize("name", METHODS.own_names())
 def test_minimum_support_table(name, kind):
     adapter = family_of(tiny.model(kind))
-    supported = adapter.supplies_all(build(name).needs(adapter.tower))
+    supported = adapter.supply.has_all(build(name).needs(adapter.tower))
     assert supported == ((name, kind) not in UNSUPPORTED)
 
 
@@ -283,4 +283,4 @@ def test_minimum_support_table(name, kind):
 @pytest.mark.parametrize("name", sorted({name for (name, _), why in UNSUPPORTED.items() if why is NO_CLS}))
 def test_what_to_type_instead_runs(name, kind):
     adapter = family_of(tiny.model(kind))
-    assert adapter.supplies_all(build(f"{name}:{build(name).if_missing}").needs(adapter.tower))
+    assert adapter.supply.has_all(build(f"{name}:{build(name).if_missing}").needs(adapter.tower))

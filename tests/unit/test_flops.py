@@ -179,7 +179,7 @@ def test_families_encode_what_the_counter_sees(family):
 
 
 def test_signals_cost_what_the_counter_sees():
-    from tokprune.integrations.transformers.tower_taps import signal_rows
+    from tokprune.core.attention import signal_rows
 
     n_heads, n_tokens, width = 4, 37, 8
     q, k = torch.randn(2, 3, n_heads, n_tokens, width)

@@ -6,10 +6,12 @@ results are over the N = T - n_special patches, mean over heads, float32, whatev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .signals import Form, Special
+from .signals import Form, Kind, Signal, Special
 
 CHUNK = 128  # queries at a time, fewer where B * H * CHUNK * T floats would be more than LARGEST; costs no time
 LARGEST = 2**25
@@ -78,6 +80,30 @@ def received_and_given(
         arguments = (q, k, scale, form, n_special, special)
         return received(*arguments), given(*arguments)
     return _received_and_given(q, k, scale, n_special, special)
+
+
+def signal_rows(
+    signals: list[Signal], q: Tensor, k: Tensor, scale: float, n_special: int
+) -> Iterator[tuple[Signal, Tensor]]:
+    """(signal, (B, N, ...)) for every signal asked of one layer."""
+    for s in signals:
+        if s.kind is Kind.KEYS:
+            yield s, k[:, :, n_special:].transpose(1, 2).float()
+    ways = sorted({(s.form, s.heads, s.special) for s in signals if s.kind is not Kind.KEYS})
+    for form, heads, special in ways:
+        asked = {s.kind: s for s in signals if (s.form, s.heads, s.special) == (form, heads, special)}
+        queries, keys, by = as_one_head(q, k) if heads == "single" else (q, k, scale)
+        arguments = (queries, keys, by, form, n_special, special)
+        if Kind.CLS_ROW in asked:
+            yield asked[Kind.CLS_ROW], cls_row(*arguments)
+        if Kind.RECEIVED in asked and Kind.GIVEN in asked:
+            both = received_and_given(*arguments)
+            yield asked[Kind.RECEIVED], both[0]
+            yield asked[Kind.GIVEN], both[1]
+        elif Kind.RECEIVED in asked:
+            yield asked[Kind.RECEIVED], received(*arguments)
+        elif Kind.GIVEN in asked:
+            yield asked[Kind.GIVEN], given(*arguments)
 
 
 def _keys(k: Tensor, n_special: int, special: Special) -> tuple[Tensor, int]:

@@ -124,6 +124,20 @@ def _pair(side: Any) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
+def llava_shape(config: Any) -> Shape:
+    """A model of the LLaVA family: a two-layer MLP on every row of the tower that is read.
+
+    Raises:
+        UnsupportedModelError: the cost of its tower or its language model is not known.
+    """
+    vision, text = vision_of(config.vision_config), text_of(config.text_config)
+    layers = config.vision_feature_layer
+    n_read = 1 if isinstance(layers, int) else len(layers)
+    n_rows = vision.n_patches + (vision.n_special if config.vision_feature_select_strategy == "full" else 0)
+    widths = (vision.stack.width * n_read, text.width, text.width)
+    return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+
+
 # ------------------------------------------------------------------------------------------ by name
 
 _CLIP_L_336 = Vision(Stack(24, 1024, 4096, 16, 16, 64, gated=False), 576, 1, 3 * 14 * 14)

@@ -16,6 +16,7 @@ from ..core.errors import BudgetError, OptionError
 from ..core.layout import NEWLINE, Layout
 from ..core.signals import Signal
 from ..core.tokens import Count, VisualTokens
+from ..cost.selection import SelectionCost
 from ..methods import Spec
 from ..methods.base import Method, checked_selection, mistake, mistaken
 from .copies import salts_of
@@ -229,6 +230,23 @@ def most_specials(layout: Layout, n_keep: int, newlines: str) -> int:
     if newlines == "drop":
         return others if n_keep < layout.n_visual else others + n_newlines
     return others + (n_newlines if newlines == "keep" else min(n_newlines, n_keep))
+
+
+def flops_of(
+    cost: SelectionCost, budget: Budget, newlines: str, layout: Layout, n_keep: int, n_patches: int | None = None
+) -> int:
+    """FLOPs in the budget's scope of keeping a number of tokens of an image, with the reference text.
+
+    Args:
+        cost: of the selection, on the model.
+        budget: says the scope and the text.
+        newlines: which stay.
+        layout: of the image.
+        n_keep: its visual tokens that stay.
+        n_patches: of a crop, where the picture's size decides.
+    """
+    n_text = budget.flops_text + most_specials(layout, n_keep, newlines)
+    return getattr(cost.prefill(layout, n_keep, n_text, n_patches), budget.flops_scope).flops
 
 
 def with_newlines(keep: Tensor, layout: Layout, newlines: str) -> Tensor:

@@ -20,8 +20,9 @@ from transformers import AutoConfig
 
 from tokprune.core.errors import OptionError, UnsupportedModelError
 from tokprune.core.layout import Layout
-from tokprune.core.signals import Decoder, Kind, Signal, Tower
+from tokprune.core.signals import Decoder, Kind, Tower
 from tokprune.cost.flops import Shape
+from tokprune.prune.supply import Supply, tower_kinds
 
 from ..compat import OLDEST, attention_implementation, features_of
 from .sizes import Sizes
@@ -215,25 +216,19 @@ class ModelFamily:
         raise NotImplementedError
 
     @property
-    def supplies(self) -> frozenset[Kind]:
-        """Kinds of signals that can be collected."""
-        return self.supplies_of(self.tower)
+    def supply(self) -> Supply:
+        """What can be collected for methods."""
+        return Supply(self.tower, self.supplies_of(self.tower), self.no_tower_signals)
 
     @classmethod
     def supplies_of(cls, tower: Tower) -> frozenset[Kind]:
         """Kinds of signals from such a tower."""
         kinds = {Kind.TEXT_EMBEDS} | {k for k in Kind if k.is_decoder}
         if not cls.no_tower_signals:
-            kinds |= {Kind.RECEIVED, Kind.GIVEN, Kind.KEYS, Kind.TOWER_STATES}
+            kinds |= tower_kinds(tower)
         if cls.takes_cells:
             kinds.add(Kind.PIXELS)
-        if tower.has_cls:
-            kinds |= {Kind.CLS_ROW, Kind.CLS_STATE} if tower.projects_rows else {Kind.CLS_ROW}
         return frozenset(kinds)
-
-    def supplies_all(self, signals: frozenset[Signal]) -> bool:
-        """Whether every signal is of a kind that can be collected."""
-        return all(s.kind in self.supplies for s in signals)
 
     @property
     def position_functions(self) -> list[tuple[Any, str]]:

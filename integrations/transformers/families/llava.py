@@ -11,7 +11,7 @@ from torch import Tensor
 from tokprune.core.errors import UnsupportedModelError
 from tokprune.core.layout import Layout, grid_layout
 from tokprune.cost.flops import Shape
-from tokprune.cost.shapes import text_of, vision_of
+from tokprune.cost.shapes import llava_shape
 
 from .base import ModelFamily, TowerKind
 from .sizes import Sizes, pil_image_processor
@@ -27,12 +27,7 @@ class Llava(ModelFamily):
     @classmethod
     def shape_of(cls, config: Any) -> Shape:
         """A two-layer MLP on every row of the tower that is read."""
-        vision, text = vision_of(config.vision_config), text_of(config.text_config)
-        layers = config.vision_feature_layer
-        n_read = 1 if isinstance(layers, int) else len(layers)
-        n_rows = vision.n_patches + (vision.n_special if config.vision_feature_select_strategy == "full" else 0)
-        widths = (vision.stack.width * n_read, text.width, text.width)
-        return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+        return llava_shape(config)
 
     @classmethod
     def options(cls, sizes: Sizes) -> dict[str, Any]:

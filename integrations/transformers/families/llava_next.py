@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.core.layout import NEWLINE, Layout
+from tokprune.core.layout import Layout
+from tokprune.core.mosaic import coordinates, read_layout
 
 from ..compat import anyres_grid, n_anyres_crops, pack_image_features
 from .llava import Llava
@@ -87,35 +88,5 @@ class LlavaNext(Llava):
     def _layout(self, size: tuple[int, int], tiled: bool, aspect_ratio: str | None) -> Layout:
         side = self.side
         grid = anyres_grid(self.base, size) if tiled else (0, 0)
-        packed = self._pack([_coordinates(side, *grid)], torch.tensor([size]), aspect_ratio)[0]
-        return _read_layout(packed.tolist(), side, grid)
-
-
-def _coordinates(side: int, n_rows: int, n_columns: int) -> Tensor:
-    """(crops, patches, 3): whether a crop of the mosaic, row and column in it; the thumbnail first."""
-    inside = torch.arange(side).float()
-    row, column = (t.flatten() for t in torch.meshgrid(inside, inside, indexing="ij"))
-    crops = [torch.stack([torch.zeros(side * side), row, column], -1)]
-    for i in range(n_rows):
-        for j in range(n_columns):
-            crops.append(torch.stack([torch.ones(side * side), row + i * side, column + j * side], -1))
-    return torch.stack(crops)
-
-
-def _read_layout(packed: list[list[float]], side: int, grid: tuple[int, int]) -> Layout:
-    """A layout from packed coordinates; where the mosaic was made smaller they lie between patches."""
-    crop, row, column = [], [], []
-    mosaic_row = mosaic_column = 0
-    for in_mosaic, y, x in packed:
-        if in_mosaic != in_mosaic:  # NaN: a newline
-            place = (NEWLINE, mosaic_row if mosaic_column else -1, -1)
-            mosaic_row, mosaic_column = mosaic_row + 1, 0
-        elif in_mosaic:
-            down, right = (int((v + 0.5) // side) for v in (y, x))
-            place = (1 + down * grid[1] + right, mosaic_row, mosaic_column)
-            mosaic_column += 1
-        else:
-            place = (0, int(y), int(x))
-        for values, value in zip((crop, row, column), place, strict=True):
-            values.append(value)
-    return Layout(tuple(crop), tuple(row), tuple(column), grid)
+        packed = self._pack([coordinates(side, *grid)], torch.tensor([size]), aspect_ratio)[0]
+        return read_layout(packed.tolist(), side, grid)
