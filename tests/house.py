@@ -19,6 +19,7 @@ ROOMS = [
     "tokprune.methods",
     "tokprune.prune",
     "tokprune.integrations.transformers",
+    "tokprune.integrations.vllm",
     "tokprune",  # the front door
     "tokprune.integrations.lmms_eval",
     "tokprune.eval",

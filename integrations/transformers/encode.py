@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.core import ops
 from tokprune.core.budget import Budget
 from tokprune.core.clock import span
 from tokprune.core.errors import UnsupportedModelError
@@ -19,7 +18,7 @@ from tokprune.core.tokens import Count
 from tokprune.cost.selection import SelectionCost
 from tokprune.prune.report import ImageReport
 from tokprune.prune.request import Request
-from tokprune.prune.select import Picture, Selector, flops_of
+from tokprune.prune.select import Picture, Selector, flops_of, visual_rows
 
 from .caches import mark_dropped
 from .families.base import ModelFamily
@@ -97,15 +96,8 @@ def _signal_by_image(
 
 def _packed(family: ModelFamily, encoded: Encoded, layouts: Sequence[Layout], values: Tensor) -> list[Tensor]:
     """Values of patches, (crops, patches, ...), through the model's own packing: (N_visual, ...) an image."""
-    device = encoded.features[0].device
-    rows = torch.cat(family.pack(encoded.name, encoded.arguments, values.flatten(2).to(device)))
-    n_visual = [layout.n_visual for layout in layouts]
-    if len(rows) == sum(n_visual):  # special tokens were not packed
-        visual = list(rows.split(n_visual))
-    else:
-        pairs = zip(rows.split([len(layout.crop) for layout in layouts]), layouts, strict=True)
-        visual = [r[ops.on_device(layout.visual, device)] for r, layout in pairs]
-    return [v.unflatten(1, values.shape[2:]) for v in visual]
+    values = values.to(encoded.features[0].device)
+    return visual_rows(family.pack(encoded.name, encoded.arguments, values.flatten(2)), layouts, values.shape[2:])
 
 
 class Pruner:

@@ -204,6 +204,23 @@ def select(
     return [Kept(i, r[i]) for i, r in zip(index, rows, strict=True)]
 
 
+def visual_rows(packed: Sequence[Tensor], layouts: Sequence[Layout], shape: Sequence[int]) -> list[Tensor]:
+    """Values of patches after a model's packing: (N_visual, *shape) a picture.
+
+    Args:
+        packed: (N, C) each, together in the order of the pictures; special tokens may be among them.
+        layouts: of the pictures.
+        shape: of the C values of a patch.
+    """
+    rows, n_visual = torch.cat(list(packed)), [layout.n_visual for layout in layouts]
+    if len(rows) == sum(n_visual):  # special tokens were not packed
+        visual = list(rows.split(n_visual))
+    else:
+        pairs = zip(rows.split([len(layout.crop) for layout in layouts]), layouts, strict=True)
+        visual = [r[ops.on_device(layout.visual, rows.device)] for r, layout in pairs]
+    return [v.unflatten(1, tuple(shape)) for v in visual]
+
+
 def stacked(rows: Sequence[Any]) -> Tensor:
     """(G, ...) from G tensors of one shape; one alone is not copied."""
     return torch.stack(list(rows)) if len(rows) > 1 else rows[0][None]

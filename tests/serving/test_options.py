@@ -1,0 +1,223 @@
+"""What is asked of a server or of a request, without an engine: refused, or planned."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokprune.eval.models import path_of
+from tokprune.integrations.vllm import NEWEST, why_not
+from tokprune.integrations.vllm.checks import why_unhooked
+from tokprune.integrations.vllm.options import check_key, plan_of
+from tokprune.integrations.vllm.processing import salt_of
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import tokprune
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make test-vllm")
+ASKED = {"method": "vtc_cls", "keep_ratio": 0.25}
+
+
+def config(name: str = "tiny-llava"):
+    return AutoConfig.from_pretrained(path_of(name))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("vtc_cls", "is not an object; use --mm-processor-kwargs"),
+        ({}, "which method"),
+        ({"keep_ratio": 0.25}, "which method"),
+        ({"method": "vtc_cls"}, "give exactly one budget"),
+        ({**ASKED, "keep_tokens": 36}, "give exactly one budget"),
+        ({"method": "vtc_cls", "keep_ratio": 25}, "Did you mean keep_ratio=0.25"),
+        ({"method": "vtc_clss", "keep_ratio": 0.25}, "Did you mean 'vtc_cls'"),
+        ({**ASKED, "start_layr": 1}, "Did you mean 'start_layer'"),
+        ({**ASKED, "keep_ration": 0.5}, "Did you mean keep_ratio"),
+        ({**ASKED, "newlines": "some"}, "newlines='some' is not one of"),
+        ({**ASKED, "positions": "original"}, "use positions='contiguous'"),
+        ({**ASKED, "method": "fastv"}, "'fastv' cuts between decoder layers.* vtc_cls"),
+        ({**ASKED, "method": ["vtc_cls", "fastv"], "keep_ratio": [0.5, 0.5]}, "cuts between decoder layers"),
+        ({**ASKED, "method": "cdpruner"}, "reads the question.* divprune"),
+        ({"method": "prumerge"}, "does not keep an exact number.* visionzip"),
+        ({**ASKED, "method": "pool"}, "does not keep an exact number"),
+        ({"method": "pixelprune"}, "does not keep an exact number"),
+        ({**ASKED, "method": "visionzip:layer=4"}, "reads vision layer 4, and only layers 0 to 3 are built.* divprune"),
+        ({"method": "vtc_cls", "flops_ratio": 0.001}, "out of reach.* use flops_ratio="),
+        ({"config": "/no/such/folder"}, "no such file"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(given, message):
+    with pytest.raises(tokprune.TokPruneError, match=message) as refused:
+        plan_of(config(), given)
+    assert str(refused.value).startswith("tokprune: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_methods_that_are_named_as_working_do_work():
+    with pytest.raises(tokprune.TokPruneError) as refused:
+        plan_of(config(), {**ASKED, "method": "fastv"})
+    names = str(refused.value).partition("work here: ")[2].split(", ")
+    assert {"vtc_cls", "visionzip", "divprune", "fopru", "random"} <= set(names)
+    for name in names:
+        assert plan_of(config(), {**ASKED, "method": name}) is not None
+
+
+def test_other_models_and_towers_are_refused():
+    other = config()
+    other.architectures = ["LlavaNextVideoForConditionalGeneration"]
+    with pytest.raises(tokprune.TokPruneError, match="LlavaForConditionalGeneration.* Use tokprune.attach"):
+        plan_of(other, ASKED)
+    other = config()
+    other.vision_config = AutoConfig.for_model("pixtral")
+    with pytest.raises(tokprune.TokPruneError, match="'pixtral' towers"):
+        plan_of(other, ASKED)
+    other = config()
+    other.vision_config = AutoConfig.for_model("siglip_vision_model", image_size=96, patch_size=8)
+    with pytest.raises(tokprune.TokPruneError, match=r"--hf-overrides.*full"):
+        plan_of(other, ASKED)
+    other.vision_feature_select_strategy = "full"
+    with pytest.raises(tokprune.TokPruneError, match="no \\[CLS\\].* vtc_cls:without_cls=received"):
+        plan_of(other, ASKED)
+    assert plan_of(other, {**ASKED, "method": "vtc_cls:without_cls=received"}) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "n_keep"),
+    [
+        (ASKED, 36),
+        ({"method": "vtc_cls", "keep_tokens": 16}, 16),
+        ({"method": "vtc_cls", "keep_tokens": 999}, 144),
+        ({"method": "vtc_cls:start_layer=2", "keep_ratio": 0.11}, 16),
+        ({"method": "vtc_cls", "start_layer": 2, "keep_ratio": 0.11}, 16),
+        ({"method": ["damro_filter:layer=3", "vtc_cls"], "keep_ratio": 0.25}, 36),
+        ({"method": "vtc_cls", "keep_ratio": 1.0}, 144),
+    ],
+)
+def test_tokens_of_a_picture(given, n_keep):
+    plan = plan_of(config(), given)
+    assert plan.n_keep(plan.family.largest) == plan.n_rows(plan.family.largest) == n_keep
+    assert f"144 -> {n_keep} tokens a picture" in str(plan)
+
+
+def test_a_budget_of_flops_is_that_of_attach():
+    model = AutoModelForImageTextToText.from_pretrained(path_of("tiny-llava"))
+    plan = plan_of(config(), {"method": "vtc_cls", "flops_ratio": 0.5})
+    with tokprune.attach(model, "vtc_cls", flops_ratio=0.5) as attachment:
+        ids = torch.tensor([[1, *[config().image_token_index] * 144, 5]])
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
+        assert len(attachment.kept[0]) == plan.n_keep(plan.family.largest)
+
+
+def test_a_saved_folder_says_everything(tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(path_of("tiny-llava"))
+    with tokprune.attach(model, "vtc_cls:start_layer=2", keep_tokens=20) as attachment:
+        attachment.save(tmp_path / "deploy")
+    plan = plan_of(config(), {"config": str(tmp_path / "deploy")})
+    assert "vtc_cls:start_layer=2 keep_tokens=20: 144 -> 20" in str(plan)
+    assert plan.identity == plan_of(config(), {"method": "vtc_cls:start_layer=2", "keep_tokens": 20}).identity
+    with pytest.raises(tokprune.TokPruneError, match="leave keep_ratio out"):
+        plan_of(config(), {"config": str(tmp_path / "deploy"), "keep_ratio": 0.5})
+    with pytest.raises(tokprune.TokPruneError, match="was saved from a 'llava' model"):
+        plan_of(config("tiny-llava-next"), {"config": str(tmp_path / "deploy")})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "fopru"}, "a request sets keep_ratio, keep_tokens, flops_ratio and not 'method'"),
+        ({"kep_tokens": 3}, "did you mean keep_tokens"),
+        ({"keep_ratio": 25}, "Did you mean keep_ratio=0.25"),
+        ({}, "give exactly one budget"),
+        ("vtc_cls", "is not an object"),
+    ],
+)
+def test_a_request_sets_a_budget_and_nothing_else(given, message):
+    plan = plan_of(config(), ASKED)
+    with pytest.raises(tokprune.TokPruneError, match=message) as refused:
+        plan.of_request(given)
+    assert str(refused.value).startswith("tokprune: ")
+    assert plan.of_request({"keep_tokens": 16}).n_keep(plan.family.largest) == 16
+
+
+def test_whatever_decides_what_is_kept_is_in_the_digest():
+    asked = [
+        ASKED,
+        {**ASKED, "keep_ratio": 0.5},
+        {**ASKED, "method": "vtc_cls:start_layer=1"},
+        {**ASKED, "method": "fopru"},
+        {**ASKED, "newlines": "drop"},
+    ]
+    plans = [plan_of(config(), given) for given in asked]
+    assert len({plan.identity for plan in plans}) == len(plans)
+    assert plans[1].of_request({"keep_ratio": 0.25}).identity == plans[0].identity
+
+
+@pytest.mark.parametrize("name", ["tokprun", "Tokprune", "tokpruned", "TOKPRUNE"])
+def test_a_key_that_vllm_would_ignore_is_refused(name):
+    with pytest.raises(tokprune.TokPruneError, match="nothing pruned; did you mean 'tokprune'"):
+        check_key({name: ASKED})
+    check_key({"tokprune": ASKED, "num_crops": 4})
+
+
+@pytest.mark.parametrize("release", ["0.19.1", "0.31.4", "0.99.0", "1.0.0", None])
+def test_releases_that_were_not_tested_are_refused(release):
+    assert f"pip install 'vllm=={NEWEST}'" in why_not(release)
+    assert not why_not(NEWEST)
+
+
+@pytest.mark.parametrize(
+    ("compilation", "lora", "mode", "word"),
+    [
+        ({"compile_mm_encoder": True}, None, "weights", "compile_mm_encoder"),
+        ({"cudagraph_mm_encoder": True}, None, "weights", "cudagraph_mm_encoder"),
+        ({}, {"enable_tower_connector_lora": True}, "weights", "--enable-tower-connector-lora"),
+        ({}, None, "data", "--mm-encoder-tp-mode"),
+        ({}, {"enable_tower_connector_lora": False}, "weights", ""),
+    ],
+)
+def test_towers_that_cannot_be_followed_are_refused(compilation, lora, mode, word):
+    multimodal = SimpleNamespace(multimodal_config=SimpleNamespace(mm_encoder_tp_mode=mode))
+    given = SimpleNamespace(
+        compilation_config=SimpleNamespace(**compilation),
+        lora_config=None if lora is None else SimpleNamespace(**lora),
+        model_config=multimodal,
+    )
+    assert word in why_unhooked(given)
+    assert bool(word) == bool(why_unhooked(given))
+
+
+def test_a_picture_has_one_salt_whatever_it_comes_as():
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    assert salt_of(Image.fromarray(pixels)) == salt_of(pixels) == salt_of(torch.from_numpy(pixels))
+    assert salt_of(pixels) != salt_of(pixels + 1)
+
+
+@NEEDS_VLLM
+def test_layouts_of_many_sizes_have_the_rows_that_vllm_plans():
+    from tokprune.integrations.vllm.families.llava_next import LlavaNext
+    from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
+
+    family = LlavaNext(config("tiny-llava-next"))
+    info = LlavaNextProcessingInfo(SimpleNamespace(get_hf_config=lambda *_: family.config))
+    for height in range(20, 400, 29):
+        for width in range(20, 700, 37):
+            (layout,) = family.layouts({"image_sizes": torch.tensor([[height, width]])})
+            planned = info.get_num_image_tokens(image_width=width, image_height=height)
+            assert len(layout.crop) == planned, (height, width)
+
+
+@NEEDS_VLLM
+@pytest.mark.parametrize(("newlines", "kept"), [("auto", "keep"), ("keep", "keep"), ("drop", "drop")])
+def test_newlines_do_not_hang_on_what_is_kept(newlines, kept):
+    plan = plan_of(config("tiny-llava-next"), {**ASKED, "newlines": newlines})
+    layout = plan.family.largest
+    n_newlines = layout.n_newlines if kept == "keep" else 0
+    assert plan.request.newlines == kept
+    assert plan.n_rows(layout) == plan.n_keep(layout) + n_newlines
+    assert "of the largest picture" in str(plan)
