@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tokprune.core.errors import UnsupportedCacheError, UnsupportedModelError
 
 OLDEST, NEWEST = "4.57.6", "5.24.0"  # releases of transformers that the laws run on, and some between
+STATIC_SINCE = "5.24"  # its generate() prepares what static caches need in prepare_inputs_for_generation
 LAYERS_STATE = "_tokprune_layers"  # on a cache whose layers were cut: what each of them holds
 # Outputs of a multimodal model that hold encoded pictures: features up to 5.23, the encoder's whole output from 5.24.
 FEATURE_FIELDS = ("image_hidden_states", "video_hidden_states")
@@ -96,6 +97,11 @@ def past_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def is_static(cache: Any) -> bool:
+    """Whether a cache holds keys in tensors of a fixed size."""
+    return type(cache).__name__ == "StaticCache"
+
+
 def cached_keys(cache: Any, layer: int) -> Tensor:
     """Keys that a layer holds, (B, H, P, d)."""
     return cache.layers[layer].keys
@@ -127,7 +133,9 @@ def crop_layer(cache: Any, layer: int, length: int) -> None:
         held.crop(-excess)
 
 
-def refuse_unsupported(cache: Any, mask: Any, sliding: bool = False, recurrent: bool = False) -> None:
+def refuse_unsupported(
+    cache: Any, mask: Any, sliding: bool = False, recurrent: bool = False, static: bool = False
+) -> None:
     """Raise UnsupportedCacheError for caches and masks that cannot be shortened.
 
     Args:
@@ -135,8 +143,9 @@ def refuse_unsupported(cache: Any, mask: Any, sliding: bool = False, recurrent: 
         mask: of the call.
         sliding: whether layers with a sliding window may hold a pruned sequence.
         recurrent: whether layers may hold a state in place of keys.
+        static: whether layers may have a fixed size.
     """
-    _refuse_cache(cache, sliding, recurrent)
+    _refuse_cache(cache, sliding, recurrent, static and is_at_least(STATIC_SINCE))
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedCacheError(
             f"an attention mask of your own ({_kind_of_mask(mask)}) cannot be shortened with the tokens; pass the "
@@ -148,12 +157,14 @@ def _kind_of_mask(mask: Any) -> str:
     return f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
 
 
-def _refuse_cache(cache: Any, sliding: bool, recurrent: bool) -> None:
+def _refuse_cache(cache: Any, sliding: bool, recurrent: bool, static: bool) -> None:
     if cache is None:
         return
     # A DummyLayer holds nothing: its layer reads the keys of another one.
     allowed = {"DynamicCache", "DynamicLayer", "DummyLayer", *(["DynamicSlidingWindowLayer"] if sliding else [])}
     allowed |= {"LinearAttentionLayer"} if recurrent else set()
+    if static:
+        allowed |= {name.replace("Dynamic", "Static") for name in allowed}
     layers = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
     layers.add(getattr(getattr(cache, "layer_class_to_replicate", None), "__name__", "DynamicLayer"))
     names = {type(cache).__name__, *layers}

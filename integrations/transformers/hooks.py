@@ -12,8 +12,9 @@ from torch import nn
 
 from tokprune.core.errors import ModelChangedError, NotCopyable
 
-from .compat import forget_compiled_code
+from .compat import cache_of, forget_compiled_code
 
+_READY = "_tokprune_ready"  # on a cache: whether the passes over it need no hook
 AGAIN = "call attachment.detach(), and attach again when the model is as it shall be"
 
 
@@ -37,12 +38,12 @@ class Hooks:
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call hook(module, args, kwargs) before a module's forward."""
-        handle = module.register_forward_pre_hook(Untraced(hook), with_kwargs=True)
+        handle = module.register_forward_pre_hook(Hook(hook), with_kwargs=True)
         self._keep(module, handle, module._forward_pre_hooks)
 
     def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call hook(module, args, kwargs, out) after a module's forward."""
-        handle = module.register_forward_hook(Untraced(hook), with_kwargs=True)
+        handle = module.register_forward_hook(Hook(hook), with_kwargs=True)
         self._keep(module, handle, module._forward_hooks)
 
     def replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -96,6 +97,24 @@ class Untraced(NotCopyable, functools.partial):
     def __new__(cls, function: Callable[..., Any]) -> Untraced:
         """A partial, which torch.compile knows."""
         return super().__new__(cls, _outside(), function)
+
+
+class Hook(NotCopyable):
+    """A hook that runs as it is, but for passes that need none: torch.compile finds nothing in their way."""
+
+    def __init__(self, hook: Callable[..., Any]):
+        self._hook = Untraced(hook)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, *out: Any) -> Any:
+        """Of a module, what it is called with and, after it, what it made."""
+        if getattr(cache_of(kwargs), _READY, False):
+            return None
+        return self._hook(module, args, kwargs, *out)
+
+
+def mark_ready(cache: Any, ready: bool) -> None:
+    """Say whether the passes over a cache to come need no hook."""
+    setattr(cache, _READY, ready)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from tokprune.prune.request import Request
 
 from .caches import Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
 from .cells import Part, TowerShortener
-from .compat import cache_of, past_length, position_deltas, replace_features
+from .compat import STATIC_SINCE, cache_of, is_at_least, past_length, position_deltas, replace_features
 from .encode import Encoded, Pruner, by_image, unencoded
 from .families.base import ModelFamily
 from .hooks import Hooks
@@ -32,6 +32,7 @@ from .layers.shorten import LayerShortener
 from .passes import BASE, DECODER, HEAD, Call, Context, Pass, Passes, Pauses
 from .prompt import Place, joined_runs, matching_rows, numbers_of, placeholders, places_of, same_places, text_of
 from .shorten import Ran, Shortener
+from .static import StaticSteps
 from .tower_taps import TowerTap, split_features
 
 
@@ -76,6 +77,12 @@ class Observer(NotCopyable):
             hooks.replace(family.base, name, encode)
         if hasattr(family.model, "generate"):
             hooks.replace(family.model, "generate", functools.partial(self._generate, family.model.generate))
+        if hasattr(family.model, "prepare_inputs_for_generation") and self.cutter is None and is_at_least(STATIC_SINCE):
+            steps, original = (
+                StaticSteps(self.request.positions, self.passes, self.pauses),
+                family.model.prepare_inputs_for_generation,
+            )
+            hooks.replace(family.model, "prepare_inputs_for_generation", functools.partial(steps.prepare, original))
         for owner, name in family.position_functions:
             hooks.replace(owner, name, functools.partial(self._positions, getattr(owner, name)))
         if self._tap:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from tokprune.prune.report import ImageReport, Prefill
 
+from .hooks import mark_ready
+
 HEAD, BASE, DECODER = range(3)  # where a forward is entered: the model with its head, without, its language model
 _MODULE_FILE = nn.Module._call_impl.__code__.co_filename
 _BEGUN = itertools.count()
@@ -158,12 +160,14 @@ class Generation:
         inside: calls of its passes.
         n_rows, n_prompt: rows and columns of its prompt; None where they are not known.
         joins: whether it was given pictures that the caller encoded.
+        ready: caches on which its steps run without hooks.
     """
 
     inside: Context
     n_rows: int | None
     n_prompt: int | None
     joins: bool
+    ready: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -196,6 +200,12 @@ class Passes(threading.local):
     def current(self) -> Pass | None:
         """The innermost pass, where it is what is under way."""
         return self._top if isinstance(self._top, Pass) else None
+
+    @property
+    def generation(self) -> Generation | None:
+        """The generation of the user that prepares its next pass; None where something else is under way."""
+        self._forget_dead()
+        return self._top if isinstance(self._top, Generation) else None
 
     @property
     def context(self) -> Context:
@@ -246,10 +256,13 @@ class Passes(threading.local):
         self._forget_dead()
         context = Context() if isinstance(self._top, Generation) else self._inside
         context.main = None
+        generation = Generation(context, n_rows, n_prompt, joins)
         try:
-            with self._pushed(Generation(context, n_rows, n_prompt, joins)):
+            with self._pushed(generation):
                 yield
         finally:
+            for cache in generation.ready:
+                mark_ready(cache, False)
             context.call, context.main = context.shown, None
 
     @contextlib.contextmanager

@@ -155,7 +155,10 @@ class Shortener(NotCopyable):
             if is_prefill:
                 self.observer.after_prefill(Ran(len(x), n_new, n_new, past_inner, past_inner))
             return None
-        refuse_unsupported(cache, mask, self.family.sliding_caches, self.family.recurrent_caches)
+        family = self.family
+        refuse_unsupported(
+            cache, mask, family.sliding_caches, family.recurrent_caches, static=not self.serves_cut_layers
+        )
         columns = _known_columns(columns, x, past_inner)
         counted = text_positions(kwargs.get("position_ids"))
         counted = counted if counted is None else counted - self.family.first_position

@@ -563,7 +563,7 @@ def test_a_prompt_fed_again_in_part_is_refused_and_the_advice_works():
 CACHES = {
     "static": ({"cache_implementation": "static"}, "static"),
     "offloaded": ({"cache_implementation": "offloaded"}, "offloaded"),
-    "offloaded_static": ({"cache_implementation": "offloaded_static"}, "static"),
+    "offloaded_static": ({"cache_implementation": "offloaded_static"}, "static|offloaded"),
 }
 
 
@@ -572,6 +572,8 @@ CACHES = {
 @torch.no_grad()
 def test_caches_that_cannot_be_pruned_are_refused_by_their_cause(spec, cache):
     options, word = CACHES[cache]
+    if cache == "static" and spec != "fastv" and compat.is_at_least(compat.STATIC_SINCE):
+        pytest.skip("served: tests/contract/test_static.py")
     model, inputs = tiny.fresh_model(), tiny.row(tiny.batch(), 0)
     if "offloaded" in cache and not torch.cuda.is_available():
         options = {}
@@ -583,5 +585,5 @@ def test_caches_that_cannot_be_pruned_are_refused_by_their_cause(spec, cache):
         with pytest.raises(errors.UnsupportedCacheError, match=word) as refused:
             tiny.generate(model, inputs, **options)
         assert "leave cache_implementation" in str(refused.value)
-        assert "cache_implementation='offloaded'" not in str(refused.value) or word == "offloaded"
+        assert "cache_implementation='offloaded'" not in str(refused.value) or "offloaded" in word
         tiny.generate(model, inputs)

@@ -1,0 +1,61 @@
+"""Static caches: the kept columns lie at their front, and generate() decodes on them without any hook.
+
+The prefill is as on other caches. What a step of decoding needs to know of the dropped columns, positions and mask, is
+made where generate() prepares the step, outside of what it compiles. Hooks then leave the step alone, so that one graph
+without breaks serves every picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .caches import Columns, columns_on
+from .compat import cache_of, is_static
+from .hooks import mark_ready
+from .passes import Passes, Pauses
+from .shorten import Positions
+
+
+class StaticSteps:
+    """Prepares the passes of generate() on static caches.
+
+    Args:
+        positions: as for the columns before the language model.
+        passes, pauses: of the attachment.
+    """
+
+    def __init__(self, positions: Positions, passes: Passes, pauses: Pauses):
+        self.positions, self.passes, self.pauses = positions, passes, pauses
+
+    def prepare(self, original: Callable[..., dict], *args: Any, **kwargs: Any) -> dict:
+        """In place of the model's prepare_inputs_for_generation, which is `original`."""
+        cache, generation = cache_of(kwargs), self.passes.generation
+        if cache is None or not is_static(cache):
+            return original(*args, **kwargs)
+        columns = columns_on(cache)
+        if generation is None or kwargs.get("is_first_iteration") or kwargs.get("next_sequence_length") != 1:
+            mark_ready(cache, False)
+            inputs = original(*args, **kwargs)
+            # Columns can be taken out of the mask that the user passed, not out of the one that is made of it.
+            bare = columns is None and self.pauses.hold_here
+            return inputs if bare else {**inputs, "attention_mask": kwargs.get("attention_mask")}
+        if cache not in generation.ready:
+            generation.ready.append(cache)
+        mark_ready(cache, True)
+        return original(*args, **kwargs) if columns is None else self._step(original, columns, args, kwargs)
+
+    def _step(self, original: Callable[..., dict], columns: Columns, args: tuple, kwargs: dict) -> dict:
+        """One step of decoding on a pruned cache."""
+        mask, positions = kwargs.get("attention_mask"), kwargs["position_ids"]
+        n_outer = (positions if mask is None else mask).shape[-1]
+        inputs = original(*args, **{**kwargs, "attention_mask": columns.inner_mask(mask, n_outer)})
+        if self.positions == "contiguous":
+            inputs["position_ids"] = _moved(inputs["position_ids"], columns.shift)
+        return inputs
+
+
+def _moved(positions: Tensor, shift: Tensor) -> Tensor:
+    return positions - shift.to(positions.device)
