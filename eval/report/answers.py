@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from ..run.rows import SampleRow
 from ..tasks import Sample
-from ..tasks.metrics import contains
+from ..tasks.metrics import contains, names_a_choice
 from .terminal import Grid
 
 N_WRONG = 5
 SUFFIX = "--suffix ' Answer with one word.'"
+LETTER = "--suffix ' Answer with the letter of the right choice.'"
 _WHOLE = ("exact", "normalized")  # metrics that compare whole answers
 
 
@@ -25,6 +26,13 @@ def hint(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> str:
     graded = [r for r in rows if r.sample in asked and r.metric in _WHOLE]
     around = sum(not r.right and contains(r.answer, asked[r.sample].answers) > 0 for r in graded)
     cut = sum(not r.right and not r.stopped for r in graded)
+    chosen = [r for r in rows if r.sample in asked and r.metric == "choice"]
+    astray = sum(not r.right and not names_a_choice(r.answer) for r in chosen)
+    if 2 * astray > len(chosen):
+        return (
+            f"{astray} of {len(chosen)} answers of the unpruned model are no letter of a choice nor its text: "
+            f"use {LETTER}"
+        )
     if 2 * around > len(graded):
         return (
             f"{around} of {len(graded)} answers of the unpruned model contain the expected answer and are not equal to "

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from ..run.rows import Row
 from .findings import warnings
+from .latex import latex_table
 from .rankings import rankings
 from .tables import QUESTION_ONLY, body, conditions
 from .terminal import Grid
@@ -67,6 +68,13 @@ def csv_table(rows: Sequence[Row], question_only: Mapping[str, float | None]) ->
     cells = [{name: _no_formula(value) for name, value in line.items()} for line in lines]
     frame = pd.DataFrame(cells, columns=list(names), dtype=object)  # as floats, whole numbers would get a ".0"
     return frame.to_csv(index=False, lineterminator="\n")
+
+
+def text_of(form: str, rows: Sequence[Row], question_only: Mapping[str, float | None]) -> str:
+    """The tables as text for a paper or a program: latex, markdown or csv."""
+    if form == "latex":
+        return latex_table(rows, question_only)
+    return csv_table(rows, question_only) if form == "csv" else markdown_tables(rows, question_only, text=str)
 
 
 def frame_of(rows: Sequence[Row], question_only: Mapping[str, float | None]) -> pd.DataFrame:

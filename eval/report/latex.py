@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from tokprune.core.own_code import short
+
 from ..run.rows import LESS, NONE, Row, pooled
 from .tables import FLOORS, QUESTION_ONLY, budget, order, times
 
@@ -22,7 +24,7 @@ def escaped(text: str) -> str:
 
 
 _COLUMNS: Mapping[str, Callable[[Row], str]] = {
-    "Method": lambda r: escaped(r.method),
+    "Method": lambda r: escaped(short(r.method)),
     "Keep": lambda r: escaped(budget(r)),
     r"Accuracy (\%)": lambda r: _percent(r),
     r"$\Delta$": lambda r: _points(r),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from tokprune.core.own_code import short
+
 from ..run.rows import DOWNSAMPLE, EXACT_MATCH, FRAMES, NONE, SHUFFLED, Row, pooled
 from ..stats import wilson
 from ..tasks.prompted import name_of
@@ -141,7 +143,7 @@ Cells = Mapping[str, Callable[[Row], str]]
 CHECKS: Cells = {HARD: hard, CHANGED: changed, COMMONEST: commonest}  # in every form of a report
 
 COLUMNS: Cells = {
-    "method": lambda r: r.method,
+    "method": lambda r: short(r.method),
     "keep": budget,
     "accuracy [95 %]": accuracy,
     LOSS: loss,

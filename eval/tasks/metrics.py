@@ -92,6 +92,11 @@ def choice(answer: str, expected: Sequence[str]) -> float:
     return normalized(answer, [*texts, *(f"{letter} {text}" for letter in letters for text in texts)])
 
 
+def names_a_choice(answer: str) -> bool:
+    """Whether an answer names a letter, be it the right one or not."""
+    return _letter(answer) is not None
+
+
 def _letter(answer: str) -> str | None:
     """The letter that an answer names; "A blue ball" names none."""
     text = answer.strip().strip("*")

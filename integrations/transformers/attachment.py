@@ -88,6 +88,11 @@ class Attachment(NotCopyable):
     def __exit__(self, *exception) -> None:
         self.detach()
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if callable(getattr(type(self), name, None)):
+            raise AttributeError(f"{name} is a method and cannot be set: call attachment.{name}()")
+        super().__setattr__(name, value)
+
     def __repr__(self):
         return f"Attachment({self.label!r}, {self._request.budget_text or 'no budget'}, positions={self.positions!r})"
 

@@ -392,6 +392,13 @@ def test_flops_of_a_folder_is_that_of_its_configuration():
     done = tokprune_cli("flops", "--model", str(EMBEDDED_MODEL))
     assert done.returncode == 0, done.stderr
     assert "llava: 208 -> 100 tokens" in done.stdout
+    assert tokprune_cli("flops", "--model", "tiny-llava").stdout == done.stdout
+
+
+def test_flops_does_not_say_that_a_tower_is_as_dear_as_before_where_a_method_makes_it_cheaper():
+    page = ("flops", "--model", "qwen2.5-vl-7b", "--pixels", "448x448", "--keep", "0.5,0.25", "--method")
+    assert "cannot be saved" in tokprune_cli(*page, "divprune").stdout
+    assert "cannot be saved" not in tokprune_cli(*page, "pixelprune").stdout
 
 
 BAD_FLOPS = {
@@ -400,7 +407,10 @@ BAD_FLOPS = {
     "tokens": (["--model", "llava-1.5-7b", "--visual", "0"], "invalid --visual 0: use a whole number of at least 1"),
     "method": (["--model", "llava-1.5-7b", "--method", "vtc"], "vtc_cls"),
     "folder": (["--model", "/no/such"], "cannot read the configuration of '/no/such'"),
-    "no [CLS] token": (["--model", "onevision-7b", "--method", "vtc_cls"], "needs a [CLS] token"),
+    "no [CLS] token": (["--model", "onevision-7b", "--method", "vtc_cls"], "use vtc_cls:without_cls=received"),
+    "percent": (["--model", "llava-1.5-7b", "--keep", "50%,25 %"], "use --keep 0.5,0.25"),
+    "no fraction": (["--model", "llava-1.5-7b", "--keep", "half"], "use --keep 0.5,0.25"),
+    "no size": (["--model", "qwen2.5-vl-7b", "--frames", "4"], "--frames needs the size of a frame"),
 }
 
 

@@ -51,6 +51,14 @@ def test_a_call_is_one_line_at_info_and_silent_otherwise(model, caplog):
     assert all("\n" not in r.getMessage() for r in caplog.records)
 
 
+def test_a_method_of_an_attachment_is_not_overwritten(model):
+    with (
+        tokprune.attach(model, "uniform", keep_ratio=0.5) as attachment,
+        pytest.raises(AttributeError, match=r"call attachment\.paused\(\)"),
+    ):
+        attachment.paused = True
+
+
 def test_every_call_of_the_user_is_told_once(model):
     seen = []
     with tokprune.attach(model, "uniform", keep_ratio=0.5) as attachment:

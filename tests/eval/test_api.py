@@ -129,6 +129,8 @@ def test_the_command_prints_one_form_alone(form, begins, compared, tmp_path):
     assert done.stdout.startswith(begins)
     if form == "latex":
         assert done.stdout == latex_table(compared.rows, compared.floors)
+    again = tokprune_cli("report", str(compared.folder), "--format", form)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
     assert "use latex, markdown or csv" in refusal(tokprune_cli(*run, "--out", str(tmp_path), "--format", "xml"))
 
 

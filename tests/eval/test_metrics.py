@@ -332,6 +332,8 @@ def test_a_graded_row_is_compared_by_values():
         (["it is red"] * 3, True, "normalized", "3 of 3 answers"),
         (["the color of", "the color of", "red"], False, "exact", "2 of 3 answers .* cut off"),
         (["the color of", "red", "red"], False, "exact", ""),
+        (["it is blue", "it is blue", "A"], True, "choice", "2 of 3 answers .* no letter"),
+        (["B", "B", "it is blue"], True, "choice", ""),
     ],
 )
 def test_the_hint_is_for_most_answers_alone(said, stopped, metric, told):

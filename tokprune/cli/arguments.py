@@ -139,10 +139,20 @@ def ratios(text: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise RunError(f"--keep {shown(text)} is not a list of fractions: use --keep 0.5,0.25") from error
+        raise RunError(f"--keep {shown(text)} is not a list of fractions: use {_as_fractions(text)}") from error
     for ratio in found:
         check_fraction("--keep", ratio)
     return found
+
+
+def _as_fractions(text: str) -> str:
+    """What was meant by percentages; an example for anything else."""
+    try:
+        meant = [float(part.strip().removesuffix("%")) / 100 for part in text.split(",")]
+    except ValueError:
+        meant = []
+    is_meant = meant and all(0 < ratio <= 1 for ratio in meant)
+    return "--keep " + (",".join(f"{ratio:g}" for ratio in meant) if is_meant else "0.5,0.25")
 
 
 def names(text: str) -> list[str]:

@@ -67,7 +67,13 @@ def models(
 @app.command(no_args_is_help=True, short_help="What a prefill costs, before and after pruning.")
 def flops(
     model: Annotated[
-        str, option(MODEL, "A known shape such as llava-1.5-7b, a local folder, or a hub id.", "--model", "--shape")
+        str,
+        option(
+            MODEL,
+            "A known shape such as llava-1.5-7b, tiny-qwen (embedded), a local folder, or a hub id.",
+            "--model",
+            "--shape",
+        ),
     ],
     visual: Annotated[int | None, option(PROMPT, "Visual tokens of the picture. Default: one crop's.")] = None,
     text: Annotated[int, option(PROMPT, "Text tokens of the prompt.")] = 64,
@@ -120,8 +126,8 @@ def flops(
     )
     before = pairs[0][0].prefill.flops
     share, left = (100 * ledger.before_llm.flops / before for ledger in pairs[0])
-    whole = len(asked) > 1 or found[0].in_tower == visual
-    saved = " and cannot be saved" if whole else f"; {left:.1f} % are left"
+    in_tower = {one.in_tower for one in found}
+    saved = " and cannot be saved" if in_tower == {visual} else f"; {left:.1f} % are left" if len(found) == 1 else ""
     typer.echo(f"Vision tower and projector are {share:.1f} % of the unpruned prefill{saved}.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokprune.eval.models import path_of
 from tokprune.integrations.transformers import shape_from_config
 
 from ..core.errors import RunError, why_unloadable
@@ -20,6 +21,8 @@ def tokens_of(shape: Shape, pixels: str, n_frames: int) -> tuple[int, int]:
         RunError: no size.
         UnsupportedModelError: a model whose tokens the size does not decide.
     """
+    if not pixels:
+        raise RunError("--frames needs the size of a frame: add --pixels 448x448")
     sides = pixels.lower().split("x")
     if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
         raise RunError(f"invalid --pixels {pixels!r}: use width and height, as 1500x2000")
@@ -27,17 +30,18 @@ def tokens_of(shape: Shape, pixels: str, n_frames: int) -> tuple[int, int]:
 
 
 def shape_of(model: str) -> Shape:
-    """A known shape, or that of a folder or a hub id; remote code is never run.
+    """A known shape, or that of an embedded model, a folder or a hub id; remote code is never run.
 
     Raises:
         RunError: its configuration cannot be read.
     """
-    if model in KNOWN or ("/" not in model and not Path(model).exists()):
+    folder = path_of(model)
+    if model in KNOWN or ("/" not in folder and not Path(folder).exists()):
         return known_shape(model)
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a broken or foreign folder makes transformers raise
         raise RunError(f"cannot read the configuration of {model!r}: {why_unloadable(error)}") from error
     return shape_from_config(config)

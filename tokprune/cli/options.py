@@ -55,6 +55,7 @@ MaxNewTokens = Annotated[int, option(QUESTIONS, "Maximum length of an answer, in
 
 BatchSize = Annotated[int, option(RUNNING, "Questions per batch.")]
 Overwrite = Annotated[bool, option(OUTPUT, "Start over if there is a run already.", "--overwrite")]
+Form = Annotated[str, option(OUTPUT, "Print the table as latex, markdown or csv, and nothing else.", "--format")]
 Strict = Annotated[
     bool,
     option(OUTPUT, "End with exit code 1 where a method changed no answer or made answers alike (alarms).", "--strict"),

@@ -25,6 +25,7 @@ from .options import (
     Device,
     DeviceMap,
     Dtype,
+    Form,
     Frames,
     Keep,
     KeepTokens,
@@ -110,9 +111,7 @@ def compare(
         Path,
         option(OUTPUT, "Output folder. More methods, budgets and questions are added to a run that it holds."),
     ] = Path("runs/compare"),
-    form: Annotated[
-        str, option(OUTPUT, "Print the table as latex, markdown or csv, and nothing else.", "--format")
-    ] = "",
+    form: Form = "",
     strict: Strict = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -126,8 +125,7 @@ def compare(
     check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid --match {match!r}: use tokens or flops")
-    if form not in ("", "latex", "markdown", "csv"):
-        raise RunError(f"invalid --format {form!r}: use latex, markdown or csv")
+    _check_form(form)
     if strict and no_baseline:
         raise RunError("--strict compares answers with the unpruned run's: leave --no-baseline out")
     if suite and suffix:
@@ -186,6 +184,11 @@ def compare(
         )
     console.print(f"report.html, table.md, table.csv, accuracy.png, rows.jsonl and samples.jsonl are in {out}")
     _end(done.alarms if strict else ())
+
+
+def _check_form(form: str) -> None:
+    if form not in ("", "latex", "markdown", "csv"):
+        raise RunError(f"invalid --format {form!r}: use latex, markdown or csv")
 
 
 def _end(alarms: Sequence[str]) -> None:
@@ -406,15 +409,22 @@ def report(
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Load the model of the run and draw pictures that are not stored.")
     ] = False,
+    form: Form = "",
 ) -> None:
     """Write the report and the tables of a comparison again from its folder.
 
     The page needs no network. Without --out, report.html, table.md and table.csv are written to the folder; with --out,
     nothing in the folder changes.
 
-    Example: tokprune report runs/compare --pictures
+    Example: tokprune report runs/compare --format latex
     """
+    _check_form(form)
     reports = eval_module("report.html")
+    if form:
+        if out or pictures:
+            raise RunError("--format prints a table and writes no page: leave --out and --pictures out")
+        run = eval_module("report.stored").Run.read(folder)
+        return typer.echo(eval_module("report.exports").text_of(form, run.rows, run.question_only), nl=False)
 
     def artist(run):
         runner = load_runner(str(run.settings.get("model")), suffix=str(run.settings.get("suffix", "")))

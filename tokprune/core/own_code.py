@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -15,11 +16,18 @@ from typing import Any
 
 from .errors import PluginError
 
+_PLACE = re.compile(r"(^|\+)[^+:]+:(?=[A-Za-z_]\w*(?:[:+]|$))")  # what follows is a class and no option
+
 
 def is_reference(text: str) -> bool:
     """Whether a text has the form of one: a file or a module, a colon, and a name."""
     place, colon, name = text.partition(":")
     return bool(place and colon) and name.isidentifier()
+
+
+def short(label: str) -> str:
+    """A method's label without the files and modules of own code: "./my.py:Norm:power=1" is "Norm:power=1"."""
+    return _PLACE.sub(r"\1", label)
 
 
 def load(reference: str, what: str, base: type | None = None) -> type:

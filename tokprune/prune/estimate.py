@@ -12,7 +12,7 @@ from ..core.signals import Decoder, Kind, Signal, Tower
 from ..core.tokens import Count
 from ..cost.flops import Ledger, Ops, Shape
 from ..cost.selection import SelectionCost, cut_ops
-from ..methods import build_method
+from ..methods import METHODS, build_method
 from ..methods.base import Method
 from .report import by_layer
 from .request import request_of
@@ -108,7 +108,10 @@ def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> 
     projects_rows = shape.projector[0] == shape.vision.stack.width
     signals = method.needs(Tower(shape.vision.stack.n_layers, has_cls, projects_rows))
     if not has_cls and any(s.kind is Kind.CLS_ROW for s in signals):
-        raise RunError(f"{label!r} needs a [CLS] token, which the tower of {shape.name} lacks; see tokprune models")
+        instead = f"use {label}:{method.if_missing}, or see" if _helps(label, method) else "see"
+        raise RunError(
+            f"{label!r} needs a [CLS] token, which the tower of {shape.name} lacks: {instead} tokprune models"
+        )
     n_keep = n_keep if method.takes_budget else 0
     least = method.min_keep(grid_layout(1, visual))
     if method.takes_budget and n_keep < min(least, visual) and method.count is Count.EXACT:
@@ -119,6 +122,11 @@ def _before(shape: Shape, label: str, method: Any, n_keep: int, visual: int) -> 
     layout = Layout(tuple(tiles), tuple(range(visual)), (0,) * visual, (1, max(tiles)))
     cost = SelectionCost(shape, signals, method.cost, method.space == "tower" and projects_rows)
     return n_keep, signals, cost.selector(layout, n_keep, collected=False)
+
+
+def _helps(label: str, method: Method) -> bool:
+    """Whether a name alone was given of a method that has an option for towers without [CLS]."""
+    return bool(method.if_missing) and label in METHODS.names()
 
 
 def with_budget(spec: str) -> str:
