@@ -73,6 +73,24 @@ class Layout:
         return tuple(found[place] for place in range(len(self.crops)))
 
     @functools.cached_property
+    def places_by_crop(self) -> tuple[tuple[int, ...], ...]:
+        """Places among the visual tokens of those of every crop, in the order of `crops`."""
+        found: list[list[int]] = [[] for _ in self.crops]
+        for i, place in enumerate(self.crop_places):
+            found[place].append(i)
+        return tuple(map(tuple, found))
+
+    @functools.cached_property
+    def equal_crops(self) -> tuple[tuple[int, ...], ...]:
+        """Crops, by their places among `crops`, in groups whose tokens lie alike."""
+        found: dict[tuple, list[int]] = {}
+        for place, index in enumerate(self.places_by_crop):
+            at = [(self.row[i], self.column[i]) for i in map(self.visual.__getitem__, index)]
+            top, left = (min(sides) for sides in zip(*at, strict=True))
+            found.setdefault(tuple((y - top, x - left) for y, x in at), []).append(place)
+        return tuple(map(tuple, found.values()))
+
+    @functools.cached_property
     def frames(self) -> tuple[int, int]:
         """Frames of a video and tokens of each, as they follow each other; of a picture one, with all tokens."""
         if not self.is_video or len(set(self.crop_sizes)) != 1:

@@ -85,22 +85,38 @@ class VisualTokens:
         keep = torch.zeros_like(self.keep).scatter(1, index, True)
         return replace(self, keep=keep, scores=scores if scores is not None else self.scores)
 
-    def part(self, index: Sequence[int], crop: int) -> VisualTokens:
-        """The tokens of one crop: their indices, and the crop's position in `layout.crops`."""
+    def crops_as_images(self, crops: Sequence[int]) -> tuple[Tensor, VisualTokens]:
+        """C crops that lie alike as images of their own, the first one's of all G images first.
+
+        Args:
+            crops: their positions in `layout.crops`.
+
+        Returns:
+            (C, P) the crops' tokens, and the tokens of C G images in the layout of the first crop.
+        """
+        index = [self.layout.places_by_crop[crop] for crop in crops]
         at = torch.tensor(index).to(self.features.device, non_blocking=True)
+
+        def apart(values: Tensor, axis: int = 1) -> Tensor:
+            return values.index_select(axis, at.flatten()).unflatten(axis, at.shape).movedim(axis, 0).flatten(0, 1)
+
         signals = {}
         for signal, values in self.signals.items():
             if signal.kind.is_per_token:
-                values = values[:, :, at]
+                values = apart(values, 2)
             elif signal.kind is Kind.CLS_STATE:
-                number = self.layout.crops[crop] - int(self.layout.crops[0] > 0)
-                values = values[:, number : number + 1]
+                numbers = [self.layout.crops[crop] - int(self.layout.crops[0] > 0) for crop in crops]
+                values = values[:, torch.tensor(numbers, device=values.device)].transpose(0, 1).flatten(0, 1)[:, None]
+            else:
+                values = values.repeat(len(crops), *(1,) * (values.ndim - 1))
             signals[signal] = values
-        return replace(
+        part = replace(
             self,
-            features=self.features[:, at],
-            layout=self.layout.part(index),
-            keep=self.keep[:, at],
+            features=apart(self.features),
+            layout=self.layout.part(index[0]),
+            keep=apart(self.keep),
             signals=signals,
-            scores=None if self.scores is None else self.scores[:, at],
+            scores=None if self.scores is None else apart(self.scores),
+            salts=self.salts * len(crops),
         )
+        return at, part

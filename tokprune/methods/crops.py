@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -34,18 +34,50 @@ def crop_rasters(layout: Layout, device: torch.device) -> list[Tensor]:
 
 
 def crop_by_crop(
-    tokens: VisualTokens, n_keeps: tuple[int, ...], select: Callable[[VisualTokens, int], VisualTokens]
+    tokens: VisualTokens,
+    n_keeps: tuple[int, ...],
+    select: Callable[[VisualTokens, int], VisualTokens],
+    apart: bool = False,
 ) -> VisualTokens:
-    """Select in every crop separately; a crop with a share of 0 keeps nothing."""
-    layout, keep, features = tokens.layout, torch.zeros_like(tokens.keep), tokens.features
-    for place, n_keep in enumerate(n_keeps):
-        index = [i for i, p in enumerate(layout.crop_places) if p == place]
-        if not n_keep:
-            continue
-        part = select(tokens.part(index, place), n_keep)
-        at = ops.on_device(index, keep.device)
-        keep, features = keep.index_copy(1, at, part.keep), features.index_copy(1, at, part.features)
-    return replace(tokens, keep=keep, features=features)
+    """Select in every crop separately; a crop with a share of 0 keeps nothing.
+
+    Crops that lie alike and keep as many tokens are selected from at once, as images of their own.
+
+    Args:
+        tokens: of the images.
+        n_keeps: of every crop.
+        select: given the tokens of crops, and how many each keeps.
+        apart: give them to `select` one by one.
+    """
+    kept, written = torch.zeros_like(tokens.keep), []
+    for crops in _batches(tokens, n_keeps, apart):
+        at, part = tokens.crops_as_images(crops)
+        chosen = select(part, n_keeps[crops[0]])
+        kept = kept.index_copy(1, at.flatten(), _as_crops(chosen.keep, at))
+        if chosen.features is not part.features:
+            written.append((at.flatten(), _as_crops(chosen.features, at)))
+    if not written:
+        return replace(tokens, keep=kept)
+    at, new = torch.cat([at for at, _ in written]), torch.cat([new for _, new in written], 1)
+    return replace(tokens, keep=kept, features=tokens.features.index_copy(1, at, new))
+
+
+LARGEST = 2**25  # pairs of tokens of one crop, at a time
+
+
+def _batches(tokens: VisualTokens, n_keeps: tuple[int, ...], apart: bool) -> Iterator[tuple[int, ...]]:
+    """Crops to be selected from at once, by their places in the layout."""
+    for crops in tokens.layout.equal_crops:
+        pairs = len(tokens.features) * tokens.layout.crop_sizes[crops[0]] ** 2
+        most = 1 if apart else max(1, LARGEST // pairs)
+        for n_keep in sorted({n_keeps[crop] for crop in crops} - {0}):
+            alike = tuple(crop for crop in crops if n_keeps[crop] == n_keep)
+            yield from (alike[i : i + most] for i in range(0, len(alike), most))
+
+
+def _as_crops(values: Tensor, at: Tensor) -> Tensor:
+    """Values (C G, P, ...) of crops as images, (G, C P, ...)."""
+    return values.unflatten(0, (len(at), -1)).transpose(0, 1).flatten(1, 2)
 
 
 def in_order(tokens: VisualTokens, keep: Tensor, rows: Tensor) -> VisualTokens:

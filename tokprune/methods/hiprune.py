@@ -75,7 +75,10 @@ class HiPrune(Method):
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         if self.split == "joint" or len(tokens.layout.crops) == 1:
             return self._chosen(tokens, n_keep)
-        return crop_by_crop(tokens, ops.shares(tokens.layout.crop_sizes, n_keep, even=True), self._chosen)
+        # The authors' neighbours depend on where the mosaic has a crop.
+        return crop_by_crop(
+            tokens, ops.shares(tokens.layout.crop_sizes, n_keep, even=True), self._chosen, apart=self.faithful
+        )
 
     def _chosen(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         late = self._attention(tokens)[:, -1].double()

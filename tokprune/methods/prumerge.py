@@ -44,6 +44,7 @@ class PruMerge(Method):
     layer: int | None = None
     without_cls: WithoutCLS = "error"
 
+    counts_by_crop: ClassVar[bool] = False  # whether no two crops need keep as many with the same ratio
     keeps_features: ClassVar[bool] = False
     space: ClassVar = "tower"
     source: ClassVar[str] = "arXiv:2403.15388"
@@ -82,7 +83,12 @@ class PruMerge(Method):
                 keep=torch.cat([p.keep for p in parts]),
             )
         share = float(ratio)
-        return crop_by_crop(tokens, tokens.layout.crop_sizes, lambda crop, n: self._merged(crop, int(n * share), share))
+        return crop_by_crop(
+            tokens,
+            tokens.layout.crop_sizes,
+            lambda crop, n: self._merged(crop, int(n * share), share),
+            apart=self.counts_by_crop,
+        )
 
     def _fixed(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         return self._merged(tokens, n_keep - 1, n_keep / tokens.n_visual)

@@ -39,6 +39,7 @@ class PruMergePlus(PruMerge):
     n_top: int | None = None
     step: int | None = None
 
+    counts_by_crop: ClassVar[bool] = True
     limits: ClassVar = {"n_top": (1, 1e6), "step": (1, 1e6)}
 
     def __post_init__(self):

@@ -79,7 +79,8 @@ class TokenCorr(Method):
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         whole = self.thumbnail and len(tokens.layout.crops) > 1 and tokens.layout.crops[0] == 0
-        out = crop_by_crop(tokens, tokens.layout.crop_sizes, self._compress)
+        noisy = replace(tokens, scores=self._noise(tokens))
+        out = replace(crop_by_crop(noisy, tokens.layout.crop_sizes, self._compress), scores=tokens.scores)
         if not whole:
             return out
         return replace(out, keep=out.keep | is_thumbnail(out.layout, out.keep.device))
@@ -87,7 +88,8 @@ class TokenCorr(Method):
     def _compress(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         attention = cls_values(tokens)
         n_local = self.n_distinct(tokens).clamp(min=1)[:, None]
-        order = self._noise(tokens) + attention[:, 0].clamp(min=1e-30).log()
+        assert tokens.scores is not None  # noqa: S101 - the noise
+        order = tokens.scores + attention[:, 0].clamp(min=1e-30).log()
         rank = order.argsort(dim=1, descending=True, stable=True).argsort(1)
         return replace(tokens, keep=(rank < n_local) | ops.outliers(attention[:, -1]))
 
@@ -98,13 +100,14 @@ class TokenCorr(Method):
         return (others <= self.repeats * tokens.n_visual).sum(1)
 
     def _noise(self, tokens: VisualTokens) -> Tensor:
-        """Gumbel noise: the highest sums with it are a draw without replacement."""
+        """(G, N) Gumbel noise, drawn by crop: the highest sums with it are a draw without replacement."""
         if self.sample == "top":
             return torch.zeros_like(tokens.keep, dtype=torch.float32)
-        n, rows = tokens.n_visual, []
-        crop = tokens.layout.crops[0]
-        for salt in tokens.salts:
-            mixed = ((self.seed * 1_000_003 + n) * 1_000_003 + salt) * 1_009 + crop
-            uniform = torch.rand(n, generator=torch.Generator().manual_seed(mixed % 2**63), dtype=torch.float64)
-            rows.append(-(-uniform.clamp(min=1e-30).log()).log())
-        return torch.stack(rows).float().to(tokens.keep.device, non_blocking=True)
+        layout, noise = tokens.layout, torch.empty(tokens.keep.shape, dtype=torch.float64)
+        for row, salt in enumerate(tokens.salts):
+            for crop, index in zip(layout.crops, layout.places_by_crop, strict=True):
+                mixed = ((self.seed * 1_000_003 + len(index)) * 1_000_003 + salt) * 1_009 + crop
+                draw = torch.Generator().manual_seed(mixed % 2**63)
+                uniform = torch.rand(len(index), generator=draw, dtype=torch.float64)
+                noise[row, list(index)] = -(-uniform.clamp(min=1e-30).log()).log()
+        return noise.float().to(tokens.keep.device, non_blocking=True)
