@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -95,6 +96,7 @@ class Row:
     tokprune: str
     commit: str | None
     date: str
+    picture: str = ""  # name and size of a picture of the user's own
 
     @property
     def config(self) -> Config:
@@ -167,7 +169,8 @@ class Cell:
     def inputs(self) -> dict[str, torch.Tensor]:
         """The batch on the model's device."""
         subject, model = self.subject, self.subject.model
-        pixels = shaped.encoded(subject.image_processor, subject.side, self.batch_size)
+        images = shaped.pictures(subject.side, self.batch_size, self.settings.picture)
+        pixels = shaped.encoded(subject.image_processor, images)
         made = shaped.prompt(model.config, subject.n_placeholders, self.settings.n_text, pixels, self.batch_size)
         made["pixel_values"] = made["pixel_values"].to(model.dtype)
         return {name: value.to(model.device) for name, value in made.items()}
@@ -192,6 +195,7 @@ class Cell:
             keep_ratio=config.keep_ratio,
             batch_size=self.batch_size,
             resolution=self.subject.side,
+            picture=_size(s.picture),
             n_text=s.n_text,
             columns=last.cache.columns,
             new_tokens=n_new,
@@ -265,6 +269,14 @@ def _compared(runs: Sequence[Measured], bare: Sequence[Measured], n_new: int) ->
         "token_s": tokens[0] if longest > 1 else [],
         "total_s": totals[0],
     }
+
+
+def _size(picture: Path | None) -> str:
+    """Name and size of a picture: "page.png, 756 x 1008 pixels"."""
+    if picture is None:
+        return ""
+    width, height = shaped.pictures(0, 1, picture)[0].size
+    return f"{picture.name}, {width} x {height} pixels"
 
 
 def spread(seconds: Sequence[float]) -> Spread:

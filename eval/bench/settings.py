@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ class Settings:
         methods: compared with the unpruned model; empty for the default ones that the model can run.
         keep: ratios.
         batch_sizes, new_tokens, resolutions: values to sweep over; no resolution means the family's default.
+        picture: a picture to measure on instead of square ones of smooth noise; None for these.
         n_text: text tokens in a prompt.
         rounds, warmup: measured rounds, and rounds before them that are not measured.
         dtype: empty for float32 on a CPU and bfloat16 on a GPU.
@@ -39,6 +41,7 @@ class Settings:
     batch_sizes: Sequence[int] = (1,)
     new_tokens: Sequence[int] = (16,)
     resolutions: Sequence[int] = ()
+    picture: Path | None = None
     n_text: int = 64
     rounds: int = 6
     warmup: int = 1
@@ -60,6 +63,8 @@ class Settings:
                 raise RunError(f"{option} takes whole numbers of at least 1")
         if max(self.resolutions, default=0) > WIDEST:
             raise RunError(f"--resolution takes at most {WIDEST} pixels a side")
+        if self.picture and (self.resolutions or tuple(self.batch_sizes) != (1,)):
+            raise RunError("--picture is one picture of its own size: leave --resolution and --batch-size out")
         if self.n_text < 2 or self.warmup < 0:
             raise RunError("--text takes at least 2 tokens, one on each side of the picture, and --warmup at least 0")
         if self.dtype and self.dtype not in DTYPES:

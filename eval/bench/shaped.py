@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -223,17 +224,31 @@ def image_processor_of(config: transformers.PretrainedConfig) -> Any:
     return family_class(config).image_processor(config)
 
 
-def pictures(side: int, n: int) -> list[Image.Image]:
-    """Square pictures of smooth noise, all different: equal rows of a batch would be treated as beam copies."""
+def pictures(side: int, n: int, file: Path | None = None) -> list[Image.Image]:
+    """Square pictures of smooth noise, all different: equal rows of a batch would be treated as beam copies.
+
+    Args:
+        side: width and height in pixels.
+        n: how many.
+        file: one picture to use instead.
+
+    Raises:
+        RunError: the file is no picture.
+    """
+    if file:
+        try:
+            return [Image.open(file).convert("RGB")]
+        except OSError as error:
+            raise RunError(f"--picture {str(file)!r} is no picture that can be read: {first_line(error)}") from error
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(n, 3, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(noise, (side, side), mode="bilinear")
     return [Image.fromarray((p * 255).byte().permute(1, 2, 0).numpy()) for p in smooth]
 
 
-def encoded(image_processor: Any, side: int, n: int) -> dict[str, torch.Tensor]:
-    """The processor's output for n square pictures."""
-    found = image_processor(pictures(side, n), return_tensors="pt")
+def encoded(image_processor: Any, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """The processor's output for pictures."""
+    found = image_processor(images, return_tensors="pt")
     names = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
     return {name: found[name] for name in names if name in found}
 

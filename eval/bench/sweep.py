@@ -134,18 +134,24 @@ class Bench:
         whole = shaped.config_of(s.shape, s.layers, s.vision_layers)
         usual = shaped.crop_side(whole) * (1 + shaped.takes_any_size(whole))
         subjects = []
-        for side in s.resolutions or (usual,):
+        for side in self._sides(usual):
             config = whole
             if not shaped.takes_any_size(whole):
                 config = shaped.config_of(s.shape, s.layers, s.vision_layers, side)
             skeleton = shaped.skeleton(config, s.torch_dtype, s.attn)
             processor = shaped.image_processor_of(config)
-            n = shaped.placeholders(skeleton, shaped.encoded(processor, side, 1))
+            n = shaped.placeholders(skeleton, shaped.encoded(processor, shaped.pictures(side, 1, s.picture)))
             longest = n + s.n_text + max(s.new_tokens)
             shaped.refuse_too_large(skeleton, s.torch_device, max(s.batch_sizes), longest, s.shape)
             subjects.append(Subject(config, side, processor, n, skeleton))
         self._check(subjects[0], configs)
         return subjects
+
+    def _sides(self, usual: int) -> Sequence[int]:
+        """Sides of the pictures in pixels; of a user's own, the longer one."""
+        if self.settings.picture:
+            return [max(shaped.pictures(usual, 1, self.settings.picture)[0].size)]
+        return self.settings.resolutions or [usual]
 
     def _loaded(self, configs: list[Config]) -> list[Subject]:
         """The same for a model with weights."""
@@ -166,8 +172,14 @@ class Bench:
             )
         usual = side * (1 + shaped.takes_any_size(config))
         subjects = [
-            Subject(config, side, processor, shaped.placeholders(model, shaped.encoded(processor, side, 1)), model)
-            for side in s.resolutions or (usual,)
+            Subject(
+                config,
+                side,
+                processor,
+                shaped.placeholders(model, shaped.encoded(processor, shaped.pictures(side, 1, s.picture))),
+                model,
+            )
+            for side in self._sides(usual)
         ]
         longest = max(subject.n_placeholders for subject in subjects) + s.n_text + max(s.new_tokens)
         with suppress(UnsupportedModelError):  # its memory cannot be estimated

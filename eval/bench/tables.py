@@ -48,7 +48,8 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     yield matrix(rows)
     for cell in cells:
         row = cell[0]
-        picture = f"{row.resolution} x {row.resolution} pixels, {row.n_visual} visual tokens per picture"
+        size = row.picture or f"{row.resolution} x {row.resolution} pixels"
+        picture = f"{size}, {row.n_visual} visual tokens per picture"
         yield _times(f"batch {row.batch_size}, {picture}: milliseconds, p50 [p20, p80]", _by_config(cell))
 
 

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from commands import tokprune_cli
+from PIL import Image
 from rich.console import Console
 from tokprune.eval.bench import cells, shaped, timing
 from tokprune.eval.bench import sweep as bench
@@ -312,7 +313,7 @@ def test_memory_of_a_run_does_not_depend_on_runs_before_it():
     model = shaped.endless(Runner.load("tiny-llava").model)
     config, side = model.config, shaped.crop_side(model.config)
     processor = shaped.image_processor_of(config)
-    n = shaped.placeholders(model, shaped.encoded(processor, side, 1))
+    n = shaped.placeholders(model, shaped.encoded(processor, shaped.pictures(side, 1)))
     subject = cells.Subject(config, side, processor, n, model)
     inputs = cells.Cell(settings("", model="tiny-llava", n_text=64), subject, 1, []).inputs()
     runs = [timing.measured(model, inputs, Config(NONE), 2) for _ in range(4)]
@@ -355,13 +356,15 @@ def test_resolution_makes_patches_or_crops(name, sides, expected):
     for side, n in zip(sides, expected, strict=True):
         config = shaped.config_of(name, 2, 3, side if name == "llava-1.5-7b" else None)
         model = shaped.skeleton(config, torch.float32, "sdpa")
-        assert shaped.placeholders(model, shaped.encoded(shaped.image_processor_of(config), side, 1)) == n
+        assert (
+            shaped.placeholders(model, shaped.encoded(shaped.image_processor_of(config), shaped.pictures(side, 1))) == n
+        )
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-small", "llava-next-small"])
 def test_rows_of_a_batch_differ_and_text_holds_no_placeholder(name):
     config = shaped.config_of(name)
-    pixels = shaped.encoded(shaped.image_processor_of(config), 168, 3)
+    pixels = shaped.encoded(shaped.image_processor_of(config), shaped.pictures(168, 3))
     many = shaped.prompt(config, 20, 3000, pixels, 3)["input_ids"]
     assert (many == config.image_token_id).sum(1).tolist() == [20] * 3
     made = shaped.prompt(config, 20, 9, pixels, 3)
@@ -409,6 +412,8 @@ BAD = {
     "--shape onevision-0.5b --layers 2 --methods vtc_cls": "no [CLS] token",
     "--model tiny-llava --layers 2": "leave them out with --model",
     "--model tiny-llava --resolution 200": "--resolution has no effect",
+    "--model tiny-qwen --picture README.md": "is no picture",
+    "--model tiny-qwen --picture docs/scene.png --batch-size 2": "leave --resolution and --batch-size out",
     "--model tiny-llava --attn flash_attention_2": "Type --attn sdpa",
     "--model tiny-lava": "Did you mean 'tiny-llava'?",
     "--model tiny-llava --dtype int4": "float32, bfloat16, float16",
@@ -540,6 +545,17 @@ def test_usual_methods_that_a_model_cannot_run_are_left_out(tmp_path, monkeypatc
 
 
 # ---- what people read
+
+
+def test_a_page_of_ones_own_loses_its_margins_before_the_tower(tmp_path):
+    page = Image.new("RGB", (224, 168), "white")
+    page.paste(Image.effect_noise((56, 56), 90), (56, 56))
+    page.save(tmp_path / "page.png")
+    asked = settings("", model="tiny-qwen", picture=tmp_path / "page.png", methods=("pixelprune",))
+    bare, pruned = Bench(asked, tmp_path / "x.jsonl", quiet()).run()
+    assert bare.picture == "page.png, 224 x 168 pixels"
+    assert pruned.prefill_flops_ratio < 0.6
+    assert pruned.n_kept < bare.n_kept
 
 
 def test_terminal_shows_tables_verdicts_and_conditions(tmp_path):

@@ -469,6 +469,9 @@ def bench(
             "llava-1.5 gets a vision tower of that size, with more patches.",
         ),
     ] = "",
+    picture: Annotated[
+        Path | None, option(INPUTS, "A picture to measure on, such as a page; default: smooth noise.", "--picture")
+    ] = None,
     text: Annotated[int, option(INPUTS, "Text tokens per prompt.")] = 64,
     rounds: Annotated[int, option(RUNNING, "Measured rounds; 95 % intervals need at least six.")] = 6,
     warmup: Annotated[int, option(RUNNING, "Warm-up rounds before the measured ones.")] = 1,
@@ -494,6 +497,7 @@ def bench(
         model=model,
         methods=specs,
         keep=ratios(keep),
+        picture=picture,
         n_text=text,
         rounds=rounds,
         warmup=warmup,
