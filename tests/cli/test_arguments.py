@@ -97,7 +97,7 @@ def test_an_alias_is_still_changed_by_an_option_of_its_own():
 # ---- blank
 
 LISTED = dict.fromkeys(("method", "methods", "score"), "blind, cdpruner, ")
-BEFORE = {("new", "name"): ["method"]}  # arguments that come before
+BEFORE = {("new", "name"): ["method"], ("serve", "more"): ["tiny-llava"]}  # arguments that come before
 LISTED |= {"task": "findit", "tasks": "findit", "model": "llava", "shape": "llava-1.5-7b, "}
 
 
@@ -160,6 +160,7 @@ def small(folder, tmp_path, monkeypatch):
         "reproduce": {"": "llava-1.5-7b", "--tasks": "findit", "--dry-run": "", **dict([out])},
         "search": {"--task": "findit", "--samples": "2", "--trials": "1", **dict([out])},
         "eval": {"--tasks": "findit", **dict([out])},
+        "serve": {"": "tiny-llava", "--method": "vtc_cls", "--show": ""},
         "bench": {"--model": "tiny-llava", "--methods": "uniform", "--rounds": "1", "--new-tokens": "2", **dict([out])},
     }
 

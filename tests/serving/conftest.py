@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from server import ENV
 
 HERE = Path(__file__).parent
-# Offline, on a CPU, with a KV cache of 1 GiB; threads are left to the tests' own machine.
-ENV = {
-    **os.environ,
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 def run(script: str, *arguments: str, given) -> subprocess.CompletedProcess:

@@ -12,7 +12,7 @@ import tokprune
 from ..core.errors import RunError
 from ..prune import estimate as pruning
 from ..prune.saved import is_saved
-from . import estimate, explaining, runs, tables
+from . import estimate, explaining, runs, serving, tables
 from . import new as templates
 from .arguments import App, check_least, check_most, names, ratios, run, saved_folders
 from .describe import method_page
@@ -172,6 +172,7 @@ def new(
 
 app.add_typer(explaining.app)
 app.add_typer(runs.app)
+app.add_typer(serving.app)
 
 
 def main() -> None:
