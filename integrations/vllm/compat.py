@@ -28,11 +28,17 @@ def why_not(found: str | None) -> str:
     """Why a release of vLLM cannot be used; empty where it can."""
     if found is None:
         return f"vLLM is not installed; use pip install 'vllm=={NEWEST}'"
-    minor = [part.split(".")[:2] for part in (OLDEST, found, NEWEST)]
-    if minor != sorted(minor, key=lambda parts: [int(p) for p in parts]):
+    oldest, newest = _minor(OLDEST), _minor(NEWEST)
+    if not oldest <= _minor(found) <= newest:
         tested = OLDEST if OLDEST == NEWEST else f"{OLDEST} to {NEWEST}"
         return f"vLLM {found} is not a release that tokprune is tested on; use pip install 'vllm=={NEWEST}' ({tested})"
     return ""
+
+
+def _minor(found: str) -> tuple[int, ...]:
+    """Major and minor number; none where a build from source has no numbers."""
+    parts = found.split(".")[:2]
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
 
 
 def wrap_verification(check: Callable[[Any], None]) -> bool:

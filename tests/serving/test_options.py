@@ -165,7 +165,7 @@ def test_a_key_that_vllm_would_ignore_is_refused(name):
     check_key({"tokprune": ASKED, "num_crops": 4})
 
 
-@pytest.mark.parametrize("release", ["0.19.1", "0.31.4", "0.99.0", "1.0.0", None])
+@pytest.mark.parametrize("release", ["0.19.1", "0.31.4", "0.99.0", "1.0.0", "dev", None])
 def test_releases_that_were_not_tested_are_refused(release):
     assert f"pip install 'vllm=={NEWEST}'" in why_not(release)
     assert not why_not(NEWEST)
