@@ -83,7 +83,8 @@ def attach(
             of rows that keep a token, "keep" all, "drop" none; "auto" is the first, or what the method says. Newlines
             do not count against a budget.
         replay: what another attachment `kept`, one entry an image, to use again; it takes no budget.
-        **options: options of the method, such as start_layer=22.
+        **options: options of the method, such as start_layer=22; and calibrate, which every method before the language
+            model takes (docs/methods.md): True for RESTORE.
 
     Returns:
         The handle: a context manager with `report`, `kept`, `paused()` and `detach()`.

@@ -21,6 +21,7 @@ from tokprune.prune.request import Request, request_of
 from tokprune.prune.saved import Folder, write_saved
 from tokprune.prune.supply import checked_signals
 
+from .calibrate import Calibrator
 from .compat import warn_if_untested
 from .families import family_of
 from .families.base import ModelFamily
@@ -38,6 +39,14 @@ def attach(model: nn.Module, request: Request) -> Attachment:
     """
     family = family_of(model)
     warn_if_untested()
+    if request.before is not None and request.before.keeps_positions:
+        if request.positions == "contiguous":
+            raise OptionError(
+                f"{request.label!r} keeps the positions of tokens; leave positions='contiguous' or calibrate out"
+            )
+        request = replace(request, positions="original")
+    if request.attention_bias is not None:
+        Calibrator(family, request.attention_bias)
     if request.positions == "auto":
         request = replace(request, positions=family.default_positions)
     family.check_positions(request.positions)

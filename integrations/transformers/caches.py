@@ -49,6 +49,7 @@ class Columns:
         all_valid: no padding anywhere.
         shift: (B, 1) how far contiguous positions have moved.
         n_tail: how many of the last columns are one to one in every row.
+        keys: `calibrate.Keys` of all columns, new ones after `n_outer` too, under a calibration; else None.
     """
 
     source: Tensor
@@ -57,6 +58,7 @@ class Columns:
     all_valid: bool
     shift: Tensor
     n_tail: int
+    keys: Any = None
 
     @classmethod
     def identity(cls, batch: int, n_outer: int, device: torch.device) -> Columns:
@@ -87,6 +89,7 @@ class Columns:
             all_valid=self.all_valid and new.all_valid,
             shift=self.shift + new.n_marked,
             n_tail=new.n_tail,
+            keys=self.keys,
         )
 
     def shortened(self, n_outer: int) -> Columns:

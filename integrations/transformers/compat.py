@@ -233,6 +233,20 @@ def rotary(language_model: Any, like: Tensor, positions: Tensor) -> tuple[Tensor
     return language_model.rotary_emb(like, positions)
 
 
+def turns(language_model: Any, positions: Tensor, m_rope: bool) -> Tensor:
+    """(B or 1, n, 2 d) float32 of length 1: cosines and sines that positions (B or 1, n), or (3 or 4, B, n), turn by.
+
+    The product of two of them is the mean cosine of the angle between the two positions, over all frequencies.
+    """
+    positions = positions[1:] if positions.ndim == 3 and len(positions) == 4 else positions  # the first counts columns
+    attention = language_model.layers[0].self_attn
+    if m_rope and positions.ndim == 2:
+        positions = positions.expand(3, *positions.shape)
+    like = torch.empty(0, dtype=torch.float32, device=positions.device)
+    cos, sin = plain_rotary(attention, rotary(language_model, like, positions))
+    return torch.nn.functional.normalize(torch.cat([cos, sin], -1), dim=-1)  # they may be scaled
+
+
 def without_blind_rows(module: Any, mask: Tensor | None, n_new: int, dtype: torch.dtype) -> Tensor | None:
     """A mask (B, P + n_new) with which padding is not NaN.
 

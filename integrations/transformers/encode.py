@@ -147,6 +147,7 @@ class Pruner:
             return self.mark(pictures, keeps, call)
         marked = [p.features for p in pictures]
         keeps = [rows.new_ones(len(rows), dtype=torch.bool) for rows in marked]
+        sizes: list[Tensor | None] = [None] * len(marked)
         for group in self._selector.groups(pictures, salts) if self._selector else ():
             call.touched = True
             call.below_budget |= self._selector.method.count is not Count.CONTENT
@@ -156,9 +157,11 @@ class Pruner:
             rows = mark_dropped(group.features, group.keep)
             for place, i in enumerate(group.members):
                 marked[i], keeps[i] = rows[place], group.keep[place]
-        for picture, keep in zip(pictures, keeps, strict=True):
+                sizes[i] = None if group.sizes is None else group.sizes[place]
+        for picture, keep, size in zip(pictures, keeps, sizes, strict=True):
             call.clamped |= self._asked_more(picture.layout)
             call.images.append(self._image_report(picture, keep))
+            call.sizes.append(size)
         return marked
 
     def mark(self, pictures: Sequence[Picture], keeps: Sequence[Tensor], call: Call) -> list[Tensor]:
@@ -172,6 +175,7 @@ class Pruner:
             call.dropped.append((~keep).any())
             n_patches, said = self.family.crop_patches(layout), {"is_video": picture.is_video}
             call.images.append(ImageReport(keep, layout, n_patches, before_tower=self.selects_pixels, **said))
+            call.sizes.append(None)
             marked.append(mark_dropped(rows, keep))
         return marked
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.core import ops
-from tokprune.core.errors import BadFeaturesError, NotCopyable, NothingPrunedError, OptionError, TokPruneError
+from tokprune.core.errors import (
+    BadFeaturesError,
+    NotCopyable,
+    NothingPrunedError,
+    OptionError,
+    TokPruneError,
+    UnsupportedModelError,
+)
 from tokprune.core.signals import Kind, Signal
 from tokprune.methods.base import mistaken
 from tokprune.prune.copies import salts_of
@@ -22,6 +29,7 @@ from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
 
 from .caches import Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
+from .calibrate import Calibrator
 from .cells import Part, TowerShortener
 from .compat import STATIC_SINCE, cache_of, is_at_least, past_length, position_deltas, replace_features
 from .encode import Encoded, Pruner, by_image, unencoded
@@ -58,7 +66,9 @@ class Observer(NotCopyable):
         self._pixels = [s for s in signals if s.kind is Kind.PIXELS]
         taps = len(signals) > len(self._pixels) or reads_states
         self._tap = TowerTap(family, signals, self.passes, reads_states) if taps else None
-        self._shortener = Shortener(family, request.positions, self)
+        bias = request.attention_bias
+        calibrator = None if bias is None else Calibrator(family, bias)
+        self._shortener = Shortener(family, request.positions, self, calibrator)
         self.hooks = Hooks(family.model)
 
     def install(self) -> None:
@@ -372,6 +382,33 @@ class Observer(NotCopyable):
         if call and call.mistakes and not self.paused:
             flags["mistake"] = torch.stack(call.mistakes).amax()
         return flags
+
+    def visual_sizes(self) -> Tensor:
+        """How many tokens every column of this prompt stands for, (B, S) float32; 0 for text.
+
+        Raises:
+            UnsupportedModelError: nothing tells which columns are visual.
+        """
+        this = self.passes.current
+        call, masks = (this.call, this.masks) if this else (None, {})
+        if call is None or not (this and this.facts.get("placeholders")):
+            raise UnsupportedModelError(
+                "calibrate needs to know which columns are visual, and this prompt shows no placeholders; pass "
+                "input_ids with pixel_values to the model, or leave calibrate out"
+            )
+        sizes = torch.stack(list(masks.values())).any(0).float()
+        for name, numbers in call.by_name.items():
+            own = [call.sizes[i] for i in numbers]
+            if all(size is None for size in own):
+                continue
+            lengths = [len(call.images[i].layout.crop) for i in numbers]
+            places = places_of(masks[name], sum(lengths), lengths)
+            for place, size in zip(places, own, strict=True):
+                if size is not None:
+                    columns = ops.on_device(place.columns, sizes.device)
+                    for row in place.rows:
+                        sizes[row, columns] = size.to(sizes)
+        return sizes
 
     def before_prefill(self, facts: Mapping[str, int], starts_call: bool) -> None:
         """Raise where what happened is not what was asked for."""

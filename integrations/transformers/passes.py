@@ -35,6 +35,7 @@ class Call:
 
     encoded: set[str] = field(default_factory=set)
     images: list[ImageReport] = field(default_factory=list)
+    sizes: list[Tensor | None] = field(default_factory=list)  # of each, how many tokens its kept rows stand for
     prefills: list[Prefill] = field(default_factory=list)
     bad: list[Tensor] = field(default_factory=list)  # whether features held NaN, on the device
     dropped: list[Tensor] = field(default_factory=list)  # whether tokens were dropped, on the device

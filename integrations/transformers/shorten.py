@@ -13,7 +13,7 @@ methods; what differs between model families is in their declarations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,6 +31,7 @@ from tokprune.core.ops import forward_fill, gather_columns, right_align
 
 from . import compat
 from .caches import Columns, NewColumns, columns_on, find_marks, note_columns, text_positions
+from .calibrate import Calibrator
 from .compat import LAYERS_STATE, cache_of, crop_cache, past_length, positions_of_4, refuse_unsupported
 from .families.base import ModelFamily
 from .hooks import Hooks
@@ -63,6 +64,9 @@ class Watcher(Protocol):
     def flags(self) -> Mapping[str, Tensor]:
         """Truths and counts, scalars on the device, to be read in the one synchronisation of a prefill."""
 
+    def visual_sizes(self) -> Tensor:
+        """(B, S) of the pass under way: how many tokens a visual column stands for, 0 for text."""
+
     def before_prefill(self, facts: Mapping[str, int], starts_call: bool) -> None:
         """Called with the flags' values and `marked`; raises where they contradict what was promised."""
 
@@ -89,10 +93,13 @@ class Shortener(NotCopyable):
         family: of the model; its language model is called with `inputs_embeds` and keywords.
         positions: "contiguous" numbers the kept columns without gaps, "original" leaves them their numbers.
         observer: told the facts of every prefill.
+        calibrator: makes the mask where attention gets a bias; None where it does not.
     """
 
-    def __init__(self, family: ModelFamily, positions: Positions, observer: Watcher):
-        self.family, self.language_model = family, family.language_model
+    def __init__(
+        self, family: ModelFamily, positions: Positions, observer: Watcher, calibrator: Calibrator | None = None
+    ):
+        self.family, self.language_model, self.calibrator = family, family.language_model, calibrator
         self.positions, self.observer = positions, observer
         self.serves_cut_layers = False
 
@@ -159,6 +166,11 @@ class Shortener(NotCopyable):
         refuse_unsupported(
             cache, mask, family.sliding_caches, family.recurrent_caches, static=not self.serves_cut_layers
         )
+        if columns is not None and (columns.keys is None) != (self.calibrator is None):
+            raise UnsupportedCacheError(
+                "this cache was pruned with another calibrate, and attention to what it holds needs the same; start a "
+                "new cache"
+            )
         columns = _known_columns(columns, x, past_inner)
         counted = text_positions(kwargs.get("position_ids"))
         counted = counted if counted is None else counted - self.family.first_position
@@ -213,7 +225,14 @@ class Shortener(NotCopyable):
             # Gapped positions without mask and cache are taken for several packed sequences.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
         this.mask = inner
-        if self.family.ready_masks:
+        if self.calibrator is not None:
+            sizes = None if new is None else gather_columns(self.observer.visual_sizes(), new.source, 1) * new.valid
+            keys = self.calibrator.keys(before.keys, past_inner, position_ids, sizes, x.shape[0])
+            this.columns = replace(this.columns, keys=keys)
+            dtype = x.dtype if x.is_floating_point() else self.language_model.dtype
+            pruned = this.columns.shift > 0  # rows of which nothing was dropped are as they are alone
+            short["attention_mask"] = self.calibrator.mask(keys, inner, pruned, n_inner, cache, dtype)
+        elif self.family.ready_masks:
             short["attention_mask"] = self._masks(short, new, inner, cache, past, x)
         else:
             short["attention_mask"] = compat.without_blind_rows(self.language_model, inner, n_inner, x.dtype)

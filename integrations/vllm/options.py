@@ -216,6 +216,8 @@ def _planned(request: Request, family: Any) -> Request:
             f"{request.label!r} reads the question, and vLLM encodes a picture once for all questions. Methods that "
             f"work here: {', '.join(family.supply.serving)}"
         )
+    if request.before is not None and request.before.keeps_positions:
+        raise OptionError(f"{request.label!r}: calibrate keeps positions, which vLLM does not; leave calibrate out")
     if request.positions == "original":
         raise OptionError("positions='original' is not served by vLLM for this model; use positions='contiguous'")
     if request.newlines != "keep_rows_with_tokens" or not family.has_newlines:

@@ -41,6 +41,7 @@ def config(name: str = "tiny-llava"):
         ({**ASKED, "keep_ration": 0.5}, "Did you mean keep_ratio"),
         ({**ASKED, "newlines": "some"}, "newlines='some' is not one of"),
         ({**ASKED, "positions": "original"}, "use positions='contiguous'"),
+        ({**ASKED, "method": "vtc_cls:calibrate=bias"}, "leave calibrate out"),
         ({**ASKED, "method": "fastv"}, "'fastv' cuts between decoder layers.* vtc_cls"),
         ({**ASKED, "method": ["vtc_cls", "fastv"], "keep_ratio": [0.5, 0.5]}, "cuts between decoder layers"),
         ({**ASKED, "method": "cdpruner"}, "reads the question.* divprune"),

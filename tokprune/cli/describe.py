@@ -6,6 +6,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal
 
+from ..core.tokens import Stage
 from ..methods import ALIAS_SOURCES, METHODS
 from ..methods.base import Method
 from ..methods.described import options_of, parts_of
@@ -26,7 +27,17 @@ def method_page(spec: str) -> str:
     head = f"{spec} is {METHODS.aliases[spec]}" if spec in METHODS.aliases else spec
     lines = [head, "", parts.get("", ""), "", *(_fact(title, text) for title, text in facts.items() if text.strip())]
     options = _options(cls, parts.get("Args", ""), dict(part.split("=", 1) for part in given))
-    return "\n".join([*lines, "", *(options or ["It has no options."])])
+    return "\n".join([*lines, "", *(options or ["It has no options."]), *_calibration(cls)])
+
+
+def _calibration(cls: type[Method]) -> list[str]:
+    """The option that all methods before the language model share."""
+    if cls.stage is Stage.DECODER or cls.is_filter:
+        return []
+    from ..methods.restore import Calibrate  # a method's module, imported when it is asked for
+
+    values = "|".join(("true", *typing.get_args(Calibrate), "off"))
+    return ["", f"as every method before the language model (RESTORE):\n  calibrate={values} (default off)"]
 
 
 def _fact(title: str, text: str) -> str:

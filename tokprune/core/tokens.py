@@ -45,6 +45,7 @@ class VisualTokens:
         scores: (G, N) float32, higher is kept; None if the method does not score.
         salts: one integer per image, for seeded randomness.
         index: (G, N), between decoder layers: which of the layout's tokens the present ones are; else None.
+        sizes: (G, N) float32, of a method that merges: how many tokens a kept one stands for; None for one each.
     """
 
     features: Tensor
@@ -54,6 +55,7 @@ class VisualTokens:
     scores: Tensor | None = None
     salts: tuple[int, ...] = ()
     index: Tensor | None = None
+    sizes: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor, layout: Layout, signals=None, salts=None) -> VisualTokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..core.errors import OptionError, TokPruneError
@@ -110,7 +110,13 @@ def _build_list(parts: Sequence[str | Method]) -> tuple[Method | Pair, str]:
         raise TokPruneError(f"methods before the language model come first; use {names} (or {'+'.join(names)!r})")
     if len(built) == 1:
         return built[0]
-    return Pair(built[0][0], built[1][0]), "+".join(label for _, label in built)
+    before, between = built[0], built[1]
+    if before[0].attention_bias is not None:
+        raise OptionError(
+            f"{before[1]!r} adds to attention scores through a mask, which {between[1]!r} makes anew at its cuts; "
+            "leave one of them out, or use calibrate=merge or calibrate=positions"
+        )
+    return Pair(before[0], between[0]), "+".join(label for _, label in built)
 
 
 def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
@@ -133,17 +139,39 @@ def _build_stage(pairs: list[tuple[Method, str]]) -> tuple[Method, str]:
         raise TokPruneError(f"filters come before the method; use {names} (or {'+'.join(names)!r})")
     if not filters:
         return last, label
+    label = "+".join(label for _, label in pairs)
+    parts = tuple(built for built, _ in filters)
+    if last.keeps_positions:  # what is calibrated is the chain
+        calibrated: Any = last
+        return replace(calibrated, method=Chain(parts, calibrated.method)), label
     kind = DecoderChain if decoder else Chain
-    chain = kind(tuple(built for built, _ in filters), cast(Any, last))
-    return chain, "+".join(label for _, label in pairs)
+    return kind(parts, cast(Any, last)), label
 
 
 def _build_one(method: Any, options: dict[str, Any]) -> tuple[Method, str]:
+    if not isinstance(method, (Method, str)):
+        raise OptionError(f"method is a name, a specification or a Method object, not {type(method).__name__}")
+    label = ":".join([str(method), *(f"{key}={value}" for key, value in options.items())])
+    options, given = dict(options), []
+    if "calibrate" in options:
+        given.append(options.pop("calibrate"))
     if isinstance(method, Method):
         if options:
             raise OptionError("give options to the method object itself, not to attach()")
-        return method, str(method)
-    if not isinstance(method, str):
-        raise OptionError(f"method is a name, a specification or a Method object, not {type(method).__name__}")
-    label = ":".join([method, *(f"{key}={value}" for key, value in options.items())])
-    return METHODS.build(method, options), label
+        return with_calibration(method, given, label), label
+    if "calibrate=" in method:
+        parts = METHODS.parts(method)
+        given += [part.partition("=")[2] for part in parts[1:] if part.startswith("calibrate=")]
+        method = ":".join(part for part in parts if not part.startswith("calibrate="))
+    return with_calibration(METHODS.build(method, options), given, label), label
+
+
+def with_calibration(method: Method, given: Sequence[Any], label: str) -> Method:
+    """The method with its `calibrate`, which all methods before the language model take."""
+    if not given:
+        return method
+    if len(given) > 1:
+        raise OptionError(f"calibrate is given twice, in {label!r}; use it once")
+    from .restore import calibrated  # imported when it is used, as methods are
+
+    return calibrated(method, given[0])

@@ -40,6 +40,8 @@ class Method:
     # "tower": merges the projector's input where possible; "pixels": selects before the tower, which runs on the rest.
     space: ClassVar[Literal["packed", "tower", "pixels"]] = "packed"
     is_filter: ClassVar[bool] = False  # needs a method after it
+    keeps_positions: ClassVar[bool] = False  # kept tokens have to keep their positions
+    attention_bias: ClassVar[Any] = None  # what attention gets, a `restore.Bias`; None for nothing
     needs_file: ClassVar[str] = ""  # the option with the file that it cannot run without
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of numeric options
     source: ClassVar[str] = ""

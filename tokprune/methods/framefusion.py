@@ -67,7 +67,8 @@ class FrameFusion(Method):
         if not self.faithful:
             rank = cls_values(tokens)[:, 0].masked_fill(~keep, -torch.inf)
             keep = torch.zeros_like(keep).scatter(1, ops.keep_top(rank, n_keep), True)
-        return replace(tokens, keep=keep, features=merged_runs(tokens, joins))
+        features, sizes = merged_runs(tokens, joins)
+        return replace(tokens, keep=keep, features=features, sizes=sizes)
 
     def joins(self, tokens: VisualTokens, n_keep: int) -> Tensor:
         """(G, T, n) bool: tokens that are merged into the frame before, as many as are over the budget at most."""
@@ -91,8 +92,8 @@ class FrameFusion(Method):
         return min(max(1 - ratio, 0.0), 1.0)
 
 
-def merged_runs(tokens: VisualTokens, joins: Tensor) -> Tensor:
-    """(G, N, D): the first token of every run along time becomes the mean of the run.
+def merged_runs(tokens: VisualTokens, joins: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, N, D): the first token of every run along time becomes the mean of the run, whose length is (G, N) float32.
 
     Args:
         tokens: of a video.
@@ -109,4 +110,4 @@ def merged_runs(tokens: VisualTokens, joins: Tensor) -> Tensor:
         own = index[:, t * n : (t + 1) * n, None].expand(-1, -1, sums.shape[2])
         sums.scatter_add_(1, own, frames[:, t].float())
     means = (sums / length.clamp(min=1)[..., None]).to(tokens.features.dtype)
-    return torch.where(length[..., None] > 1, means, tokens.features)
+    return torch.where(length[..., None] > 1, means, tokens.features), length.float()

@@ -51,7 +51,8 @@ class ToMe(Method):
         while x.shape[1] > n_keep:
             x, sizes, places = _round(x, sizes, places, min(x.shape[1] - n_keep, x.shape[1] // 2))
         keep = torch.zeros_like(tokens.keep).scatter(1, places, True)
-        return replace(tokens, keep=keep, features=ops.put(tokens.features, places, x))
+        merged = torch.ones_like(keep, dtype=torch.float32).scatter(1, places, sizes[..., 0])
+        return replace(tokens, keep=keep, features=ops.put(tokens.features, places, x), sizes=merged)
 
 
 def _round(x: Tensor, sizes: Tensor, places: Tensor, n_merged: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,6 +100,11 @@ class Request:
                 raise OptionError(f"replay names layers {sorted(kept)}; {self.label!r} cuts from 0 to {most - 1} here")
 
     @property
+    def attention_bias(self) -> Any:
+        """What attention to kept tokens gets, as `Method.attention_bias`."""
+        return None if self.before is None else self.before.attention_bias
+
+    @property
     def budget(self) -> Budget | tuple[Budget, Budget] | None:
         """As it was asked for; a pair for two methods that take one each."""
         if self.before_budget and self.between_budget:

@@ -23,7 +23,7 @@ from ..core.budget import Budget
 from ..core.errors import PluginError, SavedError, TokPruneError
 from ..core.files import digest_of, first_line, kind_of, read_json, read_small, replacing, write_json
 from ..core.registry import check
-from ..methods import METHODS, Labelled, build_method
+from ..methods import METHODS, Labelled, build_method, with_calibration
 from ..methods.base import Method
 from ..methods.compose import Pair
 from .request import Request
@@ -213,13 +213,14 @@ def joined(parts: Sequence[Method]) -> Method | Pair:
 def _part_of(entry: Any, folder: Path) -> Method:
     """A method from its name and options; a file that it needs is checked first."""
     entry = _checked(entry, {"name": str, "options": dict}, "a method")
-    cls, options = _class_of(entry["name"]), {}
-    for key, value in entry["options"].items():
+    cls, options, given = _class_of(entry["name"]), {}, dict(entry["options"])
+    calibrate = [given.pop("calibrate")] if "calibrate" in given else []
+    for key, value in given.items():
         from_file = key == cls.needs_file and value != ""
         options[key] = str(_file_of(value, folder)) if from_file else decoded(value)
         check(cls, key, options[key])
     try:
-        return cls(**options)
+        return with_calibration(cls(**options), calibrate, entry["name"])
     except TokPruneError:
         raise
     except Exception as error:  # whatever another package's method raises
@@ -292,7 +293,8 @@ def write_saved(directory: Folder, facts: Mapping[str, Any], request: Request) -
     if request.replay is not None:
         raise SavedError("a replay is of one call and is not saved; keep attachment.kept, and save what selected it")
     parts = list(request.method.members)
-    entries = [{"name": _name_of(part), "options": _options_of(part)} for part in parts]
+    named = [_uncalibrated(part) for part in parts]
+    entries = [{"name": _name_of(part), "options": _options_of(part) | more} for part, more in named]
     if joined(parts) != request.method:
         raise SavedError(
             f"{request.method} is put together in a way that a list is not; give attach() a list of its parts"
@@ -311,7 +313,7 @@ def write_saved(directory: Folder, facts: Mapping[str, Any], request: Request) -
         before, made = _files_before(folder), not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _write(folder, parts, values, before)
+            _write(folder, [part for part, _ in named], values, before)
         except BaseException:
             if made:
                 with contextlib.suppress(OSError):
@@ -361,6 +363,12 @@ def _relabelled(label: str, method: Method, file: str) -> str:
         if f"{option}={name}" in label:
             return label.replace(f"{option}={name}", f"{option}={file}")
     return label
+
+
+def _uncalibrated(method: Method) -> tuple[Method, dict[str, str]]:
+    """The method that has a name, and `calibrate` as an option of it where it has that."""
+    wrapper: Any = method
+    return (wrapper.method, {"calibrate": wrapper.calibrate}) if method.keeps_positions else (method, {})
 
 
 def _name_of(method: Method) -> str:

@@ -68,6 +68,7 @@ class Group:
         features: (G, N, D), changed where the method merges.
         keep: (G, N) bool.
         mistake: scalar on the device, as `tokprune.methods.base.mistake`: whether the method broke its promises.
+        sizes: (G, N), how many tokens every kept row stands for; None for one each.
     """
 
     members: list[int]
@@ -75,6 +76,7 @@ class Group:
     features: Tensor
     keep: Tensor
     mistake: Tensor
+    sizes: Tensor | None = None
 
 
 class Selector:
@@ -123,8 +125,8 @@ class Selector:
 
     def _select(
         self, group: Sequence[Picture], rows: Tensor, salts: tuple[int, ...], n_keep: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, keep and the mistake, of pictures of one layout.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Features, keep, the mistake and sizes, of pictures of one layout.
 
         Special tokens (newlines, [CLS]) never reach the method.
         """
@@ -139,11 +141,14 @@ class Selector:
             selected = checked_selection(self.method, self.method.select(tokens, n_keep), tokens)
         wrong = mistake(selected, None if self.budget is None else n_keep, self.method.count)
         features = selected.features if states is None else self._projected(selected, own, n_keep)
+        sizes = selected.sizes
         if own is rows:
-            return features, selected.keep, wrong
+            return features, selected.keep, wrong, sizes
         keep = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         keep = with_newlines(keep.index_copy(1, visual, selected.keep), layout, self.newlines)
-        return rows if features is own else rows.index_copy(1, visual, features), keep, wrong
+        if sizes is not None:
+            sizes = torch.ones(rows.shape[:2], device=rows.device).index_copy(1, visual, sizes)
+        return rows if features is own else rows.index_copy(1, visual, features), keep, wrong, sizes
 
     def _projected(self, selected: VisualTokens, own: Tensor, n_keep: int) -> Tensor:
         """Tower states through the model's own projector: the kept ones, where their number is known."""
