@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 from typing import Literal as _Literal
 
-from torch.nn import Module as _Module
-
 from .core.budget import REFERENCE_TEXT as _REFERENCE_TEXT
 from .core.budget import Scope as _Scope
 from .core.errors import OptionError as _OptionError
@@ -33,6 +31,8 @@ from .prune.saved import read_saved as _read_saved
 from .prune.select import select
 
 if _TYPE_CHECKING:
+    from torch.nn import Module as _Module
+
     from tokprune.integrations.transformers.attachment import Attachment
     from tokprune.integrations.transformers.support import Support
 

@@ -15,12 +15,13 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from tokprune.core.errors import UnsupportedCacheError, UnsupportedModelError
+from tokprune.core.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OLDEST, NEWEST = "4.57.6", "5.24.0"  # releases of transformers that the laws run on, and some between
 STATIC_SINCE = "5.24"  # its generate() prepares what static caches need in prepare_inputs_for_generation
@@ -146,7 +147,7 @@ def refuse_unsupported(
         static: whether layers may have a fixed size.
     """
     _refuse_cache(cache, sliding, recurrent, static and is_at_least(STATIC_SINCE))
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+    if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
         raise UnsupportedCacheError(
             f"an attention mask of your own ({_kind_of_mask(mask)}) cannot be shortened with the tokens; pass the "
             "2-D attention_mask that the processor makes, with attn_implementation='sdpa' or 'eager'"
@@ -154,7 +155,7 @@ def refuse_unsupported(
 
 
 def _kind_of_mask(mask: Any) -> str:
-    return f"{mask.ndim}-D" if isinstance(mask, Tensor) else type(mask).__name__
+    return f"{mask.ndim}-D" if isinstance(mask, torch.Tensor) else type(mask).__name__
 
 
 def _refuse_cache(cache: Any, sliding: bool, recurrent: bool, static: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokprune.eval.models import path_of
-from tokprune.integrations.transformers import shape_from_config
 
 from ..core.errors import RunError, why_unloadable
 from ..cost.flops import Shape
@@ -39,6 +38,8 @@ def shape_of(model: str) -> Shape:
     if model in KNOWN or ("/" not in folder and not Path(folder).exists()):
         return known_shape(model)
     from transformers import AutoConfig
+
+    from tokprune.integrations.transformers import shape_from_config
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -15,10 +15,7 @@ import typer
 from ..core.errors import RunError
 from ..core.files import replacing, write_text
 from ..prune.estimate import with_budget
-from ..prune.pictures import open_picture
 from ..prune.saved import is_saved, takes_budget
-from ..prune.videos import is_video as is_video_file
-from ..prune.videos import open_clip
 from .arguments import App, check_least, names, ratios, saved_folders
 from .extras import eval_module, load_runner
 from .options import (
@@ -75,6 +72,9 @@ def explain(
 
     Example: tokprune explain docs/scene.png --method vtc_cls,fopru --keep 0.5,0.1 --question "is there a red ring?"
     """
+    from ..prune.pictures import open_picture
+    from ..prune.videos import is_video, open_clip
+
     explained = eval_module("report.explained", needs=())
     out = Path("kept.png") if out is None and json is None and animation is None else out
     named = {("the picture" if len(images) == 1 else f"picture {i}"): path for i, path in enumerate(images, 1)}
@@ -83,7 +83,7 @@ def explain(
     chosen = [*names(",".join(method or ())), *saved_folders(config)]
     each = _ratios(chosen, keep)
     configurations = explained.with_ratios(chosen, each)
-    shown = [open_clip(path, frames) if is_video_file(path) else open_picture(path) for path in images]
+    shown = [open_clip(path, frames) if is_video(path) else open_picture(path) for path in images]
     _check_animation(animation, images)
     runner = load_runner(model, max_new_tokens=max_new_tokens, dtype=dtype, attn=attn, device=device)
     configurations = configurations or explained.with_ratios([explained.usual_method(runner.model)], each)
@@ -129,9 +129,11 @@ def _ratios(specs: Sequence[str], keep: str) -> list[float]:
 
 def _check_animation(animation: Path | None, images: Sequence[Path]) -> None:
     """Raise where there is nothing, or more than one thing, to animate."""
+    from ..prune.videos import is_video
+
     if animation is not None and len(images) > 1:
         raise RunError(f"--animation takes one video, not {len(images)}; name one")
-    if animation is not None and not is_video_file(images[0]):
+    if animation is not None and not is_video(images[0]):
         raise RunError(f"{images[0]} is a picture, which cannot be animated; leave --animation out, or name a video")
 
 

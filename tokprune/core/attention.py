@@ -7,11 +7,13 @@ results are over the N = T - n_special patches, mean over heads, float32, whatev
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from .lazy import torch
 from .signals import Form, Kind, Signal, Special
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 128  # queries at a time, fewer where B * H * CHUNK * T floats would be more than LARGEST; costs no time
 LARGEST = 2**25

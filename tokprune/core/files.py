@@ -16,11 +16,12 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -88,6 +89,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     Raises:
         OSError: it cannot be written.
     """
+    from safetensors.torch import save_file  # imports torch
+
     with replacing(path) as new:
         try:
             save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, new, dict(metadata))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .layout import NEWLINE, Layout
+from .lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def coordinates(side: int, n_rows: int, n_columns: int) -> Tensor:

@@ -6,10 +6,13 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from .lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LARGEST = 2**24  # numbers in a temporary tensor
 

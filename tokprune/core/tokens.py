@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .errors import MissingSignalError
 from .layout import Layout
+from .lazy import torch
 from .signals import Form, Heads, Kind, Signal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Stage(Enum):

@@ -6,14 +6,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core import ops
 from ..core.errors import MethodError, OptionError, shown
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.registry import check
 from ..core.scores import heard
 from ..core.signals import Form, Heads, Kind, Signal, Special, Tower
@@ -21,6 +19,9 @@ from ..core.tokens import Count, Stage, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .crops import top_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["joint", "even"]
 RankSplit = Literal["joint", "even", "query"]
@@ -207,7 +208,7 @@ def checked_scores(method: Method, scores: Tensor, tokens: VisualTokens) -> Tens
     """
     where = f"{type(method).__name__}.score must return (images, tokens)"
     shape = tuple(tokens.keep.shape)
-    if not isinstance(scores, Tensor):
+    if not isinstance(scores, torch.Tensor):
         raise MethodError(f"{where}, a tensor of shape {shape} here, not {type(scores).__name__}")
     if tuple(scores.shape) != shape:
         raise MethodError(f"{where}, here {shape}; it returned {tuple(scores.shape)}")
@@ -230,8 +231,8 @@ def checked_selection(method: Method, selected: VisualTokens, tokens: VisualToke
     if not isinstance(selected, VisualTokens):
         raise MethodError(f"{where}, not {type(selected).__name__}: {use}")
     keep, shape = selected.keep, tuple(tokens.keep.shape)
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != shape:
-        found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != shape:
+        found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
         raise MethodError(f"{where} as bool {shape}; keep is {found}: {use}")
     if tuple(selected.features.shape) != tuple(tokens.features.shape):
         raise MethodError(

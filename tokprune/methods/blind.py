@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.tokens import VisualTokens
 from .base import Method
 

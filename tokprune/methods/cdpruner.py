@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method, Split
 from .crops import crop_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST = 1e-6  # residuals up to here are rounding: the rank of the features is exhausted
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..core import ops
+from ..core.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def density_peaks(x: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:

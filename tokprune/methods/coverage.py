@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..core import ops
+from ..core.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELD = 4096  # cosines of more tokens are made again when they are needed: no N x N matrix
 CHUNK = 256  # rows at a time

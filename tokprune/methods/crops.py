@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def top_by_crop(scores: Tensor, layout: Layout, counts: Tensor | tuple[int, ...]) -> Tensor:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.errors import OptionError
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.signals import Kind, Signal
 from ..core.tokens import Count, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .decoder import DecoderMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

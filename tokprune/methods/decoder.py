@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ..core import ops
 from ..core.errors import OptionError
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.schedules import Explicit, Schedule, Single, half_up
 from ..core.signals import Decoder, Signal
 from ..core.tokens import Count, Stage, VisualTokens
 from .base import Method, ScoreMethod, unwritten
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

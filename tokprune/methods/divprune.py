@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.tokens import VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method, Split
 from .crops import crop_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

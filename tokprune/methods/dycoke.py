@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
 from ..core.errors import OptionError
+from ..core.lazy import torch
 from ..core.tokens import Count, VisualTokens
 from .base import Method
 from .crops import rearranged
 from .frames import by_frame, top_by_frame, unlike_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

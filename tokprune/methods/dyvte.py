@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import OptionError
 from ..core.layout import Layout
@@ -17,6 +15,9 @@ from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .decoder import ExitMethod
 from .gates import HOW, Gates, gate_features, read_gates, write_gates
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

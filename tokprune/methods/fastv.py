@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import OptionError
 from ..core.schedules import Schedule, Single
 from ..core.signals import Kind, Signal
 from ..core.tokens import VisualTokens
 from .decoder import DecoderMethod, checked_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

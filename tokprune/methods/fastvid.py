@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.signals import Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method, cls_signal, cls_values
 from .frames import by_frame, frame_means, frame_similarity, top_by_frame
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 N_NEAREST = 4  # of the density, the token itself among them
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
+from ..core.lazy import F, torch
 from ..core.signals import Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from .base import Method, cls_signal, cls_values
 from .frames import by_frame, unlike_previous
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..core import ops
+from ..core.lazy import F, torch
 from ..core.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def by_frame(tokens: VisualTokens) -> Tensor:

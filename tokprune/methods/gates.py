@@ -14,22 +14,23 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..core.errors import OptionError
 from ..core.files import first_line, write_tensors
+from ..core.lazy import F, torch
 from ..core.signals import Decoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "tokprune gates 1"
 HOW = "make one with: tokprune fit-exit --model NAME --task findit --out gate.safetensors"
 _NAME = re.compile(r"gate\.(0|[1-9]\d{0,5})\.(in|out)")
 
-Weights = tuple[Tensor, Tensor]
+Weights: TypeAlias = "tuple[Tensor, Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +58,14 @@ class Gates:
         """H, the width inside a gate."""
         return len(next(iter(self.weights.values()))[0])
 
-    @torch.no_grad()  # also so that weights which came up in inference mode can be used outside of it
     def logits(self, layer: int, features: Tensor) -> Tensor:
         """(G, 2) for keep and exit, from (G, 2 D) float32 of a layer's output."""
         key = layer, features.device
-        if key not in self._moved:
-            first, last = self.weights[layer]
-            self._moved[key] = first.to(features.device), last.to(features.device)
-        return gate_logits(self._moved[key], features)
+        with torch.no_grad():  # also so that weights which came up in inference mode can be used outside of it
+            if key not in self._moved:
+                first, last = self.weights[layer]
+                self._moved[key] = first.to(features.device), last.to(features.device)
+            return gate_logits(self._moved[key], features)
 
 
 def gate_logits(weights: Weights, features: Tensor) -> Tensor:

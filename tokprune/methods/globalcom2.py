@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.errors import OptionError
+from ..core.lazy import torch
 from ..core.signals import Form, Kind, Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from . import crops as mosaic
 from .base import ScoreMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

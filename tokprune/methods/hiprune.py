@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.errors import OptionError
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import VisualTokens
 from .base import Method, Split, late_layer
 from .crops import crop_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.errors import OptionError
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.signals import Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from .base import ScoreMethod, WithoutCLS, cls_signal, cls_values
 from .crops import counts_by_cell, thumbnail_cells, top_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
+from ..core.lazy import torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from .base import Method, cls_values, late_layer
 from .crops import rearranged
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE = 1000 * 1.09  # of the scores of all but stripes of one token, in the authors' code
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
 from ..core.budget import REFERENCE_TEXT
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import VisualTokens
 from ..cost.flops import Ops
@@ -19,6 +16,9 @@ from ..cost.selection import Widths
 from .base import Method, Split
 from .coverage import CHUNK, HELD, Cosines, greedy, n_cosine_rows
 from .crops import crop_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST = 1e-5  # of a row's weight: gains up to here are rounding, everything is covered
 

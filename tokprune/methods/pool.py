@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from ..core import ops
 from ..core.layout import Region
+from ..core.lazy import torch
 from ..core.tokens import Count, VisualTokens
 from .base import Method
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
+from ..core.lazy import torch
 from ..core.schedules import Pyramid, Schedule
 from ..core.signals import Kind, Signal
 from ..core.tokens import VisualTokens
 from .decoder import DecoderMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

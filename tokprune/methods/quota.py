@@ -13,14 +13,15 @@ Needs:    TEXT_EMBEDS, so tokens are selected when the language model runs. Cost
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..core import ops
+from ..core.lazy import F, torch
 from ..core.signals import Kind
 from ..core.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXPONENT = 2  # of relevance
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import OptionError, TokPruneError
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.schedules import HOW, Schedule, ScheduleFile, read_schedule, write_schedule
 from ..core.signals import Decoder, Signal
 from ..core.tokens import Count, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .decoder import DecoderMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

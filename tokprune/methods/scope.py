@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import VisualTokens
 from ..cost.flops import Ops
@@ -17,6 +15,9 @@ from ..cost.selection import Widths
 from .base import Method, Split, cls_values, late_layer
 from .coverage import Cosines, greedy, n_cosine_rows
 from .crops import crop_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST = 1e-4  # sums of cosines up to here are rounding: everything is covered
 

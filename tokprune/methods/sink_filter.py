@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import OptionError
+from ..core.lazy import torch
 from ..core.signals import Kind, Signal
 from ..core.tokens import Stage, VisualTokens
 from .base import Filter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

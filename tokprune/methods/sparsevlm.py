@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..core import ops
 from ..core.budget import REFERENCE_TEXT
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.schedules import PAPER_DEPTH, Schedule
 from ..core.signals import Decoder, Kind, Signal
 from ..core.tokens import Count, VisualTokens
@@ -20,6 +18,9 @@ from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .clustering import cluster_means
 from .decoder import DecoderMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TABLES = ((66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110))  # of 576, after each cut
 TABLE_SIZE = 576
@@ -143,7 +144,7 @@ class SparseVLM(DecoderMethod):
         """The tokens of which the best are kept, and the indices of the recycled ones, by descending score, (G, r)."""
         best = super().select(tokens, n_best)
         # Filtered tokens come last.
-        ranked = cast(Tensor, best.scores).masked_fill(~tokens.keep, torch.finfo(torch.float32).min)
+        ranked = cast("Tensor", best.scores).masked_fill(~tokens.keep, torch.finfo(torch.float32).min)
         order = ranked.masked_fill(best.keep, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         return best, order[:, : n_recycled(tokens.n_visual - n_best)]
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.errors import OptionError
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method, WithoutCLS, cls_signal, cls_values
 from .crops import crop_by_crop, is_thumbnail
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.tokens import VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.scores import heard
 from ..core.tokens import Count, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import ScoreMethod
 from .frames import top_by_frame
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # of the kernels that are added
 TEMPERATURE = 0.01  # of the softmax over frames: nearly one frame takes all

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..core import ops
 from ..core.layout import Layout
+from ..core.lazy import torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import VisualTokens
 from ..cost.flops import Ops
@@ -17,6 +15,9 @@ from ..cost.selection import Widths
 from .base import Method, Split, WithoutCLS, cls_signal, cls_values, late_layer
 from .coverage import HELD, Cosines
 from .crops import crop_by_crop
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STEP, LARGE_STEP = 8, 64  # tokens that leave in a round; the second of more tokens than `HELD`
 

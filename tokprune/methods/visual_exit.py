@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import OptionError
+from ..core.lazy import torch
 from ..core.signals import Decoder, Kind, Signal
 from ..core.tokens import VisualTokens
 from .decoder import ExitMethod, checked_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

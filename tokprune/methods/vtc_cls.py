@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import OptionError
 from ..core.signals import Signal, Tower
 from ..core.tokens import VisualTokens
 from .base import RankMethod, WithoutCLS, cls_signal, cls_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from ..core.errors import OptionError
+from ..core.lazy import torch
 from .report import ImageReport
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from ..core.layout import Layout, Region, grid_layout
+from ..core.lazy import torch
 from .pictures import as_rgb
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIM = 0.3  # brightness left to a dropped token
 _GAP, _TITLE = 12, 22  # pixels between panels and for their titles

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..core.budget import REFERENCE_TEXT, Budget, Scope
 from ..core.errors import BudgetError, OptionError, TokPruneError, UnknownOptionError
+from ..core.lazy import torch
 from ..core.registry import nearest
 from ..core.signals import Decoder
 from ..core.tokens import Stage
@@ -19,6 +17,9 @@ from ..cost.flops import Shape
 from ..methods import Spec, build_method
 from ..methods.base import Method
 from ..methods.compose import Pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Given = tuple[Any, Any, Any]  # keep_ratio, keep_tokens, flops_ratio
 ARGUMENTS = (
@@ -238,7 +239,7 @@ def _checked_replay(replay: Sequence[Any], methods: tuple[Any, ...], label: str,
         if method is not None and not method.keeps_features:
             raise OptionError(f"{label!r} changes the tokens that it keeps, so that indices alone cannot replay it")
     entries = [kept if isinstance(kept, Mapping) else {0: kept} for kept in replay]
-    if isinstance(replay, Tensor) or not all(map(_is_kept, entries)):
+    if isinstance(replay, torch.Tensor) or not all(map(_is_kept, entries)):
         raise OptionError(
             "replay is attachment.kept of an earlier call: a list of index tensors, or of {layer: tensor}"
         )
@@ -247,7 +248,7 @@ def _checked_replay(replay: Sequence[Any], methods: tuple[Any, ...], label: str,
 
 def _is_kept(kept: Mapping) -> bool:
     """Whether this is {layer: indices}, ascending and each a part of the one before."""
-    if not all(isinstance(layer, int) and isinstance(t, Tensor) for layer, t in kept.items()):
+    if not all(isinstance(layer, int) and isinstance(t, torch.Tensor) for layer, t in kept.items()):
         return False
     rows = [kept[layer] for layer in sorted(kept)]
     if not all(t.ndim == 1 and t.dtype == torch.int64 and bool((t.diff() > 0).all()) for t in rows):

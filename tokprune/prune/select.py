@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..core import ops
 from ..core.budget import Budget
 from ..core.errors import BudgetError, OptionError
 from ..core.layout import NEWLINE, Layout
+from ..core.lazy import torch
 from ..core.signals import Signal
 from ..core.tokens import Count, VisualTokens
 from ..cost.selection import SelectionCost
@@ -22,7 +20,10 @@ from ..methods.base import Method, checked_selection, mistake, mistaken
 from .copies import salts_of
 from .request import Newlines, request_of
 
-Project = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Project: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 @dataclass(frozen=True)

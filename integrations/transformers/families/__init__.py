@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.lazy import nn
 from tokprune.core.registry import Registry
 from tokprune.cost.flops import Shape
 from tokprune.cost.shapes import KNOWN

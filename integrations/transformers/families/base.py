@@ -12,20 +12,20 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
-
-import torch
-from torch import Tensor, nn
-from transformers import AutoConfig
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tokprune.core.errors import OptionError, UnsupportedModelError
 from tokprune.core.layout import Layout
+from tokprune.core.lazy import nn, torch
 from tokprune.core.signals import Decoder, Kind, Tower
 from tokprune.cost.flops import Shape
 from tokprune.prune.supply import Supply, tower_kinds
 
 from ..compat import OLDEST, attention_implementation, features_of
 from .sizes import Sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What tells one language model's configuration from another's.
 FINGERPRINT = (
@@ -188,6 +188,8 @@ class ModelFamily:
     @classmethod
     def config_of(cls, sizes: Sizes) -> Any:
         """A configuration of these sizes, for tests and benchmarks."""
+        from transformers import AutoConfig
+
         return AutoConfig.for_model(
             cls.model_type,
             vision_config=cls.tower_config(sizes),
@@ -203,6 +205,8 @@ class ModelFamily:
     @classmethod
     def text_config(cls, sizes: Sizes) -> Any:
         """The language model's part of `config_of`."""
+        from transformers import AutoConfig
+
         return AutoConfig.for_model(sizes.text_type, **sizes.text_arguments)
 
     @classmethod

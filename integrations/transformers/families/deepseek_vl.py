@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from tokprune.core.lazy import nn
 
 from .siglip import SiglipFamily
 from .sizes import Sizes, pil_image_processor

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.layout import Layout, frames_layout, grid_layout
 from tokprune.cost.flops import Shape
@@ -14,6 +12,9 @@ from .. import compat
 from .base import ModelFamily, TowerKind
 from .siglip import SiglipFamily
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Where every patch of a picture, or of a frame, lies: column and row, -1 for padding.
 PLACES = {"get_image_features": "image_position_ids", "get_video_features": "video_position_ids"}

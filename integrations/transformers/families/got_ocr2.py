@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
-
 from tokprune.core.errors import UnsupportedModelError
+from tokprune.core.lazy import nn
 from tokprune.core.signals import Signal
 from tokprune.cost.flops import Ops, Shape, Stack, Vision
 from tokprune.cost.shapes import text_of

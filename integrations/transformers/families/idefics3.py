@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.errors import TokPruneError, UnsupportedModelError
 from tokprune.core.layout import Layout, tiles_layout
+from tokprune.core.lazy import nn, torch
 
 from .base import TowerKind
 from .siglip import SiglipFamily
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Idefics3(SiglipFamily):

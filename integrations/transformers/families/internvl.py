@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.errors import TokPruneError
 from tokprune.core.layout import Layout, tiles_layout
+from tokprune.core.lazy import F, nn, torch
 from tokprune.cost.flops import Shape
 from tokprune.cost.shapes import text_of, vision_of
 
 from .base import ModelFamily, TowerKind
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 POOLED = 8  # cells a side of the grid on which a thumbnail is compared with its tiles
 LIKE = 0.5  # ... that differ from its tiles' by less than this share of their variance

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.errors import UnsupportedModelError
 from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.lazy import torch
 from tokprune.cost.flops import Shape
 from tokprune.cost.shapes import llava_shape
 
 from .base import ModelFamily, TowerKind
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Llava(ModelFamily):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tokprune.core.layout import Layout
+from tokprune.core.lazy import torch
 from tokprune.core.mosaic import coordinates, read_layout
 
 from ..compat import anyres_grid, n_anyres_crops, pack_image_features
 from .llava import Llava
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LlavaNext(Llava):
@@ -72,7 +73,7 @@ class LlavaNext(Llava):
 
     def _sizes(self, arguments: Mapping[str, Any]) -> list[list[int]]:
         sizes = arguments["image_sizes"]
-        return sizes.tolist() if isinstance(sizes, Tensor) else [list(size) for size in sizes]
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else [list(size) for size in sizes]
 
     def _aspect_ratio(self, arguments: Mapping[str, Any]) -> str | None:
         return None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.layout import Layout, frames_layout
+from tokprune.core.lazy import F
 
 from .llava_next import LlavaNext
 from .sizes import Sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LlavaNextVideo(LlavaNext):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
-
+from tokprune.core.lazy import nn
 from tokprune.cost.flops import Shape, Stack, Vision
 from tokprune.cost.shapes import text_of
 

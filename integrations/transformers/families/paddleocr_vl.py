@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
-
+from tokprune.core.lazy import nn
 from tokprune.core.signals import Tower
 from tokprune.cost.flops import Stack
 
 from .base import TowerKind
 from .qwen2_vl import Qwen2VL
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PaddleOCRVL(Qwen2VL):

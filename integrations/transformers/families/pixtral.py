@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
-from transformers import AutoConfig
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.errors import UnsupportedModelError
 from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.lazy import nn, torch
 from tokprune.core.signals import Tower
 from tokprune.cost.flops import Shape, Stack, Vision
 from tokprune.cost.shapes import text_of
@@ -20,6 +18,9 @@ from .. import compat
 from .base import ModelFamily, TowerKind
 from .qwen2_vl import REFERENCE_SIDE
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PixtralFamily(ModelFamily):
@@ -120,7 +121,7 @@ class PixtralFamily(ModelFamily):
         if sizes is None:
             pixels = arguments["pixel_values"]
             sizes = [pixels.shape[-2:]] * len(pixels)
-        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+        sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
         return [(int(height) // patch, int(width) // patch) for height, width in sizes]
 
     # ---- building one
@@ -129,6 +130,8 @@ class PixtralFamily(ModelFamily):
     def text_config(cls, sizes: Sizes) -> Any:
         """Without a sliding window, as in released models."""
         options = {"sliding_window": None, "head_dim": sizes.text.head_dim, **sizes.text_arguments}
+        from transformers import AutoConfig
+
         return AutoConfig.for_model(sizes.text_type, **options)
 
     @classmethod

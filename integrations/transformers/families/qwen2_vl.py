@@ -5,13 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.layout import Layout, frames_layout, grid_layout
+from tokprune.core.lazy import F, nn, torch
 from tokprune.core.signals import Tower
 from tokprune.cost.flops import Shape, Stack, Vision
 from tokprune.cost.shapes import text_of
@@ -19,6 +16,9 @@ from tokprune.cost.shapes import text_of
 from .. import compat
 from .base import ModelFamily, TowerKind
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REFERENCE_SIDE = (
     1008  # pixels a side of the picture that the ledger's shape is of; any other size is counted by its own

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.layout import Layout, grid_layout
 from tokprune.core.signals import Tower
@@ -15,6 +13,9 @@ from tokprune.cost.shapes import text_of, vision_of
 
 from .base import ModelFamily, TowerKind
 from .sizes import Sizes, pil_image_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SiglipFamily(ModelFamily):

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import transformers
-from transformers import AutoConfig
-
 from tokprune.cost.flops import Stack
 
 
@@ -72,6 +69,8 @@ class Sizes:
             image_size=self.side,
             patch_size=self.patch,
         )
+        from transformers import AutoConfig
+
         return AutoConfig.for_model(self.tower_type, **{**sizes, **options, **self.tower_options})
 
 
@@ -81,4 +80,4 @@ def pil_image_processor(module: str, name: str) -> Any:
         found = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
         return getattr(found, f"{name}Pil")
     except ImportError:
-        return getattr(transformers, name)
+        return getattr(importlib.import_module("transformers"), name)

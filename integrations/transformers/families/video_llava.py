@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.layout import NO_PATCH, Layout, frames_layout
+from tokprune.core.lazy import nn, torch
 
 from .base import TowerKind
 from .llava import Llava
 from .sizes import Sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class VideoLlava(Llava):
