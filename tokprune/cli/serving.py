@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tokprune.integrations.vllm import KEY, release, why_not
-
 from ..core.errors import RunError, TokPruneError
 from ..prune.request import request_of
 from ..prune.saved import read_saved
@@ -40,6 +38,8 @@ def serve(
 
     Example: tokprune serve llava-hf/llava-1.5-7b-hf --method vtc_cls --keep 0.25 -- --port 8001 --max-model-len 4096
     """
+    from tokprune.integrations.vllm import KEY, release, why_not
+
     given = _given(method, keep, keep_tokens, config)
     words = [_path(model), "--dtype", dtype, "--enable-prompt-tokens-details"]
     words += ["--mm-processor-kwargs", json.dumps({KEY: given})] if given else []

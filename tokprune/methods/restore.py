@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ..core import ops
 from ..core.errors import OptionError, shown
 from ..core.layout import Layout
+from ..core.lazy import F, torch
 from ..core.signals import Signal, Tower
 from ..core.tokens import Count, Stage, VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Calibrate = Literal["positions", "sizes", "bias", "bias_all", "merge", "restore"]
 OPTION, OFF = "calibrate", ("off", "false")
