@@ -26,6 +26,7 @@ from tokprune.methods import METHODS
 from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 
 from ..bench import tables as bench_tables
+from ..bench.selection_times import Timed
 from ..run.rows import Row, pooled
 from . import method_pages, reported
 from .exports import markdown, markdown_tables
@@ -282,6 +283,39 @@ def exits(name: str) -> str:
     return head + markdown(columns, lines)
 
 
+def selection_times(name: str) -> str:
+    """Seconds to select by method and number of tokens, and the share of a prefill for methods about videos."""
+    rows = [Timed(**r) for r in read_rows(name)]
+    own = [r for r in rows if r.what == "selection"]
+    sizes = sorted({r.n_visual for r in own})
+    by = {(r.method, r.n_visual): shown_seconds(r) for r in own}
+    lines = [[f"`{m}`", *(by.get((m, n), "") for n in sizes)] for m in sorted({r.method for r in own})]
+    first = rows[0]
+    machine = f"{first.device}, {first.threads} thread, torch {first.torch}, {first.date}."
+    parts = [f"{machine}\n", markdown(("method", *(f"{n:,} tokens" for n in sizes)), lines)]
+    for prefill in (r for r in rows if r.what == "prefill"):
+        shares = [r for r in rows if r.what == "share" and r.n_visual == prefill.n_visual]
+        shared = [[f"`{r.method}`", shown_seconds(r), shown_share(r, prefill)] for r in shares]
+        head = ("method", f"{prefill.n_visual:,} tokens of 64 frames", f"of the prefill of `{prefill.method}`")
+        whole = [f"prefill of `{prefill.method}`", shown_seconds(prefill), ""]
+        parts.append("\n" + markdown(head, [*shared, whole]))
+    return "\n".join(parts)
+
+
+def shown_seconds(row: Timed) -> str:
+    """A time, or the limit that was met before there was one."""
+    if row.seconds is not None:
+        return f"{row.seconds:.2g} s" if row.seconds < 100 else f"{row.seconds:,.0f} s"
+    return f"> {row.limit_s:g} s" if row.stopped == "time" else f"> {row.limit_gib:g} GiB"
+
+
+def shown_share(row: Timed, prefill: Timed) -> str:
+    """How much of a prefill a selection takes, where both were measured."""
+    if row.seconds is None or prefill.seconds is None:
+        return "not measured"
+    return f"{100 * row.seconds / prefill.seconds:.2g} %"
+
+
 BLOCKS: dict[str, Callable[[str], str]] = {
     "bench": bench,
     "comparison": comparison,
@@ -297,6 +331,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "report": report,
     "reported": reported.tables,
     "savings": savings,
+    "selection_times": selection_times,
     "sources": lambda _: reported.sources(),
     "struck": lambda _: reported.struck(),
 }
