@@ -28,12 +28,17 @@ from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 from ..bench import tables as bench_tables
 from ..bench.selection_times import Timed
 from ..run.rows import Row, pooled
-from . import method_pages, reported
+from . import method_pages, promised, reported
 from .exports import markdown, markdown_tables
 from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, interval, of_kinds, order, times
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PAGES = tuple(map(Path, ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md", "docs/reported.md")))
+PAGES = tuple(
+    map(
+        Path,
+        ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md", "docs/reported.md", "docs/tune.md"),
+    )
+)
 N_METHODS = re.compile(r"(?<=\bAll )\d+(?= methods\b)")  # in running text
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
@@ -328,12 +333,14 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "ledger": ledger,
     "models": models,
     "pairs": pairs,
+    "promises": promised.promises,
     "report": report,
     "reported": reported.tables,
     "savings": savings,
     "selection_times": selection_times,
     "sources": lambda _: reported.sources(),
     "struck": lambda _: reported.struck(),
+    "tuned": promised.tuned,
 }
 
 

@@ -238,7 +238,7 @@ class RunFolder:
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         path = self.path / name
-        size = path.stat().st_size
+        size = path.stat().st_size if path.exists() else 0  # `gather` removes parts
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -47,10 +47,10 @@ class ImageFolder:
             or a missing file.
     """
 
-    def __init__(self, folder: Path, n_frames: int = N_FRAMES):
+    def __init__(self, folder: Path, n_frames: int = N_FRAMES, labelled: bool = True):
         self.folder, self.name, self.n_frames = folder, folder.resolve().name, n_frames
         self.metadata = metadata_file(folder)
-        self._samples = _read(folder, self.metadata)
+        self._samples = _read(folder, self.metadata, labelled)
 
     def samples(self) -> list[Sample]:
         return self._samples
@@ -78,13 +78,15 @@ class ImageFolder:
         return f"{self.metadata} line {sample.id}"
 
 
-def _read(folder: Path, path: Path) -> list[Sample]:
+def _read(folder: Path, path: Path, labelled: bool) -> list[Sample]:
+    """The questions; of those without a label, where that is allowed, the answer is "?"."""
     samples = []
     for number, row in records(path):
         try:
             if isinstance(row, Damaged):
                 raise row
-            samples.append(_sample(folder, number, row))
+            unlabelled = not labelled and not any(name in row for name in ANSWERS)
+            samples.append(_sample(folder, number, {**row, "answer": "?"} if unlabelled else row))
         except Damaged as damaged:
             raise TaskError(f"{path} line {number} {damaged}") from damaged
     if not samples:

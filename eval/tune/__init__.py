@@ -1,4 +1,4 @@
 """Which configuration is the cheapest whose loss is within a tolerance.
 
-Read `promise` (what a number of answers promises), then `race` (who is asked how much).
+Read `promise` (what a number of answers promises), `race` (who is asked how much), `tune` (with a model), `page`.
 """

@@ -158,6 +158,7 @@ def small(folder, tmp_path, monkeypatch):
             "--batch-size": "4",
         },
         "reproduce": {"": "llava-1.5-7b", "--tasks": "findit", "--dry-run": "", **dict([out])},
+        "tune": {"--task": "findit", "--max-loss": "90%", "--methods": "uniform", "--limit": "20", **dict([out])},
         "search": {"--task": "findit", "--samples": "2", "--trials": "1", **dict([out])},
         "eval": {"--tasks": "findit", **dict([out])},
         "serve": {"": "tiny-llava", "--method": "vtc_cls", "--show": ""},

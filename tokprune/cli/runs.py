@@ -278,6 +278,95 @@ def search(
     searched.search(runner, model, questions, wanted, out, overwrite, tables.console())
 
 
+@app.command(no_args_is_help=True, short_help="Find the cheapest configuration within a loss.")
+def tune(
+    task: Annotated[
+        str,
+        option(
+            QUESTIONS,
+            "A folder with metadata.jsonl or metadata.csv, easyvqa, findit, findit_hd, watchit, or ./file.py:Class. Of "
+            "the embedded tasks, questions that are not test questions.",
+            "--task",
+            "--tasks",
+        ),
+    ],
+    model: Model = "tiny-llava",
+    device_map: DeviceMap = None,
+    dtype: Dtype = "",
+    attn: Attn = "",
+    device: Device = "",
+    max_loss: Annotated[
+        str, option(METHODS, "The accuracy that may be lost, as 1% or 0.01: lost less won questions, of all.")
+    ] = "1%",
+    confidence: Annotated[float, option(METHODS, "How sure the promise is, between 0 and 1.")] = 0.95,
+    goal: Annotated[
+        str, option(METHODS, "What to save: latency (measured here), flops or memory.", "--for")
+    ] = "latency",
+    agree: Annotated[
+        bool, option(METHODS, "Compare with the unpruned model's answers; the questions need no labels.", "--agree")
+    ] = False,
+    methods: Methods = "",
+    keep: Annotated[str, option(METHODS, "Fractions to keep, separated by commas. Default: 0.75,0.5,0.25,0.11.")] = "",
+    keep_tokens: KeepTokens = "",
+    limit: Limit = None,
+    frames: Frames = 8,
+    suffix: Suffix = "",
+    max_new_tokens: MaxNewTokens = 8,
+    metric: Annotated[
+        str,
+        option(
+            QUESTIONS,
+            "How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
+            "file.py:function or module:function. Default: what each question asks for, else exact.",
+        ),
+    ] = "",
+    batch_size: BatchSize = 32,
+    out: Annotated[
+        Path, option(OUTPUT, "Output folder: tokprune.json to attach, tune.html to read, and the answers in run/.")
+    ] = Path("deploy"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the cheapest method and budget whose loss on your questions is within a tolerance, with stated confidence.
+
+    A quarter of the questions chooses among all configurations, the others test the choice once. If the test succeeds,
+    the configuration is saved; else the command ends with exit code 1. Interrupted runs resume.
+
+    Example: tokprune tune --task my-pictures --max-loss 2% --for flops --out deploy
+    """
+    check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
+    tuning = eval_module("tune.tune", needs=(*EVAL_NEEDS, "scipy"))
+    race, page = eval_module("tune.race"), eval_module("tune.page")
+    wanted = tuning.Wanted(race.Rule(_share(max_loss), 1 - confidence), goal, max_new_tokens, agree, batch_size)
+    questions = tuning.questions_of(task, agree, frames)
+    samples, parts = tuning.ordered(questions.samples(), limit, wanted.rule)
+    grading = eval_module("tasks.grading").Grading.load(metric)
+    grading.check([(questions, samples)])
+    loading = {"device_map": device_map, "dtype": dtype, "attn": attn, "device": device}
+    runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix, grading=grading, **loading)
+    is_main = eval_module("run.processes").Processes.started().is_main
+    console = tables.console(quiet=not is_main)
+    counts = _tokens(keep_tokens) if keep_tokens else ()
+    configs = tuning.candidates(
+        runner, questions, samples, names(methods), ratios(keep) if keep else (), counts, console
+    )
+    found = tuning.tune(runner, model, questions, configs, (samples, parts), wanted, out, overwrite, console)
+    for said in [*page.sentences(wanted, found), page.effort(parts, found)]:
+        console.print(said, soft_wrap=True)
+    console.print(f"{out / 'tune.html'} has the questions that are lost, with pictures")
+    if not found.promised:
+        raise typer.Exit(1)
+    console.print(f'Use it: tokprune.attach(model, "{out}/"), or --config {out}', markup=False)
+
+
+def _share(text: str) -> float:
+    """The share that --max-loss names, as 1% or 0.01."""
+    try:
+        number = float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise RunError(f"--max-loss {shown(text)} is not a share: use --max-loss 1% or 0.01") from error
+    return number / 100 if text.strip().endswith("%") else number
+
+
 @app.command("eval", no_args_is_help=True, short_help="Benchmarks of lmms-eval.")
 def eval_(
     tasks: Annotated[

@@ -1,0 +1,56 @@
+"""Tables of docs/tune.md: simulated promises, and choices on validation questions beside a full comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .exports import markdown
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def promises(name: str) -> str:
+    """Of `eval.tune.simulate`."""
+    lines = [
+        [
+            r["tasks"],
+            f"{100 * r['tolerance']:g} %",
+            str(r["n_tasks"]),
+            str(r["promises"]),
+            f"{r['false_promises']} ({100 * r['false_promises'] / r['n_tasks']:.1f} %)",
+            f"{r['best_seen_false']} ({100 * r['best_seen_false'] / r['n_tasks']:.0f} %)",
+            f"{100 * r['questions_of_grid']:.0f} %",
+            f"{r['saved']:.2f} of {r['possible']:.2f}" if r["possible"] else "",
+        ]
+        for r in _lines(name)
+    ]
+    header = ("tasks", "tolerance", "tasks played", "promises", "false", "best seen, false", "of the grid asked")
+    return markdown((*header, "saved, of what could be"), lines)
+
+
+def tuned(name: str) -> str:
+    """Of `eval.tune.validate`: tolerance, choice, what held on test questions."""
+    lines = []
+    for r in _lines(name):
+        n, lost, won = r["tested"]
+        low, high = r["test_loss_interval"] or (0.0, 0.0)
+        lines.append(
+            [
+                f"{r['model']}, {r['task']}",
+                f"{100 * r['tolerance']:g} %",
+                f"{r['choice']}, x {r['cost']:.2f}" if r["choice"] else "none",
+                f"at most {100 * r['bound']:.1f} % ({lost} lost, {won} won of {n})" if r["promised"] else "no",
+                f"{100 * r['test_loss']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]" if r["choice"] else "",
+                f"{r['best']}, x {r['best_cost']:.2f}, {100 * r['best_loss']:.1f} %" if r["best"] else "none",
+                f"{100 * r['asked'] / r['grid']:.0f} %",
+            ]
+        )
+    header = ("model, task", "tolerance", "choice, FLOPs", "promised", "its loss on test questions [95 %]")
+    return markdown((*header, "cheapest within it on test questions", "of the grid asked"), lines)

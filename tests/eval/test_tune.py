@@ -1,0 +1,127 @@
+"""`tokprune tune` with the embedded model: what it saves, refuses, resumes and says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from commands import changed, jsonl, refusal, tokprune_cli
+from PIL import Image
+from tokprune.eval.models import path_of
+from tokprune.eval.run.folder import RunFolder
+from tokprune.eval.tasks.base import Sample
+from tokprune.eval.tune.race import Rule
+from tokprune.eval.tune.tune import ordered
+from transformers import AutoModelForImageTextToText
+
+import tokprune
+
+COLOURS = {"red": "red", "green": "lime", "blue": "blue"}
+
+
+def questions(folder, n: int, labelled: bool = True):
+    """Pictures of one colour, which a method with a quarter of the tokens answers as the unpruned model does."""
+    lines = []
+    for i in range(n):
+        answer, colour = list(COLOURS.items())[i % 3]
+        Image.new("RGB", (40 + i, 40), colour).save(folder / f"{i}.png")
+        line = {"file_name": f"{i}.png", "question": "what color is the shape?"}
+        lines.append({**line, "answer": answer} if labelled else line)
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def command(folder, out, *more: str) -> list[str]:
+    return [
+        *("tune", "--task", str(folder), "--max-loss", "20%", "--for", "flops", "--methods", "uniform", "--keep"),
+        *("0.9,0.5", "--max-new-tokens", "2", "--out", str(out), *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A folder of questions, a finished run on it, and what it printed."""
+    folder = questions(tmp_path_factory.mktemp("own"), 24, labelled=False)
+    out = tmp_path_factory.mktemp("out") / "deploy"
+    return folder, out, tokprune_cli(*command(folder, out, "--agree"))
+
+
+def test_what_is_promised_is_saved_and_attaches(tuned):
+    _, out, done = tuned
+    assert not done.returncode, done.stdout + done.stderr
+    found = json.loads((out / "tune.json").read_text())
+    assert found["promised"]
+    assert found["bound"] <= 0.2
+    assert "with 95 % confidence" in done.stdout
+    assert f"{found['asked']} answers" in done.stdout
+    page = (out / "tune.html").read_text()
+    assert found["config"]["method"] in page
+    assert "http" not in page.replace("http-equiv", "")
+    model = AutoModelForImageTextToText.from_pretrained(path_of("tiny-llava"), dtype=torch.float32)
+    with tokprune.attach(model, f"{out}/") as attachment:
+        assert "uniform" in repr(attachment)
+
+
+def test_a_finished_run_asks_nothing_again(tuned):
+    folder, out, first = tuned
+    before = (out / "run" / "samples.jsonl").read_bytes()
+    done = tokprune_cli(*command(folder, out, "--agree"))
+    assert (out / "run" / "samples.jsonl").read_bytes() == before
+    assert first.stdout.splitlines()[0][:40] in done.stdout or not done.returncode
+    # Another tolerance would test the same questions twice.
+    line = refusal(tokprune_cli(*changed(command(folder, out, "--agree"), "--max-loss", "30%")))
+    assert "other settings" in line
+
+
+def test_a_killed_run_resumes_with_the_same_choice(tuned, tmp_path, monkeypatch):
+    folder, out, _ = tuned
+    add, left = RunFolder.add, [3]
+
+    def cut_off(self, key, rows, time):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        add(self, key, rows, time)
+
+    monkeypatch.setattr(RunFolder, "add", cut_off)
+    other = tmp_path / "other"
+    tokprune_cli(*command(folder, other, "--agree"))
+    assert not (other / "tokprune.json").exists()
+    assert 0 < len(jsonl(other / "run" / "times.jsonl")) < len(jsonl(out / "run" / "times.jsonl"))
+    monkeypatch.undo()
+    assert not tokprune_cli(*command(folder, other, "--agree")).returncode
+    one, two = (json.loads((place / "tune.json").read_text()) for place in (out, other))
+    assert (one["config"], one["seen"]) == (two["config"], two["seen"])
+
+
+def test_what_too_few_questions_cannot_promise_is_refused_before_anything_is_asked(tuned, tmp_path):
+    folder, out = tuned[0], tmp_path / "few"
+    line = refusal(tokprune_cli(*changed(command(folder, out, "--agree"), "--max-loss", "1%")))
+    assert "24 questions cannot promise a loss of at most 1 %" in line
+    assert "that takes 399" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-loss", "x"), ("--max-loss", "0"), ("--confidence", "1"), ("--for", "speed")]
+)
+def test_what_is_no_share_is_one_line(option, value, tuned, tmp_path):
+    assert option in refusal(tokprune_cli(*changed(command(tuned[0], tmp_path / "o", "--agree"), option, value)))
+
+
+def test_questions_without_answers_need_agree(tuned, tmp_path):
+    assert "lacks answer" in refusal(tokprune_cli(*command(tuned[0], tmp_path / "o")))
+
+
+def test_a_method_that_cannot_be_saved_is_refused(tuned, tmp_path):
+    run = changed(command(tuned[0], tmp_path / "o", "--agree"), "--methods", "./mine.py:Mine")
+    assert "cannot be saved" in refusal(tokprune_cli(*run))
+
+
+def test_no_picture_of_the_race_is_in_the_test():
+    samples = [Sample(str(i), f"{i // 3}.png", "?", "a") for i in range(300)]
+    found, parts = ordered(samples, None, Rule(0.05))
+    start = sum(parts.looks)
+    assert start + parts.test == 300
+    assert not {s.image_id for s in found[:start]} & {s.image_id for s in found[start:]}
