@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from tokprune.core.errors import RunError
 from tokprune.cost.shapes import KNOWN, known_shape
+from tokprune.prune.pictures import open_picture
 
 GIB = 2**30
 SCALED = "type fewer decoder layers (--layers 4), --dtype bfloat16, or a smaller batch"
@@ -233,13 +234,10 @@ def pictures(side: int, n: int, file: Path | None = None) -> list[Image.Image]:
         file: one picture to use instead.
 
     Raises:
-        RunError: the file is no picture.
+        TaskError: the file is no picture.
     """
     if file:
-        try:
-            return [Image.open(file).convert("RGB")]
-        except OSError as error:
-            raise RunError(f"--picture {str(file)!r} is no picture that can be read: {first_line(error)}") from error
+        return [open_picture(file)]
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(n, 3, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(noise, (side, side), mode="bilinear")

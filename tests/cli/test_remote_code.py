@@ -27,6 +27,7 @@ NEEDS_MORE = {
     "eval": ["--suite", "lmms-eval", "--tasks", "findit", "--methods", "uniform", "--limit", "1"],
     "flops": [],
     "bench": ["--methods", "uniform", "--rounds", "1", "--warmup", "0", "--new-tokens", "1"],
+    "tune": ["--task", "findit", "--methods", "uniform", "--limit", "20", "--max-loss", "90%"],
     "explain": ["PICTURE", "--json", "kept.json"],
 }
 COMMANDS = sorted(

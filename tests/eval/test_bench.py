@@ -412,7 +412,7 @@ BAD = {
     "--shape onevision-0.5b --layers 2 --methods vtc_cls": "no [CLS] token",
     "--model tiny-llava --layers 2": "leave them out with --model",
     "--model tiny-llava --resolution 200": "--resolution has no effect",
-    "--model tiny-qwen --picture README.md": "is no picture",
+    "--model tiny-qwen --picture README.md": "name a PNG or JPEG file",
     "--model tiny-qwen --picture docs/scene.png --batch-size 2": "leave --resolution and --batch-size out",
     "--model tiny-llava --attn flash_attention_2": "Type --attn sdpa",
     "--model tiny-lava": "Did you mean 'tiny-llava'?",
