@@ -28,8 +28,8 @@ SCRIPT = [str(Path(sys.executable).with_name("tokprune"))]
 MODULE = [sys.executable, "-m", "tokprune.cli"]
 SHARED = [sys.executable, "-u", "-m", "tokprune.eval"]
 COMPARE = ["compare", "--task", "findit", "--limit", "1", "--methods", "none"]
-EARLY = ["torch", "numpy", "tokprune.methods.base", "typer", "rich", "tokprune.cli.runs"]
-LATE = ["tokprune.eval.compare", "accelerate", "matplotlib", "transformers"]
+EARLY = ["tokprune.methods.base", "typer", "rich", "tokprune.cli.runs"]
+LATE = ["torch", "numpy", "tokprune.eval.compare", "accelerate", "matplotlib", "transformers"]
 
 
 def started(command: list[str], at: str, tmp_path: Path, handler) -> subprocess.CompletedProcess:
@@ -48,8 +48,9 @@ def started(command: list[str], at: str, tmp_path: Path, handler) -> subprocess.
 
 
 CASES = [(SCRIPT + ["methods"], at) for at in EARLY]
-CASES += [(MODULE + ["methods"], at) for at in ("torch", "tokprune.methods", "typer")]
-CASES += [(SHARED + COMPARE, at) for at in ("torch", "tokprune.cli", *LATE)]
+CASES += [(MODULE + ["methods"], at) for at in ("tokprune.methods", "typer")]
+CASES += [(SCRIPT + COMPARE, at) for at in ("torch", "numpy")]
+CASES += [(SHARED + COMPARE, at) for at in ("tokprune.cli", *LATE)]
 
 
 @pytest.mark.parametrize(("command", "at"), CASES, ids=lambda v: v if isinstance(v, str) else Path(v[-1]).name)
@@ -61,7 +62,7 @@ def test_ctrl_c_while_importing_is_130_without_a_traceback(command, at, tmp_path
 
 def test_where_the_signal_is_ignored_it_stays_ignored(tmp_path):
     """A shell starts background jobs like this; they are not to end when something else is interrupted."""
-    done = started(SCRIPT + ["methods"], "torch", tmp_path, signal.SIG_IGN)
+    done = started(SCRIPT + ["methods"], "typer", tmp_path, signal.SIG_IGN)
     assert (done.returncode, done.stderr) == (0, "")
     assert "interrupted" in done.stdout
     assert "vtc_cls" in done.stdout
@@ -78,7 +79,7 @@ except KeyboardInterrupt:
 import signal
 print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
-    done = started([sys.executable, "-c", caught], "torch", tmp_path, signal.default_int_handler)
+    done = started([sys.executable, "-c", caught], "tokprune.methods", tmp_path, signal.default_int_handler)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["interrupted", "caught", "True"]
 
