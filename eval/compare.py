@@ -195,7 +195,9 @@ class Comparison:
             n_done = sum(len(rows) for rows in self.folder.answers.values())
             console.print(f"{n_done} answers are in {self.folder.path} already and are not asked for again")
         for task, samples in tasks:
-            console.print(f"{task.name}: {len(samples)} questions for each of {len(self.plan.configs)} configurations")
+            console.print(
+                f"Asking {len(samples)} questions of {task.name} under {len(self.plan.configs)} configurations"
+            )
         with progress(console) as bars:
             work = [(task, samples, self._todo(task, samples)) for task, samples in tasks]
             numbers = [bars.add_task(**self._bar(*part)) for part in work]
