@@ -51,6 +51,14 @@ KeepTokens = Annotated[
 Limit = Annotated[int | None, option(QUESTIONS, "Limit the questions per task, for a quick look.")]
 Frames = Annotated[int, option(QUESTIONS, "Frames to take of a video in a folder, evenly spaced.", min=1)]
 Suffix = Annotated[str, option(QUESTIONS, "Text added to every question, such as ' Answer with one word.'")]
+Metric = Annotated[
+    str,
+    option(
+        QUESTIONS,
+        "How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
+        "file.py:function or module:function. Default: what each question asks for, else exact.",
+    ),
+]
 MaxNewTokens = Annotated[int, option(QUESTIONS, "Maximum length of an answer, in tokens.")]
 
 BatchSize = Annotated[int, option(RUNNING, "Questions per batch.")]

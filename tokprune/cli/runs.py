@@ -32,6 +32,7 @@ from .options import (
     Limit,
     MaxNewTokens,
     Methods,
+    Metric,
     Model,
     Overwrite,
     Saved,
@@ -94,14 +95,7 @@ def compare(
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 8,
-    metric: Annotated[
-        str,
-        option(
-            QUESTIONS,
-            "How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
-            "file.py:function or module:function. Default: what each question asks for, else exact.",
-        ),
-    ] = "",
+    metric: Metric = "",
     suite: Annotated[
         str,
         option(QUESTIONS, "lmms-eval: run benchmarks of that suite; tokprune eval has its further options."),
@@ -312,14 +306,7 @@ def tune(
     frames: Frames = 8,
     suffix: Suffix = "",
     max_new_tokens: MaxNewTokens = 8,
-    metric: Annotated[
-        str,
-        option(
-            QUESTIONS,
-            "How answers are graded: exact, normalized, contains, choice, relaxed, vqa, anls, or your own as "
-            "file.py:function or module:function. Default: what each question asks for, else exact.",
-        ),
-    ] = "",
+    metric: Metric = "",
     batch_size: BatchSize = 32,
     out: Annotated[
         Path, option(OUTPUT, "Output folder: tokprune.json to attach, tune.html to read, and the answers in run/.")
