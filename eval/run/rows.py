@@ -31,6 +31,7 @@ LESS = (DOWNSAMPLE, FRAMES)  # controls that show less in place of pruning
 BARE = (NONE, *LESS)
 SHUFFLED = "shuffled pictures"
 EXACT_MATCH = "exact_match"
+TRANSFORMERS, VLLM = "transformers", "vllm"  # backends: what runs the model
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class SampleRow:
     value: float | None = None  # of a metric that knows more than right and wrong
     metric: str = "exact"  # that graded the answer
     question: str = ""  # as asked, without the suffix of the run; empty in rows of earlier runs
+    backend: str = TRANSFORMERS
 
     @property
     def score(self) -> float:
@@ -178,8 +180,8 @@ class Row:
     options; `hard_value` is the value, with its 95 % interval, over the `hard_n` questions that the control
     `downsample` at the same budget gets wrong; `n_changed` is how many answers are another text than the unpruned
     run's, `commonest` the share of the commonest text and `commonest_bare` that of the unpruned run; `suffix` is the
-    text that was added to every question; `by_kind` holds value and number of questions by kind; counts, FLOPs and
-    bytes are means over questions;
+    text that was added to every question; `backend` is what ran the model; `by_kind` holds value and number of
+    questions by kind; counts, FLOPs and bytes are means over questions;
     times are of full batches; `peak_gib` and `gpu` are empty on a CPU. What a harness does not know is None.
     """
 
@@ -238,6 +240,7 @@ class Row:
     commonest: float | None = None
     commonest_bare: float | None = None
     suffix: str | None = None
+    backend: str = TRANSFORMERS
 
     def __repr__(self) -> str:
         tokens = f"{self.n_visual_before:g} -> {self.n_visual_after:g} visual tokens"
@@ -307,10 +310,10 @@ def commit() -> str | None:
 
 @dataclass
 class Summariser:
-    """Makes a task's rows out of its answers and times."""
+    """Makes a task's rows out of its answers and times; `where` is what `conditions` says."""
 
     model_name: str
-    model: torch.nn.Module
+    where: dict[str, Any]
     task: str
     split: str
     suffix: str | None = None
@@ -321,7 +324,7 @@ class Summariser:
         timed = {c: {t.batch: t for t in batches if t.size == full} for c, batches in times.items()}
         bare = next((c for c in answers if c.method == NONE and not c.shuffled), None)
         small = {_place(c): rows for c, rows in answers.items() if c.method == DOWNSAMPLE and c.budget}
-        shared = {**conditions(self.model), "batch_size": full}
+        shared = {**self.where, "batch_size": full}
         found = []
         for config, rows in answers.items():
             if rows:
@@ -371,6 +374,7 @@ class Summariser:
             peak_gib=max(peaks) / 2**30 if peaks else None,
             seed=params.get("seed"),
             suffix=self.suffix,
+            backend=rows[0].backend,
             **shared,
         )
 

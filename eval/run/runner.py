@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -33,7 +33,7 @@ from ..tasks import Sample, Task
 from ..tasks.base import EXACT
 from ..tasks.grading import AS_ASKED, Grading
 from .controls import Seen, Size, smaller
-from .rows import BARE, FRAMES, LESS, BatchTime, Config, Costs, Crops, SampleRow
+from .rows import BARE, FRAMES, LESS, TRANSFORMERS, BatchTime, Config, Costs, Crops, SampleRow, conditions
 from .stopwatch import Stopwatch
 
 EMBEDDED_MODEL = Path(path_of(DEFAULT))
@@ -56,6 +56,7 @@ class Runner:
     max_new_tokens: int = 8
     suffix: str = ""
     grading: Grading = AS_ASKED
+    backend: ClassVar[str] = TRANSFORMERS
 
     @classmethod
     def load(
@@ -191,6 +192,17 @@ class Runner:
         except UnsupportedModelError:
             return None
 
+    def conditions(self) -> dict[str, Any]:
+        """Where and with what it answers; the columns of a row that describe it."""
+        return conditions(self.model)
+
+    def ordered(self, todo: list[tuple[int, list[Config]]]) -> list[tuple[int, list[Config]]]:
+        """Batches with their configurations, in the order in which they are best asked."""
+        return todo
+
+    def close(self) -> None:
+        """Free what is not this process' own."""
+
     def fingerprint(self) -> str:
         """A checksum of the weights' names, shapes and some of their values: tells checkpoints apart."""
         total = 0
@@ -228,17 +240,8 @@ class Runner:
         batch: int = 0,
     ) -> tuple[list[SampleRow], BatchTime]:
         """One row a sample of a batch, and its times; what pruning saves is counted from `whole`."""
-        salts = [zlib.crc32(s.id.encode()) for s in samples]
-        tokens, report, watch = self.answer(asked.inputs, config, salts)
-        before, after = whole.columns, (report.prefills[0].rows if report else None) or asked.columns
-        by_layer = report.row_layers(0, after) if report else [[n] for n in after]
-        n_layers = self.n_layers
-        n_mean = [mean(i.placeholders_by_layer(n_layers)) for i in report.encoded] if report else asked.n_visual
-        n_kept = [i.n_kept + i.n_special_kept for i in report.encoded] if report else asked.n_visual
-        counted = report.encoded if report and self.shape else []
-        spent = [i.spent_before_llm(self.shape) for i in counted] or [Ops()] * len(samples)
-        stops = _stop_ids(self.model)
-        texts = [t.strip() for t in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        found = self.replies(samples, config, asked)
+        texts = [t.strip() for t in self.processor.batch_decode(found.tokens, skip_special_tokens=True)]
         values = [self.grading.value(s, text) for s, text in zip(samples, texts, strict=True)]
         rows = [
             SampleRow(
@@ -255,22 +258,41 @@ class Runner:
                 answer=text,
                 right=self.grading.is_right(value),
                 words_right=s.begins_right(text),
-                stopped=bool(set(row.tolist()) & stops),
+                stopped=found.stopped[i],
                 n_visual_before=whole.n_visual[i],
-                n_visual_after=n_kept[i],
-                n_visual_mean=n_mean[i],
-                llm_columns_before=before[i],
-                llm_columns_after=by_layer[i][-1],
-                costs=self._costs((whole, asked), i, (before[i], by_layer[i]), spent[i]),
+                n_visual_after=found.n_kept[i],
+                n_visual_mean=found.n_mean[i],
+                llm_columns_before=whole.columns[i],
+                llm_columns_after=found.columns[i][-1],
+                costs=self._costs((whole, asked), i, (whole.columns[i], found.columns[i]), found.spent[i]),
                 value=None if self.grading.name_of(s) == EXACT else value,
                 metric=self.grading.name_of(s),
                 question=s.question,
+                backend=self.backend,
             )
-            for i, (s, text, value, row) in enumerate(zip(samples, texts, values, tokens, strict=True))
+            for i, (s, text, value) in enumerate(zip(samples, texts, values, strict=True))
         ]
-        decode_s = watch.decode_s / (tokens.shape[1] - 1) if tokens.shape[1] > 1 else None
-        time = BatchTime(task.name, config.label, batch, len(rows), watch.prefill_s, decode_s, watch.peak_bytes)
-        return rows, time
+        times = found.prefill_s, found.decode_s_per_token, found.peak_bytes
+        return rows, BatchTime(task.name, config.label, batch, len(rows), *times)
+
+    def replies(self, samples: Sequence[Sample], config: Config, asked: Asked) -> Replies:
+        """What the model answers to a batch, and what its language model saw."""
+        salts = [zlib.crc32(s.id.encode()) for s in samples]
+        tokens, report, watch = self.answer(asked.inputs, config, salts)
+        after = (report.prefills[0].rows if report else None) or asked.columns
+        counted = report.encoded if report and self.shape else []
+        encoded, stops = report.encoded if report else [], _stop_ids(self.model)
+        return Replies(
+            tokens=tokens.tolist(),
+            stopped=[bool(set(row) & stops) for row in tokens.tolist()],
+            n_kept=[i.n_kept + i.n_special_kept for i in encoded] if report else asked.n_visual,
+            n_mean=[mean(i.placeholders_by_layer(self.n_layers)) for i in encoded] if report else asked.n_visual,
+            columns=report.row_layers(0, after) if report else [[n] for n in after],
+            spent=[i.spent_before_llm(self.shape) for i in counted] or [Ops()] * len(samples),
+            prefill_s=watch.prefill_s,
+            decode_s_per_token=watch.decode_s / (tokens.shape[1] - 1) if tokens.shape[1] > 1 else None,
+            peak_bytes=watch.peak_bytes,
+        )
 
     def _costs(self, asked: tuple[Asked, Asked], i: int, columns: tuple[int, list[int]], spent: Ops) -> Costs:
         if len(columns[1]) == 1:  # the bare model: the same in every layer
@@ -409,6 +431,30 @@ def _on_gpu(device: str) -> bool:
     if device not in ("", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise RunError(f"invalid --device {device!r}: use cpu" + (" or cuda" if torch.cuda.is_available() else ""))
     return torch.cuda.is_available() and device != "cpu"
+
+
+@dataclass
+class Replies:
+    """Answers to a batch, one entry a question.
+
+    Args:
+        tokens: that are new.
+        stopped: whether the stop token came.
+        n_kept, n_mean: placeholders left in the last decoder layer, and their mean over the layers.
+        columns: of the prompt by decoder layer; one number where it is the same in all.
+        spent: what selecting computed, less what tower and projector were spared.
+        prefill_s, decode_s_per_token, peak_bytes: as in `BatchTime`.
+    """
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+    n_kept: Sequence[int]
+    n_mean: Sequence[float]
+    columns: list[list[int]]
+    spent: list[Ops]
+    prefill_s: float
+    decode_s_per_token: float | None
+    peak_bytes: int | None
 
 
 @dataclass

@@ -2,12 +2,21 @@
 
 Read `options` (what was asked), `processing` (fewer placeholders in the prompt), `pruning` (the rows that stay),
 `models` (vLLM's own model classes with both); `families/` holds facts about models, `checks` refuses what cannot be
-served before engines start, `compat` has what is private to vLLM. Nothing of vLLM is imported before `register` runs.
+served before engines start, `engine` answers batches for evaluations, `compat` has what is private to vLLM. Nothing of
+vLLM is imported before `register` runs or an engine starts.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .compat import NEWEST, OLDEST, release, why_not
 from .families import FAMILIES
-from .options import KEY
+from .options import KEY, Plan, plan_of
+
+if TYPE_CHECKING:
+    from .engine import Engine, conditions_of, quiet, refuse_without_vllm
 
 MODELS = {
     "LlavaForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlava",
@@ -32,4 +41,29 @@ def register() -> None:
         ModelRegistry.register_model(architecture, place)
 
 
-__all__ = ["FAMILIES", "KEY", "MODELS", "NEWEST", "OLDEST", "register", "release", "why_not"]
+_OF_ENGINE = ("Engine", "conditions_of", "quiet", "refuse_without_vllm")  # imported when they are asked for
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the engine."""
+    if name not in _OF_ENGINE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.engine"), name)
+
+
+__all__ = [
+    "FAMILIES",
+    "KEY",
+    "MODELS",
+    "NEWEST",
+    "OLDEST",
+    "Engine",
+    "Plan",
+    "conditions_of",
+    "plan_of",
+    "quiet",
+    "refuse_without_vllm",
+    "register",
+    "release",
+    "why_not",
+]

@@ -131,3 +131,8 @@ def anyres_grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
 
     rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
     return int(rows), int(columns)
+
+
+def end_engine(llm: Any) -> None:
+    """End the processes of a `vllm.LLM`, which otherwise live until it is collected."""
+    llm.llm_engine.engine_core.shutdown()

@@ -14,6 +14,7 @@ from tokprune.core.budget import Budget
 from tokprune.core.errors import BudgetError, OptionError, TokPruneError
 from tokprune.core.layout import Layout
 from tokprune.core.signals import Kind, Signal
+from tokprune.cost.flops import Ops
 from tokprune.cost.selection import SelectionCost
 from tokprune.prune.request import Request, request_of
 from tokprune.prune.saved import read_saved, version_of
@@ -103,10 +104,20 @@ class Plan:
             raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
         self.n_keep(self.family.largest)
 
-    def _flops(self, layout: Layout, n_keep: int) -> int:
+    @property
+    def _cost(self) -> SelectionCost:
         method: Any = self.request.before
-        cost = SelectionCost(self.family.shape, self.signals, method.cost, self.merges_states)
-        return flops_of(cost, self.budget, self.request.newlines, layout, n_keep)
+        return SelectionCost(self.family.shape, self.signals, method.cost, self.merges_states)
+
+    def _flops(self, layout: Layout, n_keep: int) -> int:
+        return flops_of(self._cost, self.budget, self.request.newlines, layout, n_keep)
+
+    def spent(self, layout: Layout, n_patches: int | None = None) -> Ops:
+        """What collecting signals and selecting computes for a picture of which not all is kept."""
+        n_keep = self.n_keep(layout)
+        if self.family.shape is None or n_keep >= layout.n_visual:
+            return Ops()
+        return self._cost.selector(layout, n_keep, n_patches)
 
     def __str__(self):
         largest = self.family.largest

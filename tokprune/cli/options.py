@@ -23,6 +23,9 @@ DeviceMap = Annotated[
 ]
 Dtype = Annotated[str, option(MODEL, "Of the weights. Default: float32 on a CPU, the checkpoint's own on a GPU.")]
 Attn = Annotated[str, option(MODEL, "Attention: sdpa, eager or flash_attention_2.")]
+Backend = Annotated[
+    str, option(RUNNING, "What runs the model: transformers, or vllm (pip install vllm), which starts once a method.")
+]
 Device = Annotated[str, option(MODEL, "cpu or cuda. Default: the GPU if there is one.")]
 
 Methods = Annotated[

@@ -21,6 +21,7 @@ from .options import (
     QUESTIONS,
     RUNNING,
     Attn,
+    Backend,
     BatchSize,
     Device,
     DeviceMap,
@@ -101,6 +102,7 @@ def compare(
         option(QUESTIONS, "lmms-eval: run benchmarks of that suite; tokprune eval has its further options."),
     ] = "",
     batch_size: BatchSize = 32,
+    backend: Backend = "transformers",
     out: Annotated[
         Path,
         option(OUTPUT, "Output folder. More methods, budgets and questions are added to a run that it holds."),
@@ -124,6 +126,8 @@ def compare(
         raise RunError("--strict compares answers with the unpruned run's: leave --no-baseline out")
     if suite and suffix:
         raise RunError("--suffix cannot be given with --suite, whose tasks have prompts of their own; leave it out")
+    if suite and backend != "transformers":
+        raise RunError("--suite runs its benchmarks with transformers: leave --backend out")
     if suite:
         return eval_(
             tasks=",".join(task or ()),
@@ -166,6 +170,7 @@ def compare(
         dtype=dtype,
         attn=attn,
         device=device,
+        backend=backend,
         out=out,
         overwrite=overwrite,
         console=console,

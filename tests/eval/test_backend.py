@@ -1,0 +1,88 @@
+"""The backend vllm of comparisons, where there is no engine: refusals, the order of questions, counts of pictures."""
+
+from __future__ import annotations
+
+import pytest
+from commands import refusal, tokprune_cli
+from tokprune.eval import api
+from tokprune.eval.run import served
+from tokprune.eval.run.rows import Config
+from tokprune.eval.run.runner import Runner
+from tokprune.eval.tasks import load_task
+
+import tokprune
+from tokprune.core.errors import RunError
+
+ASKED = dict(task="findit", methods=["vtc_cls"], keep=[0.25], limit=4)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(served, "refuse_without_vllm", lambda: None)
+    monkeypatch.setattr(api, "refuse_without_vllm", lambda: None)
+
+
+def test_without_vllm_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokprune.integrations.vllm.engine.release", lambda: None)
+    with pytest.raises(RunError, match="pip install 'vllm==") as refused:
+        tokprune.compare("tiny-llava", backend="vllm", out=tmp_path / "run", **ASKED)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [(["--backend", "sglang"], "use transformers or vllm"), (["--backend", "vllm", "--suite", "x"], "leave --backend")],
+)
+def test_backends_that_cannot_ask_are_refused(tmp_path, more, word):
+    assert word in refusal(tokprune_cli("compare", "--out", str(tmp_path / "run"), *more))
+
+
+def test_a_loaded_model_and_options_of_transformers_are_refused(installed):
+    runner = Runner.load("tiny-llava")
+    with pytest.raises(RunError, match="backend='transformers'"):
+        tokprune.compare(runner.model, runner.processor, backend="vllm", **ASKED)
+    with pytest.raises(RunError, match="leave --attn out"):
+        tokprune.compare("tiny-llava", backend="vllm", attn="eager", **ASKED)
+
+
+def test_processes_that_share_a_run_are_refused(installed, monkeypatch):
+    monkeypatch.setattr(api.Processes, "started", classmethod(lambda cls: cls(0, 2)))
+    with pytest.raises(RunError, match="without torchrun"):
+        tokprune.compare("tiny-llava", backend="vllm", **ASKED)
+
+
+def test_methods_that_vllm_cannot_serve_have_a_reason(installed):
+    runner = served.ServedRunner.load("tiny-llava")
+    asked = [Config("none"), Config("vtc_cls", 0.25), Config("fastv", 0.25), Config("cdpruner", 0.25)]
+    reasons = runner.missing(asked)
+    assert list(reasons) == ["fastv", "cdpruner"]
+    assert "cuts between decoder layers" in reasons["fastv"]
+    assert "reads the question" in reasons["cdpruner"]
+    assert all("leave --backend vllm out" in reason for reason in reasons.values())
+
+
+def test_budgets_of_flops_out_of_reach_have_a_reason(installed):
+    runner, task = served.ServedRunner.load("tiny-llava"), load_task("findit")
+    asked = [Config("vtc_cls", flops_ratio=ratio, flops_text=9) for ratio in (0.5, 0.001)]
+    assert list(runner.out_of_reach(task, task.samples()[:2], asked)) == [asked[1].label]
+
+
+def test_a_method_is_asked_about_all_batches_before_the_next(installed):
+    runner = served.ServedRunner.load("tiny-llava")
+    bare, half, quarter, other = Config("none"), Config("vtc_cls", 0.5), Config("vtc_cls", 0.25), Config("fopru", 0.5)
+    todo = [(0, [half, bare, other, quarter]), (1, [quarter, bare])]
+    found = runner.ordered(todo)
+    assert found == [(0, [half, quarter]), (1, [quarter]), (0, [bare]), (1, [bare]), (0, [other])]
+    assert runner.backend == "vllm"
+
+
+@pytest.mark.parametrize(("model", "task"), [("tiny-llava", "findit"), ("tiny-llava-next", "findit_hd")])
+def test_pictures_are_counted_without_weights_as_with_them(installed, model, task):
+    ours, theirs, questions = served.ServedRunner.load(model), Runner.load(model), load_task(task)
+    samples = questions.samples()[:3]
+    ids = [s.image_id for s in samples]
+    got, want = (runner.asked_about(questions, samples, ids) for runner in (ours, theirs))
+    assert (got.columns, got.n_visual, got.crops) == (want.columns, want.n_visual, want.crops)
+    assert all(p.is_meta for p in ours.model.parameters())
+    assert ours.shape == theirs.shape
