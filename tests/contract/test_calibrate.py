@@ -140,8 +140,9 @@ def test_anchors_are_those_of_the_formula():
 
 def test_of_equal_tokens_one_is_an_anchor(monkeypatch):
     x = torch.eye(4)[[0, 1, 0, 2, 1, 0, 3]][None]
-    _, _, sizes = merged_anchors(x, 4)
-    assert sorted(sizes[0].tolist()) == [1, 1, 2, 3]
+    rows, _, sizes = merged_anchors(x, 4)
+    assert sorted(zip(rows[0].argmax(1).tolist(), sizes[0].tolist(), strict=True)) == [(0, 3), (1, 2), (2, 1), (3, 1)]
+    assert torch.equal(rows.amax(2), torch.ones(1, 4))
     monkeypatch.setattr("tokprune.core.ops.LARGEST", 20)  # a few rows at a time
     assert all(torch.equal(a, b) for a, b in zip(merged_anchors(x, 4), merged_anchors(x, 4), strict=True))
 

@@ -14,6 +14,7 @@ from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method, Split
 from .crops import crop_by_crop
+from .panels import are_many, chosen_in_panels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ class CDPruner(Method):
               sees. So tokens are selected when the language model runs, in a hook before it, not when pictures are
               encoded. Relevance is scaled over one image, where the code takes the batch. Residuals are clamped;
               beyond the rank of the features the most relevant tokens fill up.
-    Needs:    TEXT_EMBEDS. Cost: O(N^2 D + K^2 N).
+    Needs:    TEXT_EMBEDS. Cost: O(N^2 D + K^2 N). Beyond 4,096 tokens no N x N matrix is held on a CPU.
 
     Args:
         split: "joint" looks at all tokens of an image together, "even" gives every crop the same share, as the code.
@@ -88,14 +89,14 @@ class CDPruner(Method):
 
     def order(self, features: Tensor, relevance: Tensor, n_keep: int) -> Tensor:
         """Indices in the order they are chosen, (G, n_keep)."""
+        if are_many(features):
+            return chosen_in_panels(_Determinant(features, relevance, n_keep), n_keep)
         kernel = relevance[:, :, None] * ops.cosine(features) * relevance[:, None]
         residual = kernel.diagonal(dim1=1, dim2=2).clone()
         basis = kernel.new_zeros(len(kernel), n_keep, kernel.shape[1])
         free, chosen = torch.ones_like(residual, dtype=torch.bool), []
         for i in range(n_keep):
-            # 2 + residual while there is any, then relevance below 1: one ranking, no read from the device
-            rank = torch.where(residual > LEAST, 2 + residual, relevance.clamp(max=1))
-            newest = ops.first_highest(rank.masked_fill(~free, -torch.inf))[:, None]
+            newest = ops.first_highest(_rank(residual, relevance, free))[:, None]
             own, column = residual.gather(1, newest), newest[:, None].expand(-1, i, 1)  # (G, 1), (G, i, 1)
             row = kernel.gather(1, newest[..., None].expand(-1, 1, kernel.shape[2]))[:, 0]
             known = (basis[:, :i].gather(2, column).transpose(1, 2) @ basis[:, :i])[:, 0]
@@ -104,3 +105,71 @@ class CDPruner(Method):
             free = free.scatter(1, newest, False)
             chosen.append(newest[:, 0])
         return torch.stack(chosen, 1)
+
+
+def _rank(residual: Tensor, relevance: Tensor, free: Tensor) -> Tensor:
+    """2 + residual while there is any, then relevance below 1: one ranking, no read from the device."""
+    rank = torch.where(residual > LEAST, 2 + residual, relevance.clamp(max=1))
+    return rank.masked_fill(~free, -torch.inf)
+
+
+class _Determinant:
+    """Worth is the residual, then relevance; see `panels.Choice`.
+
+    A panel is a pivoted Cholesky decomposition among its candidates; `settle` extends its rows to all N.
+    """
+
+    def __init__(self, features: Tensor, relevance: Tensor, n_keep: int):
+        self._rows = F.normalize(features.float(), dim=-1) * relevance[..., None]  # the kernel is their product
+        self._relevance = relevance
+        self._residual = self._rows.square().sum(2)
+        self._basis = self._rows.new_zeros(len(features), n_keep, features.shape[1])
+        self._free = torch.ones_like(relevance, dtype=torch.bool)
+        self._n_chosen = 0
+
+    def worth(self) -> Tensor:
+        return _rank(self._residual, self._relevance, self._free)
+
+    def open(self, candidates: Tensor) -> None:
+        rows, basis = ops.take(self._rows, candidates), self._basis_at(candidates)
+        self._candidates = candidates
+        self._between = rows @ rows.transpose(1, 2) - basis.transpose(1, 2) @ basis
+        self._inside, self._inside_relevance, self._inside_free = (
+            x.gather(1, candidates) for x in (self._residual, self._relevance, self._free)
+        )
+        self._steps: list[Tensor] = []
+        self._places: list[Tensor] = []
+
+    def worth_inside(self) -> Tensor:
+        return _rank(self._inside, self._inside_relevance, self._inside_free)
+
+    def choose(self, place: Tensor) -> None:
+        place = place[:, None]
+        own = self._inside.gather(1, place)
+        row = self._between.gather(1, place[..., None].expand_as(self._between[:, :1]))[:, 0]
+        step = torch.where(own > LEAST, row / own.clamp(min=LEAST).sqrt(), 0.0)
+        self._between = self._between - step[:, :, None] * step[:, None]
+        self._inside = (self._inside - step.square()).clamp(min=0)
+        self._inside_free = self._inside_free.scatter(1, place, False)
+        self._steps.append(step)
+        self._places.append(place)
+
+    def settle(self, chosen: Tensor) -> None:
+        places = torch.cat(self._places, 1)[:, None].expand(-1, len(self._steps), -1)
+        # (G, P, P): what the steps took of the chosen ones, a row for each; a step without residual is the unit vector
+        factor = torch.stack(self._steps, 1).gather(2, places).transpose(1, 2).tril()
+        empty = factor.diagonal(dim1=1, dim2=2) == 0
+        factor = factor.masked_fill(empty[..., None], 0) + torch.diag_embed(empty.to(factor))
+        basis = self._basis[:, : self._n_chosen]
+        rest = ops.take(self._rows, chosen) @ self._rows.transpose(1, 2)
+        rest = rest - self._basis_at(chosen).transpose(1, 2) @ basis
+        new = torch.linalg.solve_triangular(factor, rest.masked_fill(empty[..., None], 0), upper=False)
+        self._basis[:, self._n_chosen : self._n_chosen + new.shape[1]] = new
+        self._n_chosen += new.shape[1]
+        self._residual = (self._residual - new.square().sum(1)).clamp(min=0)
+        self._free = self._free.scatter(1, chosen, False)
+
+    def _basis_at(self, index: Tensor) -> Tensor:
+        """(G, chosen so far, C): the basis at tokens (G, C)."""
+        basis = self._basis[:, : self._n_chosen]
+        return basis.gather(2, index[:, None].expand(-1, basis.shape[1], -1))
