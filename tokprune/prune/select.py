@@ -19,6 +19,7 @@ from ..methods import Spec
 from ..methods.base import Method, checked_selection, mistake, mistaken
 from .copies import salts_of
 from .request import Newlines, request_of
+from .slow import warn_if_slow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,6 +139,7 @@ class Selector:
         states = None if first.states is None or self._project is None else stacked([p.states for p in group])
         signals = {s: stacked([p.signals[s] for p in group]) for s in first.signals}
         tokens = VisualTokens.of(own if states is None else states, layout.without_specials, signals, salts)
+        warn_if_slow(self.method, self.label, tokens, n_keep)
         with torch.autocast(rows.device.type, enabled=False):  # it would compare tokens in half precision
             selected = checked_selection(self.method, self.method.select(tokens, n_keep), tokens)
         wrong = mistake(selected, None if self.budget is None else n_keep, self.method.count)

@@ -1,0 +1,53 @@
+"""A warning before a selection that takes long on a CPU."""
+
+from __future__ import annotations
+
+import warnings
+
+from ..core.signals import Kind
+from ..core.tokens import VisualTokens
+from ..cost.selection import Widths
+from ..methods.base import Method
+
+LONG = 10**12  # FLOPs, some 6 seconds on two cores
+
+
+def warn_if_slow(method: Method, label: str, tokens: VisualTokens, n_keep: int) -> None:
+    """Say before the selection what it costs, and what is cheaper; once for each kind of picture.
+
+    Graphics processors do as much in a fraction of a second, so nothing is said there.
+
+    Args:
+        method: selects.
+        label: the method as it was asked for.
+        tokens: what it selects from.
+        n_keep: its budget.
+    """
+    if tokens.keep.device.type != "cpu" or n_keep <= 0:
+        return
+    layout = tokens.layout
+    flops = method.cost(layout, n_keep, _widths(tokens)).flops
+    if flops < LONG:
+        return
+    cheaper = f"use a method that does not compare all tokens, such as {'vidcom2' if layout.is_video else 'fopru'}"
+    if getattr(method, "split", None) == "joint" and layout.n_crops > 1:
+        cheaper = f"use split=even to select in each of the {layout.n_crops} crops or frames separately"
+    warnings.warn(
+        f"{label} compares {layout.n_visual:,} visual tokens with each other: {flops / 1e12:.1f} TFLOPs of selection, "
+        f"which take seconds to minutes on a CPU; {cheaper}",
+        stacklevel=2,
+    )
+
+
+def _widths(tokens: VisualTokens) -> Widths:
+    """Of what the method reads."""
+    found = {signal.kind: values for signal, values in tokens.signals.items()}
+    keys, states = found.get(Kind.KEYS), found.get(Kind.TOWER_STATES)
+    width = tokens.features.shape[-1]
+    return Widths(
+        rows=width,
+        keys=keys.shape[-2] * keys.shape[-1] if keys is not None else width,
+        head=keys.shape[-1] if keys is not None else width,
+        states=states.shape[-1] if states is not None else width,
+        has_cls_state=Kind.CLS_STATE in found,
+    )
