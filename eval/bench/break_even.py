@@ -69,3 +69,20 @@ def by_output_length(more_s: Sequence[tuple[float, float]], longest: int) -> dic
         lengths = [n for _, n in group]
         found[says].append([lengths[0], None if lengths[-1] == longest else lengths[-1]])
     return {"gains": found[GAIN], "losses": found[LOSS]}
+
+
+def length_of_saving(pruned: tuple[float, float], bare: tuple[float, float], share: float) -> int | None:
+    """The output length from which less than a share of the time is saved.
+
+    Args:
+        pruned: time to the first token, and for each token after it.
+        bare: the same of the unpruned model.
+        share: such as 0.05.
+
+    Returns:
+        1 where even the first token saves less; None where every length saves it.
+    """
+    first, token = ((1 - share) * b - p for p, b in zip(pruned, bare, strict=True))
+    if first <= 0:
+        return 1
+    return None if token >= 0 else math.floor(first / -token) + 2

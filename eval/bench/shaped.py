@@ -241,7 +241,12 @@ def pictures(side: int, n: int, file: Path | None = None) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(n, 3, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(noise, (side, side), mode="bilinear")
-    return [Image.fromarray((p * 255).byte().permute(1, 2, 0).numpy()) for p in smooth]
+    return [as_picture(p) for p in smooth]
+
+
+def as_picture(pixels: torch.Tensor) -> Image.Image:
+    """From (3, height, width) in [0, 1]."""
+    return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())
 
 
 def encoded(image_processor: Any, images: list[Image.Image]) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from tokprune.cost.shapes import known_shape
 from tokprune.methods import METHODS
 from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 
+from ..bench import serving as bench_serving
 from ..bench import tables as bench_tables
 from ..bench.selection_times import Timed
 from ..run.rows import Row, pooled
@@ -34,10 +35,8 @@ from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, int
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGES = tuple(
-    map(
-        Path,
-        ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/models.md", "docs/reported.md", "docs/tune.md"),
-    )
+    Path(name)
+    for name in ("README.md", *(f"docs/{n}.md" for n in ("benchmarks methods models reported serving tune".split())))
 )
 N_METHODS = re.compile(r"(?<=\bAll )\d+(?= methods\b)")  # in running text
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -102,6 +101,25 @@ def bench(name: str) -> str:
         parts.append(f"**{title}**\n\n" + markdown(columns, [[f"`{first}`", *line] for first, *line in lines]))
     parts.append(" ".join(bench_tables.legend(rows)) + "\n")
     return "\n".join(parts)
+
+
+def serve(name: str) -> str:
+    """Throughput of a server at several concurrencies."""
+    rows = [bench_serving.Row(**r) for r in read_rows(name)]
+    table = markdown(bench_serving.HEADER, bench_serving.lines_of(rows))
+    return f"{bench_serving.conditions_line(rows)}\n\n{table}\n{bench_serving.legend()}\n"
+
+
+def refusals(name: str) -> str:
+    """Seconds until a server refuses what is asked, and what it says."""
+    rows = read_rows(name)
+    first, loads = rows[0], [r["load"] for r in rows]
+    lines = [[r["what"], f"{r['seconds']:.0f} s", r["said"].rpartition("tokprune: ")[2]] for r in rows]
+    head = (
+        f"tiny-llava, {first['device']}, vLLM {first['vllm']}, load average {min(loads):.1f} to {max(loads):.1f}, "
+        f"{first['date']}.\n\n"
+    )
+    return head + markdown(("asked", "after", "says"), lines)
 
 
 def pairs(name: str) -> str:
@@ -334,10 +352,12 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "models": models,
     "pairs": pairs,
     "promises": promised.promises,
+    "refusals": refusals,
     "report": report,
     "reported": reported.tables,
     "savings": savings,
     "selection_times": selection_times,
+    "serve": serve,
     "sources": lambda _: reported.sources(),
     "struck": lambda _: reported.struck(),
     "tuned": promised.tuned,

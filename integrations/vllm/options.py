@@ -14,7 +14,7 @@ from tokprune.core.budget import Budget
 from tokprune.core.errors import BudgetError, OptionError, TokPruneError
 from tokprune.core.layout import Layout
 from tokprune.core.signals import Kind, Signal
-from tokprune.cost.flops import Ops
+from tokprune.cost.flops import Ledger, Ops
 from tokprune.cost.selection import SelectionCost
 from tokprune.prune.request import Request, request_of
 from tokprune.prune.saved import read_saved, version_of
@@ -111,6 +111,10 @@ class Plan:
 
     def _flops(self, layout: Layout, n_keep: int) -> int:
         return flops_of(self._cost, self.budget, self.request.newlines, layout, n_keep)
+
+    def prefill(self, layout: Layout, n_text: int) -> Ledger:
+        """Predicted cost of a prompt with a picture and so many other tokens; of a model whose shape is known."""
+        return self._cost.prefill(layout, self.n_keep(layout), n_text)
 
     def spent(self, layout: Layout, n_patches: int | None = None) -> Ops:
         """What collecting signals and selecting computes for a picture of which not all is kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -554,6 +554,18 @@ def bench(
         Path | None, option(INPUTS, "A picture to measure on, such as a page; default: smooth noise.", "--picture")
     ] = None,
     text: Annotated[int, option(INPUTS, "Text tokens per prompt.")] = 64,
+    serve: Annotated[
+        bool,
+        option(
+            RUNNING,
+            "Throughput of a vLLM server instead: one method (vtc_cls), the fractions of --keep in turn, --new-tokens "
+            "once. Without --model, a small LLaVA with random weights.",
+            "--serve",
+        ),
+    ] = False,
+    concurrency: Annotated[
+        str, option(RUNNING, "With --serve: requests at a time, separated by commas.")
+    ] = "1,4,16,64",
     rounds: Annotated[int, option(RUNNING, "Measured rounds; 95 % intervals need at least six.")] = 6,
     warmup: Annotated[int, option(RUNNING, "Warm-up rounds before the measured ones.")] = 1,
     out: Annotated[Path, option(OUTPUT, "The JSONL file to write rows to.")] = Path("runs/bench.jsonl"),
@@ -563,6 +575,27 @@ def bench(
 
     Example: tokprune bench --model tiny-llava --methods vtc_cls,fopru --keep 0.5,0.25 --batch-size 1,8
     """
+    if serve:
+        given = {"--shape": shape, "--attn": attn != "sdpa", "--device": device, "--resolution": resolution}
+        given |= {"--layers": layers, "--vision-layers": vision_layers, "--picture": picture, "--config": config}
+        _refuse_with_serve({**given, "--batch-size": batch_size != "1"})
+        serving = eval_module("bench.serving", needs=("psutil", "filelock"))
+        return serving.run(
+            serving.Settings(
+                model=model,
+                method=_only("--methods", names(methods) or ["vtc_cls"]),
+                keep=ratios(keep),
+                concurrency=numbers("--concurrency", concurrency),
+                new_tokens=_only("--new-tokens", numbers("--new-tokens", new_tokens)),
+                n_text=text,
+                rounds=rounds,
+                warmup=warmup,
+                dtype=dtype,
+            ),
+            out,
+            overwrite,
+            tables.console(),
+        )
     sweep = eval_module("bench.sweep", needs=("psutil", "filelock"))
     lists = {
         "batch_sizes": numbers("--batch-size", batch_size),
@@ -590,6 +623,19 @@ def bench(
     )
     if not sweep.run(settings, out, overwrite, tables.console()):
         raise typer.Exit(130)
+
+
+def _refuse_with_serve(given: dict[str, object]) -> None:
+    """Raise RunError for an option that a server does not take."""
+    if name := next((name for name, value in given.items() if value), None):
+        raise RunError(f"{name} cannot be given with --serve; leave it out")
+
+
+def _only(flag: str, values: Sequence[Any]) -> Any:
+    """The one value of an option that takes several elsewhere."""
+    if len(values) != 1:
+        raise RunError(f"{flag} takes one value with --serve, not {len(values)}")
+    return values[0]
 
 
 PRESETS = {"llava-1.5": (192, 128, 64), "llava-next": (640, 320, 160)}
