@@ -189,7 +189,7 @@ def compare(
     folder, processes = Path(out if kept is None else kept.name), Processes.started()
     console = console if console and processes.is_main else Console(quiet=True)
     loading = {"device_map": device_map, "dtype": dtype, "attn": attn, "device": device}
-    with _answering(model, processor, loading, options, backend) as (runner, name):
+    with answering(model, processor, loading, options, backend) as (runner, name):
         configs = comparing.runnable(runner, chosen, configs, match == "flops", methods is not None, console)
         plan = planned(chosen, configs, batch_size, None if overwrite else folder)
         more: dict[str, Any] = {} if frames == N_FRAMES else {"frames": frames}
@@ -215,7 +215,7 @@ def _prompts(suffix: str, suffixes: Sequence[str]) -> tuple[str, list[str]]:
 
 
 @contextlib.contextmanager
-def _answering(
+def answering(
     model: str | torch.nn.Module,
     processor: Any,
     loading: dict[str, Any],
@@ -295,7 +295,7 @@ def explain(
     if not each:
         raise RunError("there is nothing to draw: name fractions, such as keep=[0.5, 0.25]")
     configurations = with_ratios(methods, each)
-    with _answering(model, processor, {}, {"max_new_tokens": max_new_tokens}) as (runner, _):
+    with answering(model, processor, {}, {"max_new_tokens": max_new_tokens}) as (runner, _):
         chosen = configurations or with_ratios([usual_method(runner.model)], each)
         return asked(runner, picture, question, chosen, answers=True, scores=scores)
 

@@ -181,7 +181,7 @@ def list_support() -> list[Support]:
     return pairs()
 
 
-_FROM_EVAL = ("bench", "compare", "explain")  # functions of tokprune.eval.api, which needs the extra eval
+_FROM_EVAL = {"bench": "api", "compare": "api", "explain": "api", "tune": "tune.door"}  # need the extra eval
 
 
 def __getattr__(name: str) -> _Any:
@@ -193,7 +193,7 @@ def __getattr__(name: str) -> _Any:
     if name not in _FROM_EVAL:
         raise AttributeError(f"module 'tokprune' has no attribute {name!r}")
     try:
-        return getattr(_import_module("tokprune.eval.api"), name)
+        return getattr(_import_module(f"tokprune.eval.{_FROM_EVAL[name]}"), name)
     except ModuleNotFoundError as error:
         raise ImportError(f"tokprune.{name} needs {error.name}: use pip install 'tokprune[eval]'") from error
 

@@ -10,6 +10,7 @@ from commands import changed, jsonl, refusal, tokprune_cli
 from PIL import Image
 from tokprune.eval.models import path_of
 from tokprune.eval.run.folder import RunFolder
+from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks.base import Sample
 from tokprune.eval.tune.race import Rule
 from tokprune.eval.tune.tune import ordered
@@ -125,3 +126,22 @@ def test_no_picture_of_the_race_is_in_the_test():
     start = sum(parts.looks)
     assert start + parts.test == 300
     assert not {s.image_id for s in found[:start]} & {s.image_id for s in found[start:]}
+
+
+def test_a_loaded_model_is_tuned_as_the_command_does_and_left_as_it_was(tuned, tmp_path):
+    folder, out, done = tuned
+    runner = Runner.load("tiny-llava")
+    runner.model.train()
+    runner.processor.tokenizer.padding_side = "right"
+    given = dict(goal="flops", agree=True, methods=["uniform"], keep=[0.9, 0.5], max_new_tokens=2)
+    found = tokprune.tune(runner.model, runner.processor, str(folder), 0.2, **given, out=tmp_path / "deploy")
+    assert found.promised
+    assert (
+        json.loads((tmp_path / "deploy/tune.json").read_text())["config"]
+        == json.loads((out / "tune.json").read_text())["config"]
+    )
+    assert all(" ".join(said.split()) in " ".join(done.stdout.split()) for said in found.sentences[:1])
+    assert runner.model.training
+    assert runner.processor.tokenizer.padding_side == "right"
+    with tokprune.attach(runner.model.eval(), str(tmp_path / "deploy")):
+        pass

@@ -326,23 +326,33 @@ def tune(
     Example: tokprune tune --task my-pictures --max-loss 2% --for flops --out deploy
     """
     check_least(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
-    tuning = eval_module("tune.tune", needs=(*EVAL_NEEDS, "scipy"))
-    race, page = eval_module("tune.race"), eval_module("tune.page")
-    wanted = tuning.Wanted(race.Rule(_share(max_loss), 1 - confidence), goal, max_new_tokens, agree, batch_size)
-    questions = tuning.questions_of(task, agree, frames)
-    samples, parts = tuning.ordered(questions.samples(), limit, wanted.rule)
-    grading = eval_module("tasks.grading").Grading.load(metric)
-    grading.check([(questions, samples)])
-    loading = {"device_map": device_map, "dtype": dtype, "attn": attn, "device": device}
-    runner = load_runner(model, max_new_tokens=max_new_tokens, suffix=suffix, grading=grading, **loading)
-    is_main = eval_module("run.processes").Processes.started().is_main
-    console = tables.console(quiet=not is_main)
-    counts = _tokens(keep_tokens) if keep_tokens else ()
-    configs = tuning.candidates(
-        runner, questions, samples, names(methods), ratios(keep) if keep else (), counts, console
+    door = eval_module("tune.door", needs=(*EVAL_NEEDS, "scipy"))
+    console = tables.console(quiet=not eval_module("run.processes").Processes.started().is_main)
+    found = door.tune(
+        model,
+        task=task,
+        max_loss=_share(max_loss),
+        confidence=confidence,
+        goal=goal,
+        agree=agree,
+        methods=names(methods),
+        keep=ratios(keep) if keep else (),
+        keep_tokens=_tokens(keep_tokens) if keep_tokens else (),
+        limit=limit,
+        frames=frames,
+        suffix=suffix,
+        max_new_tokens=max_new_tokens,
+        metric=metric,
+        batch_size=batch_size,
+        device_map=device_map,
+        dtype=dtype,
+        attn=attn,
+        device=device,
+        out=out,
+        overwrite=overwrite,
+        console=console,
     )
-    found = tuning.tune(runner, model, questions, configs, (samples, parts), wanted, out, overwrite, console)
-    for said in [*page.sentences(wanted, found), page.effort(parts, found)]:
+    for said in found.sentences:
         console.print(said, soft_wrap=True)
     console.print(f"{out / 'tune.html'} has the questions that are lost, with pictures")
     if not found.promised:
