@@ -47,7 +47,7 @@ class DivPrune(Method):
         """All cosines; of many tokens, those to the chosen ones once more."""
         sizes = layout.crop_sizes if self.split == "even" else (layout.n_visual,)
         shares = ops.shares(sizes, n_keep, even=True)
-        pairs = sum(n * (n + (k if n > HELD else 0)) for n, k in zip(sizes, shares, strict=True) if k)
+        pairs = sum(n * n if n <= HELD else n * (n // 2 + k) for n, k in zip(sizes, shares, strict=True) if k)
         return Ops(pairs * widths.rows)
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
@@ -83,11 +83,14 @@ def _order_of_many(unit: Tensor, n_keep: int) -> Tensor:
 def _to_nearest(unit: Tensor) -> Tensor:
     """(G, N): the distance to the nearest other row."""
     places = torch.arange(unit.shape[1])
-    found = []
-    for rows, at in zip(unit.split(CHUNK, 1), places.split(CHUNK), strict=True):
-        cosines = (rows @ unit.transpose(1, 2)).masked_fill(places == at[:, None], -torch.inf)
-        found.append(1 - cosines.amax(2))
-    return torch.cat(found, 1)
+    nearest = torch.full_like(unit[..., 0], -torch.inf)
+    for at in places.split(CHUNK):
+        first, rest = int(at[0]), places[int(at[0]) :]
+        cosines = unit[:, at] @ unit[:, first:].transpose(1, 2)  # of a pair once
+        cosines = cosines.masked_fill(rest == at[:, None], -torch.inf)
+        nearest[:, first:] = nearest[:, first:].maximum(cosines.amax(1))
+        nearest[:, at] = nearest[:, at].maximum(cosines.amax(2))
+    return 1 - nearest
 
 
 class _Farthest:
