@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .compat import NEWEST, OLDEST, release, why_not
+from .compat import NEWEST, OLDEST, release, repair_cpu_runner, why_not
 from .families import FAMILIES
 from .options import KEY, Plan, plan_of
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MODELS = {
     "LlavaForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlava",
     "LlavaNextForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlavaNext",
+    "Qwen2_5_VLForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedQwen25VL",
 }
 
 
@@ -37,6 +38,7 @@ def register() -> None:
         return  # the checks refuse our key, and everything else is vLLM's own
     from vllm import ModelRegistry
 
+    repair_cpu_runner()
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)
 

@@ -66,6 +66,36 @@ def wrap_verification(check: Callable[[Any], None]) -> bool:
     return True
 
 
+def repair_cpu_runner() -> None:
+    """Let the runner on a CPU ask a model for positions of kept tokens, as that on a GPU does when it loads a model.
+
+    A second call changes nothing; `docs/upstream/cpu_runner_flag.py` shows the fault.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    original = CPUModelRunner.load_model
+    if hasattr(original, "tokprune"):
+        return
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        model = self.get_model()
+        if getattr(model, "tokprune", None) is not None:  # of models that prune nothing it stays as vLLM has it
+            self.is_multimodal_pruning_enabled = bool(getattr(model, "supports_multimodal_pruning", False))
+
+    load_model.tokprune = True
+    CPUModelRunner.load_model = load_model
+
+
+def let_positions_be_asked(model_config: Any) -> None:
+    """Let runners ask the model of this configuration for positions, which else options for videos alone do."""
+    object.__setattr__(model_config.get_multimodal_config(), "is_multimodal_pruning_enabled", lambda: True)
+
+
 def tell(text: str) -> None:
     """One line in vLLM's own log."""
     from vllm.logger import init_logger

@@ -8,7 +8,12 @@ from typing import Any, cast
 import torch
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
+from tokprune.prune.select import Kept
+
+from .compat import let_positions_be_asked
+from .m_rope import pictures_of, placed, text_positions, with_places
 from .processing import FIELD, plan_of_server, with_processor
 from .pruning import Pruner
 
@@ -19,7 +24,8 @@ class Pruned:
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         plan, model = plan_of_server(vllm_config.model_config), cast(Any, self)
-        self.tokprune = None if plan is None else Pruner(plan, model.vision_tower, model.multi_modal_projector)
+        tower, projector = (getattr(model, name, None) for name in ("vision_tower", "multi_modal_projector"))
+        self.tokprune = None if plan is None else Pruner(plan, tower, projector)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Rows of every picture for the language model: as many as the prompt has placeholders."""
@@ -37,6 +43,54 @@ class Pruned:
         return super().get_mm_lora_token_counts(**kwargs)
 
 
+class PrunedMRope(Pruned):
+    """Mixed into a Qwen-VL model of vLLM: rows bring their places along, and dropped ones leave gaps in positions."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        if plan_of_server(vllm_config.model_config) is not None:
+            let_positions_be_asked(vllm_config.model_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def _postprocess_image_embeds_evs(self, rows: Any, image_input: Any) -> Any:
+        """Places are added when it is known which rows stay."""
+        return super()._postprocess_image_embeds_evs(rows, image_input) if self.tokprune is None else rows
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Kept rows with their places behind them."""
+        if self.tokprune is None:
+            return super().embed_multimodal(**kwargs)
+        numbers, width = kwargs.pop(FIELD, None), cast(Any, self).config.text_config.hidden_size
+        whole = list(super().embed_multimodal(**kwargs) or ())
+        if numbers is None:
+            kept = [Kept(torch.arange(len(rows), device=rows.device), rows[:, :width]) for rows in whole]
+        else:
+            numbers = torch.as_tensor(numbers) if isinstance(numbers, torch.Tensor) else torch.stack(list(numbers))
+            kept = self.tokprune.prune(lambda: [rows[:, :width] for rows in whole], kwargs, numbers)
+        layouts = self.tokprune.plan.family.layouts(kwargs) if whole else []
+        return [
+            with_places(torch.cat([k.features, rows[k.index, width:]], 1), k.index, layout.width)
+            for k, rows, layout in zip(kept, whole, layouts, strict=True)
+        ]
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
+        """Those of text, which continue behind the whole picture."""
+        if self.tokprune is None:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        merge = cast(Any, self).config.vision_config.spatial_merge_size
+        return text_positions(len(input_tokens), pictures_of(mm_features, merge))
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: torch.Tensor, num_computed_tokens: int
+    ) -> Any:
+        """Those of the rows of a chunk."""
+        given = (input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+        if self.tokprune is None:
+            return super().recompute_mrope_positions(*given)
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+        is_picture = ids == cast(Any, self).config.image_token_id
+        return placed(mrope_positions, is_picture, multimodal_embeddings, num_computed_tokens)
+
+
 @with_processor
 class PrunedLlava(Pruned, LlavaForConditionalGeneration):
     """LLaVA 1.5."""
@@ -45,3 +99,8 @@ class PrunedLlava(Pruned, LlavaForConditionalGeneration):
 @with_processor
 class PrunedLlavaNext(Pruned, LlavaNextForConditionalGeneration):
     """LLaVA-NeXT."""
+
+
+@with_processor
+class PrunedQwen25VL(PrunedMRope, Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""

@@ -126,9 +126,9 @@ class Plan:
     def __str__(self):
         largest = self.family.largest
         n_visual, n_keep = largest.n_visual, self.n_keep(largest)
-        largest_picture = "of the largest picture" if self.family.has_newlines else "a picture"
         newlines = f", newlines {self.request.newlines}" if self.family.has_newlines else ""
-        return f"{KEY}: {self.request.label} {self.budget}: {n_visual} -> {n_keep} tokens {largest_picture}{newlines}"
+        tokens = f"{n_visual} -> {n_keep} tokens {self.family.picture}{newlines}"
+        return f"{KEY}: {self.request.label} {self.budget}: {tokens}"
 
 
 def rows_of(layout: Layout, n_keep: int, newlines: str) -> int:
@@ -233,8 +233,10 @@ def _planned(request: Request, family: Any) -> Request:
         )
     if request.before is not None and request.before.keeps_positions:
         raise OptionError(f"{request.label!r}: calibrate keeps positions, which vLLM does not; leave calibrate out")
-    if request.positions == "original":
-        raise OptionError("positions='original' is not served by vLLM for this model; use positions='contiguous'")
+    if request.positions not in ("auto", family.positions):
+        raise OptionError(
+            f"positions={request.positions!r} is not served by vLLM for this model; use positions={family.positions!r}"
+        )
     if request.newlines != "keep_rows_with_tokens" or not family.has_newlines:
         return request
     return replace(request, newlines="keep")  # which rows keep a token is known too late

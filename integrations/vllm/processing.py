@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tokprune.core.errors import OptionError, UnsupportedModelError
+from tokprune.core.layout import grid_layout
 
 from .compat import without_key
 from .options import EXAMPLE, KEY, Plan, check_key, plan_of
@@ -32,6 +33,30 @@ class PrunedInfo:
         super().__init__(without_key(ctx, KEY))
         self.plan = plan_of_server(ctx.model_config)
 
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Pictures alone where something is pruned."""
+        limits = super().get_supported_mm_limits()  # type: ignore[misc]
+        return limits if self.plan is None else {name: limit for name, limit in limits.items() if name == "image"}
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        """Refuse videos by name.
+
+        Raises:
+            UnsupportedModelError: vLLM answers it with status 400.
+        """
+        if self.plan is not None and modality != "image" and num_items:
+            raise UnsupportedModelError(
+                f"{KEY}: {modality} input is not served where pictures are pruned; start a server without {KEY!r}"
+            )
+        super().validate_num_items(modality, num_items)  # type: ignore[misc]
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
+        """Of a picture, those that stay of the most that it may have."""
+        most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
+        if self.plan is None or most is None:
+            return most
+        return {"image": self.plan.n_rows(grid_layout(1, most["image"]))}
+
     def plan_of(self, kwargs: Mapping[str, Any]) -> Plan | None:
         """Of a request with these `mm_processor_kwargs`.
 
@@ -51,6 +76,21 @@ class PrunedProcessor:
     """Mixed into a MultiModalProcessor of vLLM. Requests run in several threads, so nothing of one is kept here."""
 
     info: Any
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """What the engine gets of a prompt.
+
+        Raises:
+            UnsupportedModelError: positions behind a picture would be wrong; vLLM answers it with status 400.
+        """
+        found: Any = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        plan = self.info.plan
+        if plan is not None and plan.family.positions == "original":
+            places = found["mm_placeholders"].get("image", ())
+            check_places(
+                found["prompt_token_ids"], [place.length for place in places], plan.family.config.image_token_id
+            )
+        return found
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """Features of a picture differ by method and budget: also where servers share what they cache."""
@@ -83,6 +123,20 @@ class PrunedProcessor:
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
         return [_cut(update, out_mm_kwargs) if update.modality == "image" else update for update in updates]
+
+
+def check_places(prompt: Sequence[int], lengths: Sequence[int], token: int) -> None:
+    """Raise UnsupportedModelError unless columns of pictures can be told from the prompt alone, as vLLM's runners do.
+
+    Args:
+        prompt: ids of its tokens.
+        lengths: placeholders of every picture.
+        token: the id of a placeholder.
+    """
+    if list(prompt).count(token) != sum(lengths):
+        raise UnsupportedModelError(f"{KEY}: the prompt has more image tokens than pictures; leave the others out")
+    if len(prompt) and prompt[-1] == token:
+        raise UnsupportedModelError(f"{KEY}: the prompt ends with a picture; write <|vision_end|> and text behind it")
 
 
 def salt_of(image: Any) -> int:

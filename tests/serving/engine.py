@@ -11,7 +11,7 @@ import sys
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model is in this process
 
-from questions import N_TOKENS, TASKS, asked
+from questions import N_TOKENS, asked, shown, task_of
 from tokprune.eval.models import path_of
 from tokprune.integrations.vllm.pruning import Pruner
 from vllm import LLM, SamplingParams
@@ -45,13 +45,14 @@ def main(model_name: str, n: int, out: str) -> None:
     kept: list = []
     seen_kept(kept)
     params = SamplingParams(temperature=0, max_tokens=N_TOKENS, logprobs=64)
-    samples, singles = asked(TASKS[model_name], n), []
-    requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for _, image, prompt in samples]
-    for (sample, *_), request in zip(samples, requests, strict=True):
+    samples, singles = shown(model_name, asked(task_of(model_name), n)), []
+    requests = [{"prompt": prompt, "multi_modal_data": {"image": images}} for _, images, prompt in samples]
+    for (sample, images, _), request in zip(samples, requests, strict=True):
         before = len(kept)
         (answer,) = llm.generate(request, params, use_tqdm=False)
         one = row(sample, answer)
-        one["kept"] = kept[before] if len(kept) > before else None  # features may come from the encoder cache
+        new = kept[before:]
+        one["kept"] = new if len(new) == len(images) else None  # features may come from the encoder cache
         singles.append(one)
     llm.reset_prefix_cache()
     together = [row(s[0], a) for s, a in zip(samples, llm.generate(requests, params, use_tqdm=False), strict=True)]

@@ -10,7 +10,7 @@ import json
 import sys
 
 import torch
-from questions import N_TOKENS, TASKS, asked, salt
+from questions import N_TOKENS, asked, salt, shown, task_of
 from tokprune.eval.models import path_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -18,10 +18,10 @@ import tokprune
 
 
 def rows(model, processor, samples, attachment):
-    for sample, image, prompt in samples:
-        inputs = processor(images=image, text=prompt, return_tensors="pt")
+    for sample, images, prompt in samples:
+        inputs = processor(images=images, text=prompt, return_tensors="pt")
         if attachment is not None:
-            attachment.salts = (salt(image),)
+            attachment.salts = tuple(salt(image) for image in images)
         made = model.generate(
             **inputs, max_new_tokens=N_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
@@ -29,7 +29,7 @@ def rows(model, processor, samples, attachment):
             "id": sample.id,
             "ids": made.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
             "logprobs": made.logits[0][0].float().log_softmax(-1).tolist(),
-            "kept": None if attachment is None else attachment.kept[0].tolist(),
+            "kept": None if attachment is None else [kept.tolist() for kept in attachment.kept],
             "right": processor.decode(made.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             .strip()
             .casefold()
@@ -41,7 +41,7 @@ def main(model_name: str, n: int, out: str) -> None:
     torch.set_num_threads(1)
     processor = AutoProcessor.from_pretrained(path_of(model_name))
     model = AutoModelForImageTextToText.from_pretrained(path_of(model_name), dtype=torch.float32).eval()
-    samples, found = asked(TASKS[model_name], n), []
+    samples, found = shown(model_name, asked(task_of(model_name), n)), []
     for setting in json.load(sys.stdin):
         attachment = tokprune.attach(model, **setting) if setting else None
         found.append(list(rows(model, processor, samples, attachment)))

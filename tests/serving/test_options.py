@@ -60,13 +60,42 @@ def test_what_cannot_be_served_is_refused_in_one_line(given, message):
     assert "\n" not in str(refused.value)
 
 
-def test_methods_that_are_named_as_working_do_work():
+@pytest.mark.parametrize(
+    ("model", "some"),
+    [("tiny-llava", {"vtc_cls", "visionzip", "divprune", "fopru", "random"}), ("tiny-qwen", {"divprune", "random"})],
+)
+def test_methods_that_are_named_as_working_do_work(model, some):
     with pytest.raises(tokprune.TokPruneError) as refused:
-        plan_of(config(), {**ASKED, "method": "fastv"})
+        plan_of(config(model), {**ASKED, "method": "fastv"})
     names = str(refused.value).partition("work here: ")[2].split(", ")
-    assert {"vtc_cls", "visionzip", "divprune", "fopru", "random"} <= set(names)
+    assert some <= set(names)
     for name in names:
-        assert plan_of(config(), {**ASKED, "method": name}) is not None
+        assert plan_of(config(model), {**ASKED, "method": name}) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "vtc_cls", "keep_ratio": 0.25}, "is not read in vLLM.* divprune"),
+        ({"method": "visionzip", "keep_ratio": 0.25}, "is not read in vLLM.* divprune"),
+        ({"method": "divprune", "flops_ratio": 0.5}, "not known; use keep_ratio or keep_tokens"),
+        ({"method": "divprune", "keep_ratio": 0.5, "positions": "contiguous"}, "use positions='original'"),
+        ({"method": "divprune"}, "give exactly one budget"),
+    ],
+)
+def test_what_cannot_be_served_of_qwen_is_refused_in_one_line(given, message):
+    with pytest.raises(tokprune.TokPruneError, match=message) as refused:
+        plan_of(config("tiny-qwen"), given)
+    assert str(refused.value).startswith("tokprune: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_pictures_of_qwen_have_any_size():
+    plan = plan_of(config("tiny-qwen"), {"method": "divprune", "keep_ratio": 0.25, "positions": "original"})
+    wide, high = plan.family.layouts({"image_grid_thw": torch.tensor([[1, 4, 16], [1, 12, 2]])})
+    assert (wide.height, wide.width, plan.n_rows(wide)) == (2, 8, 4)
+    assert (high.height, high.width, plan.n_rows(high)) == (6, 1, 2)
+    assert "1296 -> 324 tokens of a picture of 36 x 36 tokens" in str(plan)
 
 
 def test_other_models_and_towers_are_refused():
@@ -222,3 +251,30 @@ def test_newlines_do_not_hang_on_what_is_kept(newlines, kept):
     assert plan.request.newlines == kept
     assert plan.n_rows(layout) == plan.n_keep(layout) + n_newlines
     assert "of the largest picture" in str(plan)
+
+
+@NEEDS_VLLM
+def test_prompts_of_qwen_are_cut_or_refused_before_an_engine_sees_them():
+    from tokprune.integrations.vllm import register
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    register()
+    given = {"tokprune": {"method": "divprune", "keep_ratio": 0.25}}
+    asked = EngineArgs(path_of("tiny-qwen"), mm_processor_kwargs=given, enforce_eager=True, max_model_len=1024)
+    processor = MULTIMODAL_REGISTRY.create_processor(asked.create_model_config())
+    shown = "<|vision_start|><|image_pad|><|vision_end|>"
+
+    def columns(prompt, **items):
+        found = processor(prompt, processor.info.parse_mm_data(items))
+        return [place.length for place in found["mm_placeholders"]["image"]]
+
+    wide, high = Image.new("RGB", (128, 64)), Image.new("RGB", (64, 96))
+    assert columns(f"{shown}{shown} what?", image=[wide, high]) == [8, 6]
+    assert columns("<|image_pad|><|image_pad|> what?", image=[wide, high]) == [8, 6]
+    with pytest.raises(tokprune.TokPruneError, match=r"<\|vision_end\|>"):
+        columns("what? <|image_pad|>", image=[wide])
+    with pytest.raises(tokprune.TokPruneError, match="more image tokens than pictures"):
+        columns(f"{shown} <|image_pad|> what?", image=[wide])
+    with pytest.raises(tokprune.TokPruneError, match="video input is not served where pictures are pruned"):
+        columns(f"{shown} what?", image=[wide], video=[(np.zeros((4, 32, 32, 3), np.uint8), {"fps": 1.0})])

@@ -9,5 +9,6 @@ FAMILIES = Registry(
     table={
         "LlavaForConditionalGeneration": "tokprune.integrations.vllm.families.llava:Llava",
         "LlavaNextForConditionalGeneration": "tokprune.integrations.vllm.families.llava_next:LlavaNext",
+        "Qwen2_5_VLForConditionalGeneration": "tokprune.integrations.vllm.families.qwen_vl:QwenVL",
     },
 )

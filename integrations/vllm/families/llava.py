@@ -25,10 +25,14 @@ class Llava:
 
     Attributes:
         has_newlines: whether rows of pictures end with a newline token.
+        positions: of kept tokens; those of the shorter prompt.
+        picture: that `largest` is of, for the log.
     """
 
     towers: ClassVar = ("clip_vision_model", "siglip_vision_model")
     has_newlines: ClassVar[bool] = False
+    positions: ClassVar[str] = "contiguous"
+    picture: ClassVar[str] = "a picture"
 
     def __init__(self, config: Any):
         self.config = config

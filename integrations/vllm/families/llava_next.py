@@ -21,6 +21,7 @@ class LlavaNext(Llava):
     """LlavaNextForConditionalGeneration; signals and coordinates go through vLLM's packing, with a newline of NaN."""
 
     has_newlines: ClassVar[bool] = True
+    picture: ClassVar[str] = "of the largest picture"
 
     def __init__(self, config: Any):
         super().__init__(config)
