@@ -174,7 +174,7 @@ class ServedRunner(Runner):
     def _spent(self, config: Config, samples: Sequence[Sample], pictures: Sequence[Any]) -> list[Ops]:
         plan, family = self.plan(config), family_of(self.model)
         layouts = [self._layout_of(picture.size, s, picture) for s, picture in zip(samples, pictures, strict=True)]
-        return [plan.spent(layout, family.crop_patches(layout)) for layout in layouts]
+        return [plan.spent(layout, family.shape, family.crop_patches(layout)) for layout in layouts]
 
     def _layout_of(self, size: tuple[int, int], sample: Sample, picture: Any) -> Layout:
         if size not in self._layouts:

@@ -14,7 +14,7 @@ from tokprune.core.budget import Budget
 from tokprune.core.errors import BudgetError, OptionError, TokPruneError
 from tokprune.core.layout import Layout
 from tokprune.core.signals import Kind, Signal
-from tokprune.cost.flops import Ledger, Ops
+from tokprune.cost.flops import Ledger, Ops, Shape
 from tokprune.cost.selection import SelectionCost
 from tokprune.prune.request import Request, request_of
 from tokprune.prune.saved import read_saved, version_of
@@ -116,12 +116,18 @@ class Plan:
         """Predicted cost of a prompt with a picture and so many other tokens; of a model whose shape is known."""
         return self._cost.prefill(layout, self.n_keep(layout), n_text)
 
-    def spent(self, layout: Layout, n_patches: int | None = None) -> Ops:
-        """What collecting signals and selecting computes for a picture of which not all is kept."""
+    def spent(self, layout: Layout, shape: Shape | None, n_patches: int | None = None) -> Ops:
+        """What collecting signals and selecting computes for a picture of which not all is kept.
+
+        Args:
+            layout: of the picture.
+            shape: of the model; None where it is not known, and nothing is counted.
+            n_patches: of a crop, where the picture's size decides.
+        """
         n_keep = self.n_keep(layout)
-        if self.family.shape is None or n_keep >= layout.n_visual:
+        if shape is None or n_keep >= layout.n_visual:
             return Ops()
-        return self._cost.selector(layout, n_keep, n_patches)
+        return replace(self._cost, shape=shape).selector(layout, n_keep, n_patches)
 
     def __str__(self):
         largest = self.family.largest

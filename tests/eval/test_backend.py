@@ -5,13 +5,18 @@ from __future__ import annotations
 import pytest
 from commands import refusal, tokprune_cli
 from tokprune.eval import api
+from tokprune.eval.models import path_of
 from tokprune.eval.run import served
 from tokprune.eval.run.rows import Config
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks import load_task
+from tokprune.integrations.transformers import family_of
+from tokprune.integrations.vllm import plan_of
+from transformers import AutoConfig
 
 import tokprune
 from tokprune.core.errors import RunError
+from tokprune.core.layout import grid_layout
 
 ASKED = dict(task="findit", methods=["vtc_cls"], keep=[0.25], limit=4)
 
@@ -86,3 +91,13 @@ def test_pictures_are_counted_without_weights_as_with_them(installed, model, tas
     assert (got.columns, got.n_visual, got.crops) == (want.columns, want.n_visual, want.crops)
     assert all(p.is_meta for p in ours.model.parameters())
     assert ours.shape == theirs.shape
+
+
+def test_selection_is_counted_where_the_engine_knows_no_shape():
+    """DivPrune compares the 36 tokens of a picture with each other, at the width of the language model."""
+    config = AutoConfig.from_pretrained(path_of("tiny-qwen"))
+    plan = plan_of(config, {"method": "divprune", "keep_ratio": 0.25})
+    shape = family_of(Runner.load("tiny-qwen").model).shape
+    assert plan.family.shape is None
+    assert plan.spent(grid_layout(6, 6), shape).flops == 2 * 36 * 36 * config.text_config.hidden_size
+    assert plan.spent(grid_layout(6, 6), None).flops == 0
