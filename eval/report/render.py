@@ -110,18 +110,6 @@ def serve(name: str) -> str:
     return f"{bench_serving.conditions_line(rows)}\n\n{table}\n{bench_serving.legend()}\n"
 
 
-def refusals(name: str) -> str:
-    """Seconds until a server refuses what is asked, and what it says."""
-    rows = read_rows(name)
-    first, loads = rows[0], [r["load"] for r in rows]
-    lines = [[r["what"], f"{r['seconds']:.0f} s", r["said"].rpartition("tokprune: ")[2]] for r in rows]
-    head = (
-        f"tiny-llava, {first['device']}, vLLM {first['vllm']}, load average {min(loads):.1f} to {max(loads):.1f}, "
-        f"{first['date']}.\n\n"
-    )
-    return head + markdown(("asked", "after", "says"), lines)
-
-
 def pairs(name: str) -> str:
     """Differences between configurations on the same questions."""
     lines = [
@@ -352,7 +340,6 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "models": models,
     "pairs": pairs,
     "promises": promised.promises,
-    "refusals": refusals,
     "report": report,
     "reported": reported.tables,
     "savings": savings,
