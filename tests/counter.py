@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -24,3 +27,18 @@ def counted(run: Callable[[], object], parts: tuple[str, ...] = ()) -> dict[str,
     by_module = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     found = {part: sum(n for name, n in by_module.items() if ("." + name).endswith("." + part)) for part in parts}
     return {**found, "all": counter.get_total_flops()}
+
+
+@contextlib.contextmanager
+def sizes_made():
+    """Elements of every tensor that is made in the block."""
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with Watch():
+        yield sizes

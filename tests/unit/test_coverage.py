@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from counter import counted
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from counter import counted, sizes_made
 
 import tokprune
 from tokprune.core.budget import REFERENCE_TEXT
@@ -79,16 +77,10 @@ def test_cosines_that_are_not_held_give_the_same_tokens(monkeypatch):
 @pytest.mark.parametrize("spec", ["scope"])
 def test_no_matrix_of_all_pairs_beyond_the_limit(spec):
     """The largest tensor that is ever made of more tokens than that has a chunk of rows."""
-    n, sizes = 4900, []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
+    n = 4900
 
     tokens = scope_tokens(smooth(70, 8))
-    with Watch():
+    with sizes_made() as sizes:
         tokprune.get_method(spec).select(tokens, 40)
     assert coverage.CHUNK * n <= max(sizes) < n * n / 4
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from counter import sizes_made
 
 import tokprune
 from tokprune.core.layout import grid_layout
@@ -88,16 +87,10 @@ def test_panels_choose_what_is_chosen_one_by_one(what, n_keep, request):
 
 @pytest.mark.parametrize("name", ["divprune", "cdpruner"])
 def test_no_matrix_of_all_pairs_of_many_tokens(name):
-    n, sizes = 4900, []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
+    n = 4900
 
     x = kinds(1, n, 8)
-    with Watch():
+    with sizes_made() as sizes:
         if name == "divprune":
             tokprune.get_method(name).order(VisualTokens.of(x, grid_layout(70, 70)), 40)
         else:
