@@ -22,6 +22,7 @@ MODELS = {
     "LlavaForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlava",
     "LlavaNextForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlavaNext",
     "Qwen2_5_VLForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedQwen3VL",
 }
 
 

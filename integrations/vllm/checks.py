@@ -60,6 +60,9 @@ def why_unhooked(vllm_config: Any) -> str:
             return f"{name} runs the vision tower where nothing can be read; leave it out of --compilation-config"
     if getattr(lora, "enable_tower_connector_lora", False):
         return "LoRA on tower or projector is not served; leave --enable-tower-connector-lora out"
-    if getattr(vllm_config.model_config.multimodal_config, "mm_encoder_tp_mode", "weights") == "data":
+    multimodal = vllm_config.model_config.multimodal_config
+    if getattr(multimodal, "video_pruning_rate", None):
+        return "--video-pruning-rate would prune videos in vLLM's own way, too; leave it out"
+    if getattr(multimodal, "mm_encoder_tp_mode", "weights") == "data":
         return "--mm-encoder-tp-mode data shows each worker a part of the pictures; leave it out"
     return ""

@@ -9,12 +9,13 @@ import torch
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from tokprune.prune.select import Kept
 
 from .compat import let_positions_be_asked
-from .m_rope import pictures_of, placed, text_positions, with_places
-from .processing import FIELD, plan_of_server, with_processor
+from .m_rope import interval_of, pictures_of, placed, text_positions, with_places
+from .processing import FIELD, FIELDS, plan_of_server, with_processor
 from .pruning import Pruner
 
 
@@ -44,7 +45,10 @@ class Pruned:
 
 
 class PrunedMRope(Pruned):
-    """Mixed into a Qwen-VL model of vLLM: rows bring their places along, and dropped ones leave gaps in positions."""
+    """Mixed into a Qwen-VL model of vLLM: rows bring their places along, and dropped ones leave gaps in positions.
+
+    What is added in the first decoder layers of Qwen3-VL lies behind the features of a row, and stays with it.
+    """
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         if plan_of_server(vllm_config.model_config) is not None:
@@ -55,11 +59,20 @@ class PrunedMRope(Pruned):
         """Places are added when it is known which rows stay."""
         return super()._postprocess_image_embeds_evs(rows, image_input) if self.tokprune is None else rows
 
+    def _postprocess_video_embeds_evs(self, rows: Any, video_input: Any) -> Any:
+        """As those of pictures."""
+        return super()._postprocess_video_embeds_evs(rows, video_input) if self.tokprune is None else rows
+
+    @property
+    def _per_second(self) -> float:
+        return getattr(cast(Any, self).config.vision_config, "tokens_per_second", 1.0)
+
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """Kept rows with their places behind them."""
+        """Kept rows with their places behind them; vLLM shows pictures alone, or videos alone."""
         if self.tokprune is None:
             return super().embed_multimodal(**kwargs)
-        numbers, width = kwargs.pop(FIELD, None), cast(Any, self).config.text_config.hidden_size
+        given = [numbers for field in FIELDS.values() if (numbers := kwargs.pop(field, None)) is not None]
+        numbers, width = next(iter(given), None), cast(Any, self).config.text_config.hidden_size
         whole = list(super().embed_multimodal(**kwargs) or ())
         if numbers is None:
             kept = [Kept(torch.arange(len(rows), device=rows.device), rows[:, :width]) for rows in whole]
@@ -67,17 +80,21 @@ class PrunedMRope(Pruned):
             numbers = torch.as_tensor(numbers) if isinstance(numbers, torch.Tensor) else torch.stack(list(numbers))
             kept = self.tokprune.prune(lambda: [rows[:, :width] for rows in whole], kwargs, numbers)
         layouts = self.tokprune.plan.family.layouts(kwargs) if whole else []
+        seconds = kwargs.get("second_per_grid_ts")
+        seconds = [None] * len(whole) if seconds is None else seconds
         return [
-            with_places(torch.cat([k.features, rows[k.index, width:]], 1), k.index, layout.width)
-            for k, rows, layout in zip(kept, whole, layouts, strict=True)
+            with_places(
+                torch.cat([k.features, rows[k.index, width:]], 1), k.index, layout, interval_of(own, self._per_second)
+            )
+            for k, rows, layout, own in zip(kept, whole, layouts, seconds, strict=True)
         ]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
-        """Those of text, which continue behind the whole picture."""
+        """Those of text, which continue behind the whole picture or video."""
         if self.tokprune is None:
             return super().get_mrope_input_positions(input_tokens, mm_features)
         merge = cast(Any, self).config.vision_config.spatial_merge_size
-        return text_positions(len(input_tokens), pictures_of(mm_features, merge))
+        return text_positions(len(input_tokens), pictures_of(mm_features, merge, self._per_second))
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: torch.Tensor, num_computed_tokens: int
@@ -86,8 +103,8 @@ class PrunedMRope(Pruned):
         given = (input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
         if self.tokprune is None:
             return super().recompute_mrope_positions(*given)
-        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-        is_picture = ids == cast(Any, self).config.image_token_id
+        ids, config = torch.as_tensor(input_ids, device=mrope_positions.device), cast(Any, self).config
+        is_picture = (ids == config.image_token_id) | (ids == config.video_token_id)
         return placed(mrope_positions, is_picture, multimodal_embeddings, num_computed_tokens)
 
 
@@ -104,3 +121,8 @@ class PrunedLlavaNext(Pruned, LlavaNextForConditionalGeneration):
 @with_processor
 class PrunedQwen25VL(PrunedMRope, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
+
+
+@with_processor
+class PrunedQwen3VL(PrunedMRope, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL."""

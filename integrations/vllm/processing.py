@@ -18,6 +18,8 @@ from .compat import without_key
 from .options import EXAMPLE, KEY, Plan, check_key, plan_of
 
 FIELD = "tokprune"  # travels with a picture to the worker: (n_keep, rows, all rows, salt)
+FIELDS = {"image": FIELD, "video": f"{FIELD}_video"}
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 def plan_of_server(model_config: Any) -> Plan | None:
@@ -34,28 +36,32 @@ class PrunedInfo:
         self.plan = plan_of_server(ctx.model_config)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Pictures alone where something is pruned."""
+        """None of what is not pruned, where something is."""
         limits = super().get_supported_mm_limits()  # type: ignore[misc]
-        return limits if self.plan is None else {name: limit for name, limit in limits.items() if name == "image"}
+        if self.plan is None:
+            return limits
+        return {name: limit if name in self.plan.family.modalities else 0 for name, limit in limits.items()}
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
-        """Refuse videos by name.
+        """Refuse by name what is not pruned.
 
         Raises:
             UnsupportedModelError: vLLM answers it with status 400.
         """
-        if self.plan is not None and modality != "image" and num_items:
+        if self.plan is not None and modality not in self.plan.family.modalities and num_items:
             raise UnsupportedModelError(
-                f"{KEY}: {modality} input is not served where pictures are pruned; start a server without {KEY!r}"
+                f"{KEY}: {modality} input of this model is not served where pictures are pruned; start a server "
+                f"without {KEY!r}"
             )
         super().validate_num_items(modality, num_items)  # type: ignore[misc]
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        """Of a picture, those that stay of the most that it may have."""
+        """Of a picture or video, those that stay of the most that it may have."""
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
         if self.plan is None or most is None:
             return most
-        return {"image": self.plan.n_rows(grid_layout(1, most["image"]))}
+        modalities = [name for name in self.plan.family.modalities if name in most]
+        return {name: self.plan.n_rows(grid_layout(1, most[name])) for name in modalities}
 
     def plan_of(self, kwargs: Mapping[str, Any]) -> Plan | None:
         """Of a request with these `mm_processor_kwargs`.
@@ -86,57 +92,61 @@ class PrunedProcessor:
         found: Any = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         plan = self.info.plan
         if plan is not None and plan.family.positions == "original":
-            places = found["mm_placeholders"].get("image", ())
-            check_places(
-                found["prompt_token_ids"], [place.length for place in places], plan.family.config.image_token_id
-            )
+            for modality in plan.family.modalities:
+                lengths = [place.length for place in found["mm_placeholders"].get(modality, ())]
+                token = getattr(plan.family.config, f"{modality}_token_id")
+                check_places(found["prompt_token_ids"], lengths, token, modality)
         return found
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         """Features of a picture differ by method and budget: also where servers share what they cache."""
         hashes: Any = super()._get_mm_hashes(inputs)
         plan = self.info.plan_of(inputs.hf_processor_mm_kwargs)
-        if plan is not None and "image" in hashes:
-            hashes["image"] = [f"{value}-{plan.identity}" for value in hashes["image"]]
-        return hashes
+        if plan is None:
+            return hashes
+        own = {name: hashes[name] for name in plan.family.modalities if name in hashes}
+        return hashes | {name: [f"{value}-{plan.identity}" for value in values] for name, values in own.items()}
 
     def _postprocess_hf_mm_data(self, data: Mapping[str, Any], kwargs: Mapping[str, Any], processed: Any) -> Any:
-        """Add our field; pictures that come as ready features have no pixels and pass unpruned."""
+        """Add our fields; pictures that come as ready features have no pixels and pass unpruned."""
         processed = super()._postprocess_hf_mm_data(data, kwargs, processed)
-        plan, images = self.info.plan_of(kwargs), data.get("images")
-        if plan is None or images is None or processed.get("pixel_values") is None:
-            return processed
-        layouts = plan.family.layouts(processed)
-        numbers = [
-            (plan.n_keep(layout), plan.n_rows(layout), len(layout.crop), salt_of(image))
-            for layout, image in zip(layouts, images, strict=True)
-        ]
-        processed[FIELD] = torch.tensor(numbers, dtype=torch.int64)
+        plan = self.info.plan_of(kwargs)
+        for modality in () if plan is None else plan.family.modalities:
+            items = data.get(f"{modality}s")
+            if items is not None and processed.get(PIXELS[modality]) is not None:
+                processed[FIELDS[modality]] = _numbers(plan, of_modality(processed, modality), items)
         return processed
 
     def _get_mm_fields_config(self, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
         from vllm.multimodal.inputs import MultiModalFieldConfig
 
         fields = dict(super()._get_mm_fields_config(inputs, kwargs))
-        return fields | {FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        return fields | {
+            field: MultiModalFieldConfig.batched(modality, keep_on_cpu=True) for modality, field in FIELDS.items()
+        }
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        return [_cut(update, out_mm_kwargs) if update.modality == "image" else update for update in updates]
+        return [_cut(update, out_mm_kwargs) if update.modality in FIELDS else update for update in updates]
 
 
-def check_places(prompt: Sequence[int], lengths: Sequence[int], token: int) -> None:
+def check_places(prompt: Sequence[int], lengths: Sequence[int], token: int, modality: str = "image") -> None:
     """Raise UnsupportedModelError unless columns of pictures can be told from the prompt alone, as vLLM's runners do.
 
     Args:
         prompt: ids of its tokens.
-        lengths: placeholders of every picture.
-        token: the id of a placeholder.
+        lengths: placeholders of every picture, or of every video.
+        token: the id of such a placeholder.
+        modality: "image" or "video".
     """
     if list(prompt).count(token) != sum(lengths):
-        raise UnsupportedModelError(f"{KEY}: the prompt has more image tokens than pictures; leave the others out")
+        raise UnsupportedModelError(
+            f"{KEY}: the prompt has more {modality} tokens than {modality}s have; leave the others out"
+        )
     if len(prompt) and prompt[-1] == token:
-        raise UnsupportedModelError(f"{KEY}: the prompt ends with a picture; write <|vision_end|> and text behind it")
+        raise UnsupportedModelError(
+            f"{KEY}: the prompt ends with {modality} tokens; write <|vision_end|> and text behind them"
+        )
 
 
 def salt_of(image: Any) -> int:
@@ -144,19 +154,34 @@ def salt_of(image: Any) -> int:
     return zlib.crc32(np.ascontiguousarray(image))
 
 
+def _numbers(plan: Plan, processed: Mapping[str, Any], items: Any) -> torch.Tensor:
+    """Our field of pictures or videos."""
+    numbers = [
+        (plan.n_keep(layout), plan.n_rows(layout), len(layout.crop), salt_of(item))
+        for layout, item in zip(plan.family.layouts(processed), items, strict=True)
+    ]
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def of_modality(processed: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    """What a processor made, without the grids of the other modalities."""
+    others = {f"{name}_grid_thw" for name in FIELDS if name != modality}
+    return {name: value for name, value in processed.items() if name not in others}
+
+
 def _cut(update: Any, out_mm_kwargs: Any) -> Any:
     """The update of a prompt with as many placeholders as rows stay."""
-    original = update.replacement
+    original, field = update.replacement, FIELDS[update.modality]
 
     def replacement(item: int) -> Any:
         placeholders = original(item)
-        data = out_mm_kwargs["image"][item]
-        if FIELD not in data:
+        data = out_mm_kwargs[update.modality][item]
+        if field not in data:
             return placeholders
-        _, n_rows, n_all, _ = data[FIELD].data.tolist()
+        _, n_rows, n_all, _ = data[field].data.tolist()
         if len(placeholders) != n_all:
             raise UnsupportedModelError(
-                f"{KEY}: vLLM plans {len(placeholders)} tokens for a picture where its layout says {n_all}"
+                f"{KEY}: vLLM plans {len(placeholders)} tokens for a {update.modality} where its layout says {n_all}"
             )
         return placeholders[:n_rows]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,16 +12,33 @@ import pytest
 from server import ENV
 
 HERE = Path(__file__).parent
+MADE = {"tiny-qwen3": "tiny_qwen3.py"}  # models that are not embedded, by the script that makes them
 
 
-def run(script: str, *arguments: str, given) -> subprocess.CompletedProcess:
+def run(script: str, *arguments: str, given=None) -> subprocess.CompletedProcess:
     """A script of this folder in a process of its own, which has JSON for input."""
     command = [sys.executable, str(HERE / script), *arguments]
     return subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, env=ENV, check=False)
 
 
 @pytest.fixture(scope="session")
-def answers(tmp_path_factory):
+def place(tmp_path_factory):
+    """Where a model is: the name of an embedded one, or a folder with one that is made for the tests."""
+
+    @functools.cache
+    def of(model: str) -> str:
+        if model not in MADE:
+            return model  # with or without ":clips"
+        folder = tmp_path_factory.mktemp("made") / model
+        done = run(MADE[model], str(folder))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return str(folder)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory, place):
     """What a script answers, once for the same question."""
     found: dict[str, object] = {}
 
@@ -28,7 +46,7 @@ def answers(tmp_path_factory):
         key = json.dumps([script, model, n, given])
         if key not in found:
             out = tmp_path_factory.mktemp("answers") / "rows.json"
-            done = run(script, model, str(n), str(out), given=given)
+            done = run(script, place(model), str(n), str(out), given=given)
             assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
             found[key] = json.loads(out.read_text())
         return found[key]

@@ -1,4 +1,4 @@
-"""The questions that both sides answer."""
+"""The questions that both sides answer; "tiny-qwen:clips" is a model that is asked about clips."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ from pathlib import Path
 import numpy as np
 from tokprune.eval.tasks import load_task
 
+from tokprune.prune.videos import Clip
+
 N_TOKENS = 8
-TASKS = {"tiny-llava": "findit", "tiny-llava-next": "findit_hd", "tiny-qwen": "findit"}
-QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+TASKS = {
+    "tiny-llava": "findit",
+    "tiny-llava-next": "findit_hd",
+    "tiny-qwen": "findit",
+    "tiny-qwen3": "findit",
+    "clips": "watchit",
+}
+QWEN, QWEN_CLIP = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
 SIZES = ((128, 64), (64, 128), (96, 96), (64, 112))  # of pictures for models that take any
 
 
-def task_of(model_name):
-    """Of an embedded model, or of a folder by its name."""
-    return TASKS[Path(model_name).name]
+def model_of(name):
+    """An embedded model, or a folder."""
+    return name.partition(":")[0]
+
+
+def task_of(name):
+    """Of clips, or by the name of the model."""
+    model, _, clips = name.partition(":")
+    return TASKS[clips or Path(model).name]
 
 
 def asked(task_name, n):
@@ -28,16 +42,37 @@ def asked(task_name, n):
 
 
 def shown(model_name, samples):
-    """(sample, pictures, prompt) as a model takes them: for Qwen of several sizes, and two in every fourth prompt."""
+    """(sample, pictures, clips, prompt) as a model takes them.
+
+    For Qwen pictures are of several sizes, and two in every fourth prompt; with clips, every fourth prompt has a
+    picture, too, and every fourth clip fewer frames, of another size.
+    """
+    if model_name.endswith(":clips"):
+        return [_clips(i, samples) for i in range(len(samples))]
     if "qwen" not in Path(model_name).name:
-        return [(sample, [image], prompt) for sample, image, prompt in samples]
+        return [(sample, [image], [], prompt) for sample, image, prompt in samples]
     found = []
     for i, (sample, image, prompt) in enumerate(samples):
         pictures = [image.resize(SIZES[j % 4]) for j in ((i, i + 1) if i % 4 == 3 else (i,))]
-        found.append((sample, pictures, prompt.replace("<image>", QWEN * len(pictures))))
+        found.append((sample, pictures, [], prompt.replace("<image>", QWEN * len(pictures))))
     return found
 
 
+def _clips(i, samples):
+    sample, clip, prompt = samples[i]
+    if i % 4 == 1:
+        clip = Clip(clip.frames[:6], clip.fps).resize((80, 48))
+    pictures = [clip.frames[0].resize(SIZES[1])] if i % 4 == 3 else []
+    return sample, pictures, [clip], prompt.replace("<image>", QWEN * len(pictures) + QWEN_CLIP)
+
+
+def frames_of(clip):
+    """Frames, and what a processor wants to know of them."""
+    n = len(clip.frames)
+    frames = np.stack([np.asarray(frame) for frame in clip.frames])
+    return frames, {"fps": clip.fps, "total_num_frames": n, "frames_indices": list(range(n))}
+
+
 def salt(image):
-    """What the plug-in draws with for a picture, written out here by hand."""
+    """What the plug-in draws with for a picture or clip, written out here by hand."""
     return zlib.crc32(np.asarray(image).tobytes())

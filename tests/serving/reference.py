@@ -10,7 +10,7 @@ import json
 import sys
 
 import torch
-from questions import N_TOKENS, asked, salt, shown, task_of
+from questions import N_TOKENS, asked, frames_of, model_of, salt, shown, task_of
 from tokprune.eval.models import path_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -18,10 +18,11 @@ import tokprune
 
 
 def rows(model, processor, samples, attachment):
-    for sample, images, prompt in samples:
-        inputs = processor(images=images, text=prompt, return_tensors="pt")
+    for sample, images, clips, prompt in samples:
+        frames = [frames_of(clip) for clip in clips]
+        inputs = inputs_of(processor, images, frames, prompt)
         if attachment is not None:
-            attachment.salts = tuple(salt(image) for image in images)
+            attachment.salts = tuple(salt(shown) for shown in [*images, *(values for values, _ in frames)])
         made = model.generate(
             **inputs, max_new_tokens=N_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
@@ -37,10 +38,19 @@ def rows(model, processor, samples, attachment):
         }
 
 
+def inputs_of(processor, images, frames, prompt):
+    given = {"images": images} if images else {}
+    if frames:
+        videos, metadata = zip(*frames, strict=True)
+        given |= {"videos": list(videos), "video_metadata": list(metadata), "do_sample_frames": False}
+    return processor(text=prompt, return_tensors="pt", **given)
+
+
 def main(model_name: str, n: int, out: str) -> None:
     torch.set_num_threads(1)
-    processor = AutoProcessor.from_pretrained(path_of(model_name))
-    model = AutoModelForImageTextToText.from_pretrained(path_of(model_name), dtype=torch.float32).eval()
+    folder = path_of(model_of(model_name))
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     samples, found = shown(model_name, asked(task_of(model_name), n)), []
     for setting in json.load(sys.stdin):
         attachment = tokprune.attach(model, **setting) if setting else None

@@ -10,35 +10,53 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 N = 24
 VTC = {"method": "vtc_cls", "keep_ratio": 0.25, "newlines": "keep"}
-SETTINGS = [
+RANDOM = {"method": "random", "keep_tokens": 20, "newlines": "keep"}
+DIVPRUNE = {"method": "divprune", "keep_ratio": 0.25}
+FEWER = {"method": "random", "keep_tokens": 6}
+OF_LLAVA = [
     {},
     VTC,
     {"method": "vtc_cls", "keep_ratio": 0.11, "newlines": "drop"},
     {"method": "fopru", "keep_ratio": 0.25, "newlines": "keep"},
     {"method": "visionzip", "keep_ratio": 0.25, "newlines": "keep"},
-    {"method": "random", "keep_tokens": 20, "newlines": "keep"},
+    RANDOM,
     {"method": "divprune", "keep_ratio": 0.25, "newlines": "keep"},
     {"method": "hired", "flops_ratio": 0.5, "newlines": "keep"},
 ]
-OF_NEXT = (0, 1, 2, 4)
-WITHOUT_SIGNALS = [  # Qwen's
+OF_QWEN = [  # nothing is read from its tower
     {},
-    {"method": "divprune", "keep_ratio": 0.25},
+    DIVPRUNE,
     {"method": "divprune", "keep_ratio": 0.1},
-    {"method": "random", "keep_tokens": 6},
-    {"method": "tome", "keep_ratio": 0.5},
+    FEWER,
+    *({"method": name, "keep_ratio": 0.25} for name in ("uniform", "globalcom2", "evs", "vidcom2")),
 ]
+TOME = {"method": "tome", "keep_ratio": 0.5}
+SETTINGS = {
+    "tiny-llava": OF_LLAVA,
+    "tiny-llava-next": [*OF_LLAVA[:3], OF_LLAVA[4], RANDOM],
+    "tiny-qwen": [*OF_QWEN, TOME],
+    "tiny-qwen:clips": OF_QWEN,
+    "tiny-qwen3": [*OF_QWEN, TOME],
+}
+CHUNKED = {"tiny-llava": VTC, "tiny-qwen": DIVPRUNE, "tiny-qwen:clips": DIVPRUNE, "tiny-qwen3": DIVPRUNE}
 CHUNKS = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True, "max_num_seqs": 8, "block_size": 32}
 CLOSE = 2e-4
 
 
-def engine(answers, model: str, setting: dict, **more) -> dict:
-    options = {"mm_processor_kwargs": {"tokprune": setting}} if setting else {}
-    return answers("engine.py", model, N, {**options, **more})
+def engine(answers, model: str, setting: dict, in_chunks: bool = False) -> dict:
+    """All engines of a model run in one process."""
+    asked = [(s, False) for s in SETTINGS[model]] + [(s, True) for m, s in CHUNKED.items() if m == model]
+    found = answers("engine.py", model, N, [options_of(*one) for one in asked])
+    return found[asked.index((setting, in_chunks))]
+
+
+def options_of(setting: dict, in_chunks: bool) -> dict:
+    key = {"mm_processor_kwargs": {"tokprune": setting}} if setting else {}
+    return key | (CHUNKS if in_chunks else {})
 
 
 def reference(answers, model: str, setting: dict) -> list[dict]:
-    settings = WITHOUT_SIGNALS if "qwen" in model else SETTINGS
+    settings = SETTINGS[model]
     return answers("reference.py", model, N, settings)[settings.index(setting)]
 
 
@@ -60,9 +78,7 @@ def same(rows: list[dict], others: list[dict], field: str) -> int:
 
 @pytest.mark.parametrize(
     ("model", "setting"),
-    [("tiny-llava", s) for s in SETTINGS]
-    + [("tiny-llava-next", SETTINGS[i]) for i in OF_NEXT]
-    + [("tiny-qwen", s) for s in WITHOUT_SIGNALS],
+    [(model, setting) for model, settings in SETTINGS.items() for setting in settings],
     ids=lambda value: value if isinstance(value, str) else value.get("method", "none"),
 )
 def test_answers_are_those_of_transformers(answers, model, setting):
@@ -78,21 +94,18 @@ def test_answers_are_those_of_transformers(answers, model, setting):
         assert all(row["prompt"] < other["prompt"] for row, other in zip(got["singles"], whole, strict=True))
 
 
-@pytest.mark.parametrize(("model", "setting"), [("tiny-llava", VTC), ("tiny-qwen", WITHOUT_SIGNALS[1])])
+@pytest.mark.parametrize(("model", "setting"), CHUNKED.items(), ids=list(CHUNKED))
 def test_pictures_that_are_split_over_chunks_answer_alike(answers, model, setting):
-    want, got = reference(answers, model, setting), engine(answers, model, setting, **CHUNKS)
+    want, got = reference(answers, model, setting), engine(answers, model, setting, in_chunks=True)
     for rows in (got["singles"], got["together"]):
         assert same(want, rows, "ids") == N
         assert farthest(want, rows) < CLOSE
 
 
-@pytest.mark.parametrize(
-    ("model", "asked", "other"),
-    [(model, SETTINGS[5], VTC) for model in ("tiny-llava", "tiny-llava-next")]
-    + [("tiny-qwen", WITHOUT_SIGNALS[3], WITHOUT_SIGNALS[1])],
-)
-def test_another_method_is_seen_to_differ(answers, model, asked, other):
+@pytest.mark.parametrize("model", SETTINGS)
+def test_another_method_is_seen_to_differ(answers, model):
     """The comparison can fail: here are two methods, of which each answers as itself."""
+    asked, other = (FEWER, DIVPRUNE) if "qwen" in model else (RANDOM, VTC)
     want, got = reference(answers, model, asked), engine(answers, model, other)
     assert same(want, got["singles"], "kept") == 0
     assert farthest(want, got["singles"]) > 100 * CLOSE

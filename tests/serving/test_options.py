@@ -202,21 +202,21 @@ def test_releases_that_were_not_tested_are_refused(release):
 
 
 @pytest.mark.parametrize(
-    ("compilation", "lora", "mode", "word"),
+    ("compilation", "lora", "multimodal", "word"),
     [
-        ({"compile_mm_encoder": True}, None, "weights", "compile_mm_encoder"),
-        ({"cudagraph_mm_encoder": True}, None, "weights", "cudagraph_mm_encoder"),
-        ({}, {"enable_tower_connector_lora": True}, "weights", "--enable-tower-connector-lora"),
-        ({}, None, "data", "--mm-encoder-tp-mode"),
-        ({}, {"enable_tower_connector_lora": False}, "weights", ""),
+        ({"compile_mm_encoder": True}, None, {}, "compile_mm_encoder"),
+        ({"cudagraph_mm_encoder": True}, None, {}, "cudagraph_mm_encoder"),
+        ({}, {"enable_tower_connector_lora": True}, {}, "--enable-tower-connector-lora"),
+        ({}, None, {"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode"),
+        ({}, None, {"video_pruning_rate": 0.5}, "--video-pruning-rate"),
+        ({}, {"enable_tower_connector_lora": False}, {"mm_encoder_tp_mode": "weights"}, ""),
     ],
 )
-def test_towers_that_cannot_be_followed_are_refused(compilation, lora, mode, word):
-    multimodal = SimpleNamespace(multimodal_config=SimpleNamespace(mm_encoder_tp_mode=mode))
+def test_towers_that_cannot_be_followed_are_refused(compilation, lora, multimodal, word):
     given = SimpleNamespace(
         compilation_config=SimpleNamespace(**compilation),
         lora_config=None if lora is None else SimpleNamespace(**lora),
-        model_config=multimodal,
+        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(**multimodal)),
     )
     assert word in why_unhooked(given)
     assert bool(word) == bool(why_unhooked(given))
@@ -255,26 +255,44 @@ def test_newlines_do_not_hang_on_what_is_kept(newlines, kept):
 
 @NEEDS_VLLM
 def test_prompts_of_qwen_are_cut_or_refused_before_an_engine_sees_them():
-    from tokprune.integrations.vllm import register
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-
-    register()
-    given = {"tokprune": {"method": "divprune", "keep_ratio": 0.25}}
-    asked = EngineArgs(path_of("tiny-qwen"), mm_processor_kwargs=given, enforce_eager=True, max_model_len=1024)
-    processor = MULTIMODAL_REGISTRY.create_processor(asked.create_model_config())
+    columns = columns_of(path_of("tiny-qwen"), {"method": "divprune", "keep_ratio": 0.25})
     shown = "<|vision_start|><|image_pad|><|vision_end|>"
-
-    def columns(prompt, **items):
-        found = processor(prompt, processor.info.parse_mm_data(items))
-        return [place.length for place in found["mm_placeholders"]["image"]]
-
     wide, high = Image.new("RGB", (128, 64)), Image.new("RGB", (64, 96))
     assert columns(f"{shown}{shown} what?", image=[wide, high]) == [8, 6]
     assert columns("<|image_pad|><|image_pad|> what?", image=[wide, high]) == [8, 6]
     with pytest.raises(tokprune.TokPruneError, match=r"<\|vision_end\|>"):
         columns("what? <|image_pad|>", image=[wide])
-    with pytest.raises(tokprune.TokPruneError, match="more image tokens than pictures"):
+    with pytest.raises(tokprune.TokPruneError, match="more image tokens than"):
         columns(f"{shown} <|image_pad|> what?", image=[wide])
-    with pytest.raises(tokprune.TokPruneError, match="video input is not served where pictures are pruned"):
-        columns(f"{shown} what?", image=[wide], video=[(np.zeros((4, 32, 32, 3), np.uint8), {"fps": 1.0})])
+
+
+@NEEDS_VLLM
+def test_videos_have_one_budget_for_all_frames(place):
+    asked = {"method": "vidcom2", "keep_ratio": 0.25}
+    columns = columns_of(path_of("tiny-qwen"), asked)
+    shown, picture = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("video", "image"))
+    told = {"fps": 2.0, "total_num_frames": 8, "frames_indices": list(range(8)), "do_sample_frames": False}
+    videos = [(np.zeros((8, height, 64, 3), np.uint8), told) for height in (32, 64)]
+    assert columns(f"{shown}{shown} what?", video=videos) == [8, 16]
+    assert columns(f"{picture}{shown} what?", image=[Image.new("RGB", (64, 64))], video=videos[:1]) == [4, 8]
+    with pytest.raises(tokprune.TokPruneError, match="more video tokens than"):
+        columns(f"{shown} <|video_pad|> what?", video=videos[:1])
+    with pytest.raises(tokprune.TokPruneError, match="video input of this model is not served"):
+        columns_of(place("tiny-qwen3"), asked)(f"{shown} what?", video=videos[:1])
+
+
+def columns_of(model, asked):
+    """(prompt, items) to the columns of every picture, and then of every video."""
+    from tokprune.integrations.vllm import register
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    register()
+    given = EngineArgs(model, mm_processor_kwargs={"tokprune": asked}, enforce_eager=True, max_model_len=1024)
+    processor = MULTIMODAL_REGISTRY.create_processor(given.create_model_config())
+
+    def columns(prompt, **items):
+        found = processor(prompt, processor.info.parse_mm_data(items))["mm_placeholders"]
+        return [place.length for modality in ("image", "video") for place in found.get(modality, ())]
+
+    return columns

@@ -10,5 +10,6 @@ FAMILIES = Registry(
         "LlavaForConditionalGeneration": "tokprune.integrations.vllm.families.llava:Llava",
         "LlavaNextForConditionalGeneration": "tokprune.integrations.vllm.families.llava_next:LlavaNext",
         "Qwen2_5_VLForConditionalGeneration": "tokprune.integrations.vllm.families.qwen_vl:QwenVL",
+        "Qwen3VLForConditionalGeneration": "tokprune.integrations.vllm.families.qwen_vl:Qwen3VL",
     },
 )

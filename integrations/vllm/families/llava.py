@@ -24,12 +24,14 @@ class Llava:
         config: of transformers, as vLLM loads it.
 
     Attributes:
+        modalities: that are pruned; others are refused.
         has_newlines: whether rows of pictures end with a newline token.
         positions: of kept tokens; those of the shorter prompt.
         picture: that `largest` is of, for the log.
     """
 
     towers: ClassVar = ("clip_vision_model", "siglip_vision_model")
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     has_newlines: ClassVar[bool] = False
     positions: ClassVar[str] = "contiguous"
     picture: ClassVar[str] = "a picture"

@@ -1,11 +1,11 @@
-"""Qwen2.5-VL: pictures of any size, M-RoPE; a vision tower whose attention is not read in vLLM."""
+"""Qwen2.5-VL and Qwen3-VL: pictures and videos of any size, M-RoPE; a tower whose attention is not read in vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from tokprune.core.layout import Layout, grid_layout
+from tokprune.core.layout import Layout, frames_layout, grid_layout
 from tokprune.core.signals import Tower
 from tokprune.prune.supply import Supply
 
@@ -19,6 +19,7 @@ class QwenVL:
         config: of transformers, as vLLM loads it.
 
     Attributes:
+        modalities: that are pruned; others are refused.
         has_newlines: rows of pictures do not end with a newline token.
         n_leading: rows of a picture before those of patches.
         positions: kept tokens keep the places in the picture that they had.
@@ -26,6 +27,7 @@ class QwenVL:
         picture: that `largest` is of, for the log.
     """
 
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     has_newlines: ClassVar[bool] = False
     n_leading: ClassVar[int] = 0
     positions: ClassVar[str] = "original"
@@ -52,14 +54,21 @@ class QwenVL:
         }
 
     def layouts(self, items: Mapping[str, Any]) -> list[Layout]:
-        """One raster a picture.
+        """One raster a picture; then those of videos, one a step.
 
         Args:
-            items: what the processor made of the pictures.
+            items: what the processor made of the pictures and videos.
         """
         merge = self.config.vision_config.spatial_merge_size
-        return [grid_layout(h // merge, w // merge) for _, h, w in items["image_grid_thw"].tolist()]
+        pictures, videos = (
+            [] if (grids := items.get(f"{modality}_grid_thw")) is None else grids.tolist()
+            for modality in ("image", "video")
+        )
+        found = [grid_layout(h // merge, w // merge) for _, h, w in pictures]
+        return found + [frames_layout(steps, h // merge, w // merge) for steps, h, w in videos]
 
-    def crops_of(self, items: Mapping[str, Any]) -> list[int]:
-        """A picture is one crop."""
-        return [1] * len(items["image_grid_thw"])
+
+class Qwen3VL(QwenVL):
+    """Qwen3VLForConditionalGeneration: frames of a video stand between timestamps, which vLLM sends with their rows."""
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
