@@ -38,21 +38,27 @@ SETTINGS = {
     "tiny-qwen:clips": OF_QWEN,
     "tiny-qwen3": [*OF_QWEN, TOME],
 }
-CHUNKED = {"tiny-llava": VTC, "tiny-qwen": DIVPRUNE, "tiny-qwen:clips": DIVPRUNE, "tiny-qwen3": DIVPRUNE}
 CHUNKS = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True, "max_num_seqs": 8, "block_size": 32}
+PARALLEL = {"tensor_parallel_size": 2}  # of models with an even number of heads
+DIFFERENTLY = [
+    ("tiny-llava", VTC, CHUNKS),
+    ("tiny-qwen", DIVPRUNE, CHUNKS),
+    ("tiny-qwen:clips", DIVPRUNE, CHUNKS),
+    ("tiny-qwen3", DIVPRUNE, CHUNKS),
+    ("tiny-qwen3", DIVPRUNE, PARALLEL),
+]
 CLOSE = 2e-4
 
 
-def engine(answers, model: str, setting: dict, in_chunks: bool = False) -> dict:
+def engine(answers, model: str, setting: dict, more: dict | None = None) -> dict:
     """All engines of a model run in one process."""
-    asked = [(s, False) for s in SETTINGS[model]] + [(s, True) for m, s in CHUNKED.items() if m == model]
-    found = answers("engine.py", model, N, [options_of(*one) for one in asked])
-    return found[asked.index((setting, in_chunks))]
+    asked = [options_of(s) for s in SETTINGS[model]] + [options_of(s, m) for name, s, m in DIFFERENTLY if name == model]
+    return answers("engine.py", model, N, asked)[asked.index(options_of(setting, more))]
 
 
-def options_of(setting: dict, in_chunks: bool) -> dict:
+def options_of(setting: dict, more: dict | None = None) -> dict:
     key = {"mm_processor_kwargs": {"tokprune": setting}} if setting else {}
-    return key | (CHUNKS if in_chunks else {})
+    return key | (more or {})
 
 
 def reference(answers, model: str, setting: dict) -> list[dict]:
@@ -94,9 +100,11 @@ def test_answers_are_those_of_transformers(answers, model, setting):
         assert all(row["prompt"] < other["prompt"] for row, other in zip(got["singles"], whole, strict=True))
 
 
-@pytest.mark.parametrize(("model", "setting"), CHUNKED.items(), ids=list(CHUNKED))
-def test_pictures_that_are_split_over_chunks_answer_alike(answers, model, setting):
-    want, got = reference(answers, model, setting), engine(answers, model, setting, in_chunks=True)
+@pytest.mark.parametrize(
+    ("model", "setting", "more"), DIFFERENTLY, ids=lambda value: value if isinstance(value, str) else next(iter(value))
+)
+def test_pictures_in_chunks_and_models_on_two_workers_answer_alike(answers, model, setting, more):
+    want, got = reference(answers, model, setting), engine(answers, model, setting, more)
     for rows in (got["singles"], got["together"]):
         assert same(want, rows, "ids") == N
         assert farthest(want, rows) < CLOSE
