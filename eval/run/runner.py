@@ -126,7 +126,7 @@ class Runner:
         What is in reach depends on the layout of a picture, so one of every size is tried.
         """
         pictures = {s.image_id: s for s in samples}
-        sizes = {_size(task.image(image_id)): sample for image_id, sample in pictures.items()}
+        sizes = {size_of(task.image(image_id)): sample for image_id, sample in pictures.items()}
         reasons: dict[str, str] = {}
         for sample in sizes.values():
             inputs = self.prepare(task, [sample], [sample.image_id])
@@ -313,7 +313,7 @@ class Runner:
         if not self._known:
             return Asked(inputs, columns, n_visual, [])
         # Pictures of one size with equally many tokens are cut into equal crops: the model is asked once for each kind.
-        kinds = [(n, _size(picture)) for n, picture in zip(n_visual, pictures, strict=True)]
+        kinds = [(n, size_of(picture)) for n, picture in zip(n_visual, pictures, strict=True)]
         for sample, picture, kind in zip(samples, pictures, kinds, strict=True):
             if kind not in self._crops:
                 self._crops[kind] = self._crops_of(self._processed([sample], [picture]))
@@ -329,7 +329,7 @@ class Runner:
         wanted = Budget(**config.budget).n_keep(n_visual)
         if isinstance(picture, Clip) and config.method == FRAMES:
             return picture.some_frames(wanted / n_visual)
-        key = (_size(picture), wanted)
+        key = (size_of(picture), wanted)
         if key not in self._smaller:
             self._smaller[key] = smaller(picture.size, wanted, functools.partial(self.seen, picture))
         return picture.resize(self._smaller[key], Image.Resampling.BICUBIC)
@@ -486,7 +486,8 @@ def _stop_ids(model: torch.nn.Module) -> set[int]:
     return set(stop) if isinstance(stop, list) else {stop}
 
 
-def _size(picture: Image.Image | Clip) -> tuple[int, ...]:
+def size_of(picture: Image.Image | Clip) -> tuple[int, ...]:
+    """Width and height, and of a video its frames; pictures and videos of one size are shown as equally many tokens."""
     """Width and height, and of a video the number of frames."""
     return (*picture.size, len(picture.frames)) if isinstance(picture, Clip) else picture.size
 

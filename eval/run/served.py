@@ -15,7 +15,17 @@ from typing import Any, ClassVar
 
 import torch
 from tokprune.integrations.transformers import family_of, load_processor
-from tokprune.integrations.vllm import KEY, Engine, Plan, conditions_of, plan_of, quiet, refuse_without_vllm, release
+from tokprune.integrations.vllm import (
+    FAMILIES,
+    KEY,
+    Engine,
+    Plan,
+    conditions_of,
+    plan_of,
+    quiet,
+    refuse_without_vllm,
+    release,
+)
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tokprune.core.errors import BudgetError, RunError, TokPruneError, why_unloadable
@@ -27,7 +37,7 @@ from tokprune.prune.videos import Clip
 from ..models import path_of
 from ..tasks import Sample, Task
 from .rows import BARE, VLLM, Config, Crops, conditions
-from .runner import Asked, Replies, Runner
+from .runner import Asked, Replies, Runner, size_of
 
 INSTEAD = "leave --backend vllm out"
 
@@ -145,16 +155,22 @@ class ServedRunner(Runner):
     ) -> Asked:
         """Questions about pictures, with what the processor of transformers makes of them unpruned."""
         pictures = [self.shown(task.image(i), config) for i in image_ids]
-        if any(isinstance(picture, Clip) for picture in pictures):
-            raise RunError(f"{task.name} is about videos, which are not pruned in vLLM; {INSTEAD}")
+        if not self._takes_videos and any(isinstance(picture, Clip) for picture in pictures):
+            raise RunError(f"{task.name} is about videos, which are not pruned in vLLM for this model; {INSTEAD}")
         asked = super().asked_about(task, samples, image_ids, config)
         return replace(asked, inputs=pictures)
+
+    @functools.cached_property
+    def _takes_videos(self) -> bool:
+        architecture = (self.model.config.architectures or [""])[0]
+        return architecture in FAMILIES.names() and "video" in FAMILIES.load(architecture).modalities
 
     def replies(self, samples: Sequence[Sample], config: Config, asked: Asked) -> Replies:
         """What vLLM answers to a batch, and the tokens that it ran."""
         pictures, bare, engine = asked.inputs, config.method in BARE, self._engine(config)
         budget = None if bare or is_saved(config.method) else config.budget
-        prompts = [self.prompt(s.question) for s in samples]
+        kinds = ["video" if isinstance(picture, Clip) else "image" for picture in pictures]
+        prompts = [self.prompt(s.question, kind) for s, kind in zip(samples, kinds, strict=True)]
         found = engine.answer(prompts, pictures, budget, self.max_new_tokens)
         n_kept = [int(self.placeholders(torch.tensor(reply.prompt_ids)).sum()) for reply in found]
         begun, first = min(r.scheduled_s for r in found), max(r.first_s for r in found)
@@ -173,16 +189,17 @@ class ServedRunner(Runner):
 
     def _spent(self, config: Config, samples: Sequence[Sample], pictures: Sequence[Any]) -> list[Ops]:
         plan, family = self.plan(config), family_of(self.model)
-        layouts = [self._layout_of(picture.size, s, picture) for s, picture in zip(samples, pictures, strict=True)]
+        layouts = [self._layout_of(s, picture) for s, picture in zip(samples, pictures, strict=True)]
         return [plan.spent(layout, family.shape, family.crop_patches(layout)) for layout in layouts]
 
-    def _layout_of(self, size: tuple[int, int], sample: Sample, picture: Any) -> Layout:
+    def _layout_of(self, sample: Sample, picture: Any) -> Layout:
+        size = size_of(picture)
         if size not in self._layouts:
             self._layouts[size] = self.layout(self._processed([sample], [picture]))
         return self._layouts[size]
 
     @functools.cached_property
-    def _layouts(self) -> dict[tuple[int, int], Layout]:
+    def _layouts(self) -> dict[tuple[int, ...], Layout]:
         return {}
 
     def _engine_of(self, config: Config) -> str:
@@ -205,9 +222,12 @@ class ServedRunner(Runner):
         return torch.device("cpu")
 
     def layout(self, inputs: Any) -> Layout:
-        """Where the rows of a picture lie, from the shapes of what its encoder would be given."""
+        """Where the rows of a picture or video lie, from the shapes of what its encoder would be given."""
         family, pixels = family_of(self.model), {k: v for k, v in inputs.items() if k in _PIXELS}
         features: list[Any] = []
+        if "video_grid_thw" in pixels:
+            (layout,) = family.layouts("get_video_features", pixels, features)
+            return layout
         if "image_grid_thw" not in pixels:  # says it without the tower
             given = {**pixels, "pixel_values": pixels["pixel_values"].to("meta")}
             features = family.encode("get_image_features", **given)
@@ -234,4 +254,4 @@ class ServedRunner(Runner):
         return f"{total:08x}"
 
 
-_PIXELS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
+_PIXELS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw", "video_grid_thw")

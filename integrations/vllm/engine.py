@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tokprune.core.errors import RunError
+from tokprune.prune.videos import Clip
 
 from .compat import end_engine, release, why_not
 from .options import KEY
@@ -52,7 +55,7 @@ class Engine:
         refuse_without_vllm()
         from vllm import LLM
 
-        fixed = {"enforce_eager": True, "max_model_len": -1, "limit_mm_per_prompt": {"image": 1}, "seed": 0}
+        fixed = {"enforce_eager": True, "max_model_len": -1, "limit_mm_per_prompt": {"image": 1, "video": 1}, "seed": 0}
         uncached = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
         key = {} if given is None else {"mm_processor_kwargs": {KEY: dict(given)}}
         options = {**fixed, **uncached, "disable_log_stats": False, **key, **options}
@@ -65,18 +68,18 @@ class Engine:
     def answer(
         self, prompts: Sequence[str], pictures: Sequence[Any], budget: Mapping[str, Any] | None, n_new: int
     ) -> list[Reply]:
-        """Answers to prompts, each about one picture, all at once.
+        """Answers to prompts, each about one picture or video, all at once.
 
         Args:
             prompts: with a placeholder each.
-            pictures: PIL images.
+            pictures: PIL images, or clips.
             budget: instead of the engine's own, such as {"keep_ratio": 0.5}; None for the engine's own.
             n_new: tokens at which an answer is cut.
         """
         from vllm import SamplingParams
 
         asked = [
-            {"prompt": prompt, "multi_modal_data": {"image": picture}}
+            {"prompt": prompt, "multi_modal_data": _media(picture)}
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
         told = {} if not budget else {"mm_processor_kwargs": {KEY: dict(budget)}}
@@ -116,6 +119,14 @@ def conditions_of() -> dict[str, Any]:
         return {}
     name = current_platform.get_device_name()
     return {"device": name, "gpu": name}
+
+
+def _media(picture: Any) -> dict[str, Any]:
+    if not isinstance(picture, Clip):
+        return {"image": picture}
+    n = len(picture.frames)  # frames were chosen when they were read
+    told = {"fps": picture.fps, "total_num_frames": n, "frames_indices": list(range(n)), "do_sample_frames": False}
+    return {"video": [(np.stack([np.asarray(frame) for frame in picture.frames]), told)]}
 
 
 def _reply(out: Any) -> Reply:

@@ -16,8 +16,12 @@ ASKED = ["--model", "tiny-llava", "--task", "findit", "--limit", "24", "--batch-
 METHODS = ["--methods", "vtc_cls,visionzip", "--keep", "0.25,0.11"]
 
 
+QWEN = ["--model", "tiny-qwen", "--task", "watchit", "--limit", "12", "--batch-size", "6", "--no-controls"]
+
+
 def compare(out, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tokprune.cli", "compare", *ASKED, "--out", str(out), *more]
+    asked = [] if "--model" in more else ASKED
+    command = [sys.executable, "-m", "tokprune.cli", "compare", *asked, "--out", str(out), *more]
     return subprocess.run(command, capture_output=True, text=True, env=ENV, check=False)
 
 
@@ -76,3 +80,15 @@ def test_what_vllm_cannot_serve_is_refused_or_left_out(tmp_path):
     assert "'fastv' cuts between decoder layers" in line
     assert "leave --backend vllm out" in line
     assert not (tmp_path / "a").exists()
+
+
+def test_videos_are_answered_as_in_transformers(tmp_path):
+    found = {}
+    for backend in ("transformers", "vllm"):
+        out = tmp_path / backend
+        done = compare(out, *QWEN, "--methods", "vidcom2,divprune", "--keep", "0.25", "--backend", backend)
+        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+        found[backend] = answers(out)
+    want = {key: {**row, "backend": "vllm"} for key, row in found["transformers"].items()}
+    assert found["vllm"] == want
+    assert {row["n_visual_after"] for (config, _), row in want.items() if config == "vidcom2@0.25"} == {16}
