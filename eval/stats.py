@@ -105,3 +105,17 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     more = [*apart, 1.0, -1.0]
     half = Z95 * pstdev(more) / math.sqrt(len(more))
     return Difference(mean(apart), max(-1.0, mean(more) - half), min(1.0, mean(more) + half))
+
+
+def sign(low: float, high: float, n: int = 1) -> int:
+    """1 or -1 where a difference is above or below zero, 0 where it may be noise.
+
+    Args:
+        low: end of its 95 % interval.
+        high: the other end.
+        n: how many differences are looked at. The interval is widened so that with 95 % confidence none of them is
+            mistaken (Bonferroni, normal).
+    """
+    middle, widened = (low + high) / 2, NormalDist().inv_cdf(1 - 0.025 / n) / Z95
+    half = widened * (high - low) / 2
+    return (middle > half) - (middle < -half)

@@ -6,10 +6,12 @@ with `tokprune reproduce`.
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +19,8 @@ import pandas as pd
 from tokprune.core.errors import RunError
 from tokprune.methods import METHODS
 
-from ..run.lines import Damaged, typed
+from ..run.lines import Damaged, rows_of, typed
+from .benchmarks import BENCHMARKS, USUAL
 from .exports import markdown
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -70,6 +73,8 @@ class Reproduced:
         checkpoint: folder or hub id.
         versions: of packages, and the device.
         date: day.
+        paired: by method, of this run: how much more this score is on the same questions at the same budget, or than
+            that of "none", and the ends of the 95 % interval.
     """
 
     model: str
@@ -84,6 +89,7 @@ class Reproduced:
     checkpoint: str
     versions: dict[str, str]
     date: str
+    paired: dict[str, list[float]] = field(default_factory=dict)
 
 
 def read_reported(path: Path = RESULTS / "reported.csv") -> list[Reported]:
@@ -132,16 +138,47 @@ def read_reproduced(folder: Path = RESULTS / "reproduced") -> list[Reproduced]:
     """What people measured.
 
     Raises:
-        RunError: a line breaks the form.
+        RunError: a line breaks the form, with its file and number.
     """
     found = []
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                found.append(typed(Reproduced, json.loads(line)))
-            except (ValueError, TypeError, Damaged) as error:
-                raise RunError(f"line {number} of {path}: {error}; write it with tokprune reproduce") from error
+        for number, line in enumerate(rows_of(path, functools.partial(typed, Reproduced)), 1):
+            if isinstance(line, Damaged):
+                raise RunError(f"line {number} of {path} {line}; write it with tokprune reproduce")
+            if fault := _misfit(line):
+                raise RunError(f"line {number} of {path}: {fault}; write it with tokprune reproduce")
+            found.append(line)
     return found
+
+
+def _misfit(row: Reproduced) -> str:
+    """What is wrong with a measured score; empty where nothing is."""
+    if not BUDGET.fullmatch(row.budget):
+        return f"budget {row.budget!r} is neither a number of tokens nor a percentage"
+    if (row.low is None) != (row.high is None) or (row.low or 0.0) > (row.high or 0.0):
+        return f"{row.low} to {row.high} is no interval"
+    if wrong := next((name for name, ends in row.paired.items() if len(ends) != 3 or ends[1] > ends[2]), None):
+        return f"the difference from {wrong!r} is not a value with the ends of an interval"
+    try:
+        datetime.date.fromisoformat(row.date)
+    except ValueError:
+        return f"date {row.date!r} is no day, such as 2026-12-31"
+    return ""
+
+
+def unfit_to_share(row: Reproduced) -> str:
+    """Why a measured score cannot be added to the repository; empty where it can."""
+    if row.model not in USUAL:
+        return f"nobody published scores of {row.model!r}"
+    known = next((b for b in BENCHMARKS.values() if b.name == row.benchmark), None)
+    if known is None:
+        return f"nobody published scores of {row.benchmark!r}"
+    if row.n < known.documents:
+        return f"{row.n} of {known.documents} questions of {row.benchmark}: run it without --limit"
+    if row.method.partition(":")[0].partition("+")[0] not in (*METHODS.names(), "none"):
+        return f"no method {row.method!r}"
+    most = MOST.get(row.benchmark, 100)
+    return "" if 0 <= row.score <= most else f"score {row.score:g} is not between 0 and {most}"
 
 
 def tables(model: str) -> str:
@@ -153,9 +190,9 @@ def tables(model: str) -> str:
     rows = [r for r in read_reported() if r.model == model]
     mine = [r for r in read_reproduced() if r.model == model]
     parts = []
-    for budget in sorted({r.budget for r in rows}, key=_size, reverse=True):
+    for budget in sorted({r.budget for r in rows}, key=size_of, reverse=True):
         own = [r for r in rows if r.budget == budget]
-        parts += [f"**{_in_words(budget)}**", _table(own, [r for r in mine if r.budget == budget])]
+        parts += [f"**{in_words(budget)}**", _table(own, [r for r in mine if r.budget == budget])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,11 +216,13 @@ def _cell(rows: Sequence[Reported]) -> str:
     return " ".join([spread + (f" ({len(right)})" if len(right) > 1 else ""), *wrong])
 
 
-def _size(budget: str) -> float:
+def size_of(budget: str) -> float:
+    """To order budgets."""
     return float(budget.rstrip("%"))
 
 
-def _in_words(budget: str) -> str:
+def in_words(budget: str) -> str:
+    """A budget in words."""
     share = f"{budget[:-1]} % of the visual tokens" if budget.endswith("%") else f"{budget} visual tokens"
     return {"0": "no visual token", "100%": "all visual tokens"}.get(budget, share)
 

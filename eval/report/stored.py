@@ -62,7 +62,10 @@ class Run:
             RunError: it holds no run, an unfinished run, or settings or rows that cannot be read.
         """
         if not (path / "run.json").is_file():
-            raise RunError(f"{path} holds no run; name the folder that tokprune compare --out wrote")
+            raise RunError(
+                f"{path} holds no run; name the folder that tokprune compare --out wrote, or one with JSONL files of "
+                "tokprune reproduce"
+            )
         if not (path / "rows.jsonl").is_file():
             raise RunError(f"the run in {path} is not finished; type the same tokprune compare again to resume it")
         settings = _settings(path)

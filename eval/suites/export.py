@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..tasks.imagefolder import ImageFolder
 
 PREFIX = "tokprune_"  # lmms-eval takes its own task where two have one name
 METRIC = "exact_match"
+KWARGS = "lmms_eval_specific_kwargs"
 MAX_NEW_TOKENS = 8
 
 _YAML = """\
@@ -105,6 +106,32 @@ def export(task: Task, samples: Sequence[Sample], folder: Path, max_new_tokens: 
     except OSError as error:
         raise RunError(f"cannot write {own}: {error.strerror or error}; name another folder with --out") from error
     return name
+
+
+def export_prompt(task: str, name: str, options: Mapping[str, Any], folder: Path) -> None:
+    """Write a task of lmms-eval under another name with other options of its prompt.
+
+    Args:
+        task: of lmms-eval, in a file of its name.
+        name: of what is written.
+        options: that are changed, as `{"ocr": True}`.
+        folder: where `name.yaml` goes.
+
+    Raises:
+        RunError: lmms-eval has no such task, or its prompt has no such option.
+    """
+    import lmms_eval
+    from lmms_eval.utils import load_yaml_config
+
+    found = sorted(Path(lmms_eval.__file__).parent.glob(f"tasks/**/{task}.yaml"))
+    if not found:
+        raise RunError(f"lmms-eval has no task {task!r} in a file of that name")
+    default = load_yaml_config(yaml_path=str(found[0]), mode="simple").get(KWARGS, {}).get("default", {})
+    if unknown := options.keys() - default.keys():
+        raise RunError(f"the prompt of lmms-eval's {task} has no option {', '.join(unknown)}; it has {list(default)}")
+    written = {"include": str(found[0]), "task": name, KWARGS: {"default": {**default, **options}}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.yaml").write_text(json.dumps(written, indent=1), encoding="utf-8")  # JSON is YAML
 
 
 def metric_name(samples: Sequence[Sample]) -> str:

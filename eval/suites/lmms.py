@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -64,6 +64,7 @@ class Suite:
         gen_kwargs: lmms-eval's flag of that name.
         processes: data-parallel processes on this machine.
         metric: that grades tokprune's own tasks, by its name; empty for what each question asks for.
+        prompts: options of the prompts of lmms-eval's tasks (`lmms_eval_specific_kwargs`), by task.
 
     Raises:
         RunError: tasks that cannot be run together, or a metric that cannot grade them.
@@ -80,6 +81,7 @@ class Suite:
     gen_kwargs: str = ""
     processes: int = 1
     metric: str = ""
+    prompts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     own: dict[str, tuple[Task, list[Sample]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
@@ -90,7 +92,7 @@ class Suite:
                 f"not: use {', '.join(METRICS)}, or tokprune compare"
             )
         for name in self.tasks:
-            if name in TASKS.names() or _is_folder(name):
+            if name in TASKS.names() or is_folder(name):
                 task = load_task(name)
                 samples = chosen_samples(task, self.limit)
                 self.own[name] = task, [replace(s, metric=grading.name or s.metric) for s in samples]
@@ -103,21 +105,30 @@ class Suite:
         names = [self.name_of(name) for name in self.tasks]
         if len(set(names)) < len(names):
             raise RunError(f"two tasks are named alike ({', '.join(self.tasks)}); leave one out, or rename a folder")
-        if self.own and self.include_path:
+        if self.written and self.include_path:
             raise RunError(
-                f"--include-path cannot be given beside tasks of tokprune's own ({', '.join(self.own)}); run them apart"
+                f"--include-path cannot be given beside tasks that tokprune writes ({', '.join(self.written)}); run "
+                "them apart"
             )
         if self.include_path and not self.include_path.is_dir():
             raise RunError(f"--include-path {self.include_path} is no folder; name the one that holds the tasks' YAML")
 
+    @property
+    def written(self) -> list[str]:
+        """Tasks that lmms-eval is given as files: tokprune's own, and its own ones with other prompts."""
+        return [*self.own, *(name for name in self.tasks if name in self.prompts)]
+
     def name_of(self, task: str) -> str:
         """The name of a task within lmms-eval."""
-        return lmms_export.exported_name(self.own[task][0]) if task in self.own else task
+        if task in self.own:
+            return lmms_export.exported_name(self.own[task][0])
+        return f"{lmms_export.PREFIX}{task}" if task in self.prompts else task
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Tasks of tokprune's own by their names within lmms-eval."""
-        return {self.name_of(name): Source(task.name, samples) for name, (task, samples) in self.own.items()}
+        """What was written, by its names within lmms-eval."""
+        others = {self.name_of(name): Source(name) for name in self.written}
+        return others | {self.name_of(name): Source(task.name, samples) for name, (task, samples) in self.own.items()}
 
     def settings(self) -> dict[str, Any]:
         """Everything that a result depends on but its configuration, so that more of them can be added to a folder."""
@@ -132,6 +143,7 @@ class Suite:
             "model_args": self.model_args,
             "gen_kwargs": self.gen_kwargs,
             **({"metric": self.metric} if self.metric else {}),
+            **({"prompts": self.prompts} if self.prompts else {}),
             "processes": self.processes,
             "lmms_eval": version("lmms-eval"),
             "torch": torch.__version__,
@@ -144,7 +156,10 @@ class Suite:
         """Where tasks in lmms-eval's format lie, beside its own; those of tokprune are written to the run's folder."""
         for task, samples in self.own.values():
             lmms_export.export(task, samples, out / "tasks")
-        tasks = out / "tasks" if self.own else self.include_path
+        for name in self.written:
+            if name not in self.own:
+                lmms_export.export_prompt(name, self.name_of(name), self.prompts[name], out / "tasks")
+        tasks = out / "tasks" if self.written else self.include_path
         return None if tasks is None else tasks.resolve()
 
     def command(self, config: Config, folder: Path, tasks: Path | None) -> list[str]:
@@ -303,7 +318,7 @@ def check_installed() -> None:
         )
 
 
-def _is_folder(name: str) -> bool:
+def is_folder(name: str) -> bool:
     """Whether a task is meant to be a folder: it looks like a path, or holds questions; results may lie in `pope/`."""
     return Path(name).is_dir() and (len(Path(name).parts) > 1 or is_task_folder(Path(name)))
 

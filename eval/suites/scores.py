@@ -138,6 +138,12 @@ def read(folder: Path) -> list[TaskResult]:
     ]
 
 
+def documents(folder: Path, name: str) -> dict[int, dict[str, Any]]:
+    """What lmms-eval wrote about every document of a task, from a folder that `read` takes."""
+    path = sorted((folder / "out").glob(f"**/*_samples_{name}.jsonl"))[-1]
+    return {line["doc_id"]: line for line in _whole(path, Document)}
+
+
 def _task(name: str, results: dict, path: Path, records: dict[tuple[str, int], list]) -> TaskResult:
     expected = int(results["n-samples"][name]["effective"])
     by_doc: dict[int, list[dict]] = {}

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -250,8 +250,10 @@ class Tuning:
         total = sum(len(self._batches[b]) * len(some) for b, some in todo)
         bar = self.bars.add_task(what, total=total)
         advance = following(self.bars, bar, f"{what}, {len(names)} left", turns)
+        n = self.folder.processes.n
+        device = self.runner.conditions()["device"] + (f", one of {n} processes" if n > 1 else "")
         for config, rows, time in self.runner.run_batches(self.task, self._batches, todo):
-            self.folder.add((self.task.name, config.label, time.batch), rows, time)
+            self.folder.add((self.task.name, config.label, time.batch), rows, replace(time, device=device))
             advance(len(rows))
         self.folder.gather()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,3 +148,30 @@ def test_a_loaded_model_is_tuned_as_the_command_does_and_left_as_it_was(tuned, t
     assert runner.processor.tokenizer.padding_side == "right"
     with tokprune.attach(runner.model.eval(), str(tmp_path / "deploy")):
         pass
+
+
+TIMED = {"first", "total", "gains", "losses", "saves"}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tuned, tmp_path):
+    """The answers to the byte, the same race, test and configuration; times are measured anew."""
+    folder, _, _ = tuned
+    found = []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] if n > 1 else []
+        run = [sys.executable, *launcher, "-m", "tokprune", *command(folder, out, "--agree", "--batch-size", "2")]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(run, env=env, capture_output=True, text=True, check=False, timeout=600)
+        assert not done.returncode, done.stderr
+        assert done.stdout.count("with 95 % confidence") == 1  # process 0 alone says it
+        found.append(out)
+    one, two = found
+    assert (one / "run/samples.jsonl").read_bytes() == (two / "run/samples.jsonl").read_bytes()
+    both = [json.loads((out / "tune.json").read_text()) for out in found]
+    first, second = ({k: v for k, v in result.items() if k not in TIMED} for result in both)
+    assert first == second
+    assert both[0]["saves"]["flops"] == both[1]["saves"]["flops"]
+    assert (one / "tokprune.json").read_text() == (two / "tokprune.json").read_text()
+    assert all("one of 2 processes" in row["device"] for row in jsonl(two / "run/times.jsonl"))

@@ -450,17 +450,24 @@ def reproduce(
     device: Device = "",
     methods: Methods = "fastv,divprune",
     budgets: Annotated[
-        str, option(METHODS, "Visual tokens to keep, separated by commas.", "--budgets", "--keep-tokens")
-    ] = "128,64",
+        str,
+        option(
+            METHODS,
+            "Visual tokens to keep, as 128,64, or shares of them, as 25%,10%. Default: those of the tables.",
+            "--budgets",
+            "--keep-tokens",
+        ),
+    ] = "",
     tasks: Annotated[
         str,
         option(
             QUESTIONS,
-            "Tasks of lmms-eval, findit and others of ours, or folders, separated by commas.",
+            "Tasks of lmms-eval, findit and others of ours, or folders, separated by commas. Default: pope, gqa, "
+            "textvqa_val and mme, as far as there are published scores.",
             "--tasks",
             "--task",
         ),
-    ] = "pope,gqa,textvqa_val,mme",
+    ] = "",
     limit: Limit = None,
     batch_size: Annotated[int, option(RUNNING, "Documents per batch.")] = 8,
     processes: Annotated[int, option(RUNNING, "Processes on this machine that share the documents.")] = 1,
@@ -470,20 +477,21 @@ def reproduce(
 ) -> None:
     """Measure published scores anew through lmms-eval, and show them beside what others print.
 
-    The default is the yardstick on which independent sources agree: FastV and DivPrune at 128 and 64 tokens.
-    Interrupted runs resume.
+    The default of llava-1.5-7b is the yardstick on which independent sources agree: FastV and DivPrune at 128 and 64
+    tokens. Interrupted runs resume. To rank the scores of several runs, put their reproduced.jsonl files into a folder
+    and use tokprune report.
 
     Example: tokprune reproduce llava-1.5-7b --dry-run
     """
     check_least(batch_size=batch_size, processes=processes, limit=limit)
-    reproduction = eval_module("reproduce", needs=("easy_vqa", "filelock", "pandas", "tabulate"))
-    wanted = reproduction.Wanted(model, names(methods), names(tasks), _tokens(budgets), checkpoint, limit)
+    reproduction = eval_module("reproduce", needs=("easy_vqa", "filelock", "jinja2", "pandas", "scipy", "tabulate"))
+    wanted = reproduction.Wanted(model, names(methods), names(tasks), names(budgets), checkpoint, limit)
     if dry_run:
         return reproduction.plan(wanted, tables.console(), estimate.shape_of(checkpoint) if checkpoint else None)
     lmms = eval_module("suites.lmms")
     lmms.check_installed()
     arguments = _plugin_arguments(dtype, attn, device, "")
-    suite = lmms.Suite(wanted.weights, wanted.tasks, wanted.configs, limit, batch_size, None, arguments, "", processes)
+    suite = reproduction.suite_of(wanted, batch_size, arguments, processes)
     reproduction.run(wanted, suite, out, tables.console(), overwrite)
 
 
@@ -493,9 +501,14 @@ def _plugin_arguments(dtype: str, attn: str, device: str, more: str) -> str:
     return ",".join([*(f"{name}={value}" for name, value in loading.items() if value), *([more] if more else [])])
 
 
-@app.command(no_args_is_help=True, short_help="Write the report of a comparison again.")
+@app.command(no_args_is_help=True, short_help="Write the report of a comparison, or a leaderboard.")
 def report(
-    folder: Annotated[Path, typer.Argument(help="The output folder of tokprune compare.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="The output folder of tokprune compare, or a folder of files that tokprune reproduce wrote."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Write one HTML file here instead.")] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures", help="Load the model of the run and draw pictures that are not stored.")
@@ -505,11 +518,17 @@ def report(
     """Write the report and the tables of a comparison again from its folder.
 
     The page needs no network. Without --out, report.html, table.md and table.csv are written to the folder; with --out,
-    nothing in the folder changes.
+    nothing in the folder changes. Of a folder of JSONL files that tokprune reproduce wrote, leaderboard.html is
+    written: it ranks methods as far as their differences are not noise.
 
     Example: tokprune report runs/compare --format latex
     """
     _check_form(form)
+    if not (folder / "run.json").is_file() and any(folder.glob("*.jsonl")):
+        if form or pictures:
+            raise RunError("a leaderboard is a page alone: leave --format and --pictures out")
+        board = eval_module("report.leaderboard")
+        return typer.echo(f"wrote {board.write(board.read(folder), out or folder / board.NAME)}")
     reports = eval_module("report.html")
     if form:
         if out or pictures:
