@@ -110,6 +110,20 @@ def serve(name: str) -> str:
     return f"{bench_serving.conditions_line(rows)}\n\n{table}\n{bench_serving.legend()}\n"
 
 
+def equality(name: str) -> str:
+    """What vLLM and transformers have in common, by model and method."""
+    lines = []
+    for r in read_rows(name):
+        n, budget = r["questions"], ", ".join(f"{k}={v}" for k, v in r["setting"].items() if k != "method")
+        kept = f"{r['kept_same']} of {r['kept_known']}" if r["setting"] else ""
+        same = [f"{r[how]} of {n}" for how in ("same_singles", "same_together")]
+        setting = f"`{r['setting']['method']}` {budget}" if r["setting"] else "no key"
+        columns = f"{r['columns_before']:.0f} -> {r['columns']:.0f}" if r["setting"] else f"{r['columns']:.0f}"
+        lines.append([r["model"], setting, *same, kept, f"{r['farthest']:.1e}", columns])
+    header = ("model", "setting", "same answers, one by one", "all at once", "same kept rows")
+    return markdown((*header, "largest difference of log-probabilities", "columns of a prompt"), lines)
+
+
 def pairs(name: str) -> str:
     """Differences between configurations on the same questions."""
     lines = [
@@ -332,6 +346,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "comparison": comparison,
     "details": details,
     "frontier": frontier,
+    "equality": equality,
     "exits": exits,
     "families": families,
     "grid": grid,

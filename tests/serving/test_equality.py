@@ -87,7 +87,7 @@ def same(rows: list[dict], others: list[dict], field: str) -> int:
     [(model, setting) for model, settings in SETTINGS.items() for setting in settings],
     ids=lambda value: value if isinstance(value, str) else value.get("method", "none"),
 )
-def test_answers_are_those_of_transformers(answers, model, setting):
+def test_answers_are_those_of_transformers(answers, note, model, setting):
     want, got = reference(answers, model, setting), engine(answers, model, setting)
     for rows in (got["singles"], got["together"]):
         assert same(want, rows, "ids") == N
@@ -98,6 +98,26 @@ def test_answers_are_those_of_transformers(answers, model, setting):
         assert same(want, got["singles"], "kept") == n_new
         whole = engine(answers, model, {})["singles"]
         assert all(row["prompt"] < other["prompt"] for row, other in zip(got["singles"], whole, strict=True))
+    note(**figures(answers, model, setting))
+
+
+def figures(answers, model, setting):
+    """What the two sides have in common, for the documentation."""
+    want, got = reference(answers, model, setting), engine(answers, model, setting)
+    whole, singles = engine(answers, model, {})["singles"], got["singles"]
+    known = [row for row in singles if row["kept"] is not None] if setting else []
+    return {
+        "model": model,
+        "setting": {name: value for name, value in setting.items() if name != "newlines"},
+        "questions": N,
+        "same_singles": same(want, singles, "ids"),
+        "same_together": same(want, got["together"], "ids"),
+        "kept_known": len(known),
+        "kept_same": same(want, singles, "kept") if setting else 0,
+        "farthest": max(farthest(want, singles), farthest(want, got["together"])),
+        "columns_before": sum(row["prompt"] for row in whole) / N,
+        "columns": sum(row["prompt"] for row in singles) / N,
+    }
 
 
 @pytest.mark.parametrize(
