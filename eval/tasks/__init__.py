@@ -19,6 +19,7 @@ TASKS = Registry(
         "easyvqa": "tokprune.eval.tasks.easyvqa:EasyVQA",
         "findit": "tokprune.eval.tasks.findit:FindIt",
         "findit_hd": "tokprune.eval.tasks.findit_hd:FindItHD",
+        "findone": "tokprune.eval.tasks.findone:FindOne",
         "watchit": "tokprune.eval.tasks.watchit:WatchIt",
     },
     group="tokprune.tasks",

@@ -78,7 +78,7 @@ def compare(
         list[str] | None,
         option(
             QUESTIONS,
-            "easyvqa, findit, findit_hd, watchit, a package's task, a folder with metadata.jsonl or "
+            "easyvqa, findit, findit_hd, findone, watchit, a package's task, a folder with metadata.jsonl or "
             "metadata.csv, or ./file.py:Class; repeatable.",
             "--task",
             "--tasks",
@@ -283,8 +283,8 @@ def tune(
         str,
         option(
             QUESTIONS,
-            "A folder with metadata.jsonl or metadata.csv, easyvqa, findit, findit_hd, watchit, or ./file.py:Class. Of "
-            "the embedded tasks, questions that are not test questions.",
+            "A folder with metadata.jsonl or metadata.csv, easyvqa, findit, findit_hd, findone, watchit, or "
+            "./file.py:Class. Of the embedded tasks, questions that are not test questions.",
             "--task",
             "--tasks",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,8 +19,22 @@ def encode(text: str) -> list[int]:
     return [WORD_IDS[w] for w in text.replace("?", " ?").split()]
 
 
-def pack(questions: list[list[tuple[str, str, str]]]) -> dict[str, Tensor]:
+def turn(question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of what is asked, up to where the answer begins, and of the answer with its stop token."""
+    return [*encode(question), ASSISTANT], [*encode(answer), EOS]
+
+
+def pack(
+    questions: list[list[tuple[str, str, str]]],
+    turn: Callable[[str, str], tuple[list[int], list[int]]] = turn,
+    pad: int = PAD,
+) -> dict[str, Tensor]:
     """All questions of a picture in one row; each sees the picture and itself only.
+
+    Args:
+        questions: of every picture, (question, answer, kind).
+        turn: the ids of a question and of its answer.
+        pad: id of the padding.
 
     Returns `ids`, `offset` (place within its question), `block` (question, from 1; 0 is padding) and
     `target` (the next token where it is answered for, -100 elsewhere), each (B, L).
@@ -28,12 +43,12 @@ def pack(questions: list[list[tuple[str, str, str]]]) -> dict[str, Tensor]:
     for asked in questions:
         row: list[tuple[int, int, int, int]] = []
         for block, (question, answer, _) in enumerate(asked, 1):
-            prompt, reply = [*encode(question), ASSISTANT], [*encode(answer), EOS]
+            prompt, reply = turn(question, answer)
             targets = [-100] * (len(prompt) - 1) + reply + [-100]
             row += [(t, i, block, target) for i, (t, target) in enumerate(zip(prompt + reply, targets, strict=True))]
         rows.append(row)
     length = max(map(len, rows))
-    filled = torch.tensor([row + [(PAD, 0, 0, -100)] * (length - len(row)) for row in rows])
+    filled = torch.tensor([row + [(pad, 0, 0, -100)] * (length - len(row)) for row in rows])
     return dict(zip(("ids", "offset", "block", "target"), filled.unbind(-1), strict=True))
 
 
@@ -80,10 +95,10 @@ def initialise(module: nn.Module) -> None:
 class LanguageTrainer(nn.Module):
     """Projector and language model on features of the frozen tower, packed questions."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, prefix: Sequence[int] = (BOS, USER)):
         super().__init__()
         self.projector, self.language_model = model.model.multi_modal_projector, model.model.language_model
-        self.prefix = torch.tensor([BOS, USER])
+        self.prefix = torch.tensor(prefix)  # what stands before the picture
 
     def forward(self, x: Tensor, kept: Tensor, contiguous: bool, text: dict[str, Tensor]) -> Tensor:
         """Logits at the answered positions, (number of answered tokens, vocabulary)."""
@@ -92,22 +107,21 @@ class LanguageTrainer(nn.Module):
     def answers(self, visual: Tensor, kept: Tensor, valid: Tensor, contiguous: bool, text: dict[str, Tensor]) -> Tensor:
         """The same from projected rows (B, N, D), of which those at `kept` (B, K) stay where `valid`."""
         words, n_all = self.language_model.embed_tokens, visual.shape[1]
-        batch, n_keep = kept.shape
+        (batch, n_keep), n_before = kept.shape, len(self.prefix)
         visual = visual.gather(1, kept[..., None].expand(-1, -1, words.embedding_dim))
-        embeds = torch.cat([words(self.prefix.expand(batch, 2)), visual, words(text["ids"])], 1)
+        embeds = torch.cat([words(self.prefix.expand(batch, -1)), visual, words(text["ids"])], 1)
         places = (valid.cumsum(1) - 1).clamp(min=0) if contiguous else kept
-        text_start = 2 + (valid.sum(1, keepdim=True) if contiguous else n_all)
-        positions = torch.cat(
-            [self.prefix.new_tensor([0, 1]).expand(batch, 2), places + 2, text["offset"] + text_start], 1
-        )
+        text_start = n_before + (valid.sum(1, keepdim=True) if contiguous else n_all)
+        first = torch.arange(n_before).expand(batch, -1)
+        positions = torch.cat([first, places + n_before, text["offset"] + text_start], 1)
         # -1: the prefix that all questions share; -2: padding
-        prefix = torch.cat([valid.new_ones(batch, 2), valid], 1).long() - 2
+        prefix = torch.cat([valid.new_ones(batch, n_before), valid], 1).long() - 2
         block = torch.cat([prefix, text["block"]], 1)
         sees = (block[:, None] == block[:, :, None]) | (block[:, None] == -1)
         mask = (sees & torch.ones(sees.shape[1:], dtype=torch.bool).tril())[:, None]
         out = self.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state[:, 2 + n_keep :]
+        ).last_hidden_state[:, n_before + n_keep :]
         return out[text["target"] != -100] @ words.weight.T
 
 

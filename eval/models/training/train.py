@@ -120,13 +120,15 @@ def start_processes(seed: int) -> tuple[int, int]:
     return rank, world
 
 
-def optimise(model: nn.Module, loss_of, save, steps: int, lr: float, every: int, stop_at: int = 0) -> None:
+def optimise(
+    model: nn.Module, loss_of, save, steps: int, lr: float, every: int, stop_at: int = 0, warm_up: int = 100
+) -> None:
     """AdamW with warm-up and a cosine over `steps`; rank 0 saves and reports every so many; may stop before."""
     parallel = DistributedDataParallel(model) if torch.distributed.is_initialized() else model
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     weights = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = get_cosine_schedule_with_warmup(optimiser, 100, int(steps * 1.02))
+    schedule = get_cosine_schedule_with_warmup(optimiser, warm_up, int(steps * 1.02))
     started, losses = time.time(), []
     for step in range(1, (stop_at or steps) + 1):
         loss = loss_of(parallel)
