@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from commands import refusal, tokprune_cli
 from tokprune.eval import api
@@ -12,6 +14,7 @@ from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks import load_task
 from tokprune.integrations.transformers import family_of
 from tokprune.integrations.vllm import plan_of
+from tokprune.integrations.vllm.engine import Reply
 from transformers import AutoConfig
 
 import tokprune
@@ -80,6 +83,62 @@ def test_a_method_is_asked_about_all_batches_before_the_next(installed):
     found = runner.ordered(todo)
     assert found == [(0, [half, quarter]), (1, [quarter]), (0, [bare]), (1, [bare]), (0, [other])]
     assert runner.backend == "vllm"
+
+
+N_TEXT = 7
+
+
+class Told:
+    """In place of an engine: says that it ran so many placeholders as it was told to, and notes what it was told."""
+
+    alive: ClassVar[list[Told]] = []
+    started: ClassVar[list] = []
+    asked: ClassVar[list] = []
+
+    def __init__(self, path, given, dtype):
+        self.given, self.placeholder = given, AutoConfig.from_pretrained(path).image_token_id
+        self.alive.append(self)
+        self.started.append((given, dtype))
+
+    def answer(self, prompts, pictures, budget, n_new):
+        self.asked.append((self.given, budget, n_new))
+        n = 144 if self.given is None else round(144 * budget["keep_ratio"])
+        ids = [self.placeholder] * n + [5] * N_TEXT
+        return [
+            Reply(ids, list(range(3 + i)), stopped=bool(i), scheduled_s=1.0 + i, first_s=3.0 + i, last_s=8.0 + i)
+            for i in range(len(prompts))
+        ]
+
+    def close(self):
+        self.alive.remove(self)
+
+
+def test_a_method_has_one_engine_and_what_it_ran_is_counted(installed, monkeypatch):
+    for noted in (Told.alive, Told.started, Told.asked):
+        noted.clear()
+    monkeypatch.setattr(served, "Engine", Told)
+    runner, task = served.ServedRunner.load("tiny-llava", max_new_tokens=6), load_task("findit")
+    samples, family = task.samples()[:2], family_of(Runner.load("tiny-llava").model)
+    configs = [Config("none"), Config("vtc_cls", 0.5), Config("vtc_cls", 0.25), Config("fopru", 0.5)]
+    for config, n in zip(configs, (144, 72, 36, 72), strict=True):
+        asked = runner.asked_about(task, samples, [s.image_id for s in samples], config)
+        found = runner.replies(samples, config, asked)
+        assert (found.n_kept, found.columns) == ([n, n], [[n + N_TEXT]] * 2)
+        assert (found.tokens, found.stopped) == ([[0, 1, 2], [0, 1, 2, 3]], [False, True])
+        assert (found.prefill_s, found.decode_s_per_token) == (3.0, pytest.approx(5 / 3))  # 4 - 1, (9 - 4) / 3
+        assert len(Told.alive) == 1
+        plan = None if config.method == "none" else runner.plan(config)
+        layout = grid_layout(12, 12)
+        assert [s.flops for s in found.spent] == [plan.spent(layout, family.shape).flops if plan else 0] * 2
+    first = [None, {"method": "vtc_cls", "keep_ratio": 0.5}, {"method": "fopru", "keep_ratio": 0.5}]
+    assert Told.started == [(given, "float32") for given in first]
+    assert Told.asked == [
+        (None, None, 6),
+        *((first[1], {"keep_ratio": keep}, 6) for keep in (0.5, 0.25)),
+        (first[2], {"keep_ratio": 0.5}, 6),
+    ]
+    runner.close()
+    assert not Told.alive
 
 
 @pytest.mark.parametrize(("model", "task"), [("tiny-llava", "findit"), ("tiny-llava-next", "findit_hd")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,15 +12,18 @@ import pytest
 import torch
 from commands import changed, jsonl, refusal, tokprune_cli
 from PIL import Image
+from rich.console import Console
 from tokprune.eval.models import path_of
 from tokprune.eval.run.folder import RunFolder
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks.base import Sample
+from tokprune.eval.tune import tune as tuning
 from tokprune.eval.tune.race import Rule
 from tokprune.eval.tune.tune import ordered
 from transformers import AutoModelForImageTextToText
 
 import tokprune
+from tokprune.core.errors import RunError, UnknownNameError
 
 COLOURS = {"red": "red", "green": "lime", "blue": "blue"}
 
@@ -148,6 +152,35 @@ def test_a_loaded_model_is_tuned_as_the_command_does_and_left_as_it_was(tuned, t
     assert runner.processor.tokenizer.padding_side == "right"
     with tokprune.attach(runner.model.eval(), str(tmp_path / "deploy")):
         pass
+
+
+def test_every_argument_of_the_python_function_arrives(tuned, tmp_path, monkeypatch):
+    folder, runner = tuned[0], Runner.load("tiny-llava")
+    monkeypatch.setattr(tuning.Tuning, "rounds", 1)
+    given = dict(confidence=0.9, goal="memory", agree=True, methods=["uniform"], keep_tokens=[100], limit=20)
+    given |= dict(suffix=" now", max_new_tokens=3, batch_size=5, out=tmp_path / "o")
+    said = io.StringIO()
+    found = tokprune.tune(runner.model, runner.processor, str(folder), 0.25, **given, console=Console(file=said))
+    facts = json.loads((tmp_path / "o/run/run.json").read_text())
+    assert list(facts["configurations"]) == ["none", "uniform@100tokens"]
+    assert sum(map(len, facts["tasks"][folder.name])) == 20
+    assert max(map(len, facts["tasks"][folder.name])) == 5
+    assert (facts["tolerance"], facts["error"]) == (0.25, pytest.approx(0.1))
+    assert (facts["goal"], facts["agree"], facts["new_tokens"]) == ("memory", True, 3)
+    assert (facts["suffix"], facts["max_new_tokens"]) == (" now", 3)
+    assert found.folder == tmp_path / "o"
+    assert "with 90 % confidence" in repr(found)
+    assert found.promised == (tmp_path / "o/tokprune.json").exists()
+    tokprune.tune(runner.model, runner.processor, str(folder), 0.25, **given, console=Console(file=said))
+    assert "answers are in" in said.getvalue()
+    # Another question is another run.
+    with pytest.raises(RunError, match="other settings"):
+        tokprune.tune(runner.model, runner.processor, str(folder), 0.25, **{**given, "suffix": ""})
+    tokprune.tune(runner.model, runner.processor, str(folder), 0.25, **{**given, "suffix": ""}, overwrite=True)
+    with pytest.raises(UnknownNameError, match="metric"):
+        tokprune.tune(runner.model, runner.processor, str(folder), 0.25, **given, metric="exakt")
+    with pytest.raises(RunError, match="needs its processor"):
+        tokprune.tune(runner.model, None, str(folder), 0.25, **given)
 
 
 TIMED = {"first", "total", "gains", "losses", "saves"}
