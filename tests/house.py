@@ -60,7 +60,7 @@ def imports(name: str, path: Path) -> set[str]:
 
 def room(name: str) -> str:
     """The room of a module."""
-    if name == "tokprune.eval.__main__":
+    if name in ("tokprune.__main__", "tokprune.eval.__main__"):
         return "tokprune.cli"  # starts the command line
     parts = name.split(".")
     return next((".".join(parts[:n]) for n in (3, 2) if ".".join(parts[:n]) in ROOMS), "tokprune")
