@@ -40,6 +40,15 @@ from .rows import BARE, VLLM, Config, Crops, conditions
 from .runner import Asked, Replies, Runner, size_of
 
 INSTEAD = "leave --backend vllm out"
+# Models that vLLM prunes, and whose tokens in its prompts are not told apart from others or were never counted here.
+UNCOUNTED = tuple(f"{name}ForConditionalGeneration" for name in ("Gemma3", "InternVL", "LlavaOnevision", "Mistral3"))
+
+
+def refuse_uncounted(config: Any) -> None:
+    """Raise RunError for a model whose tokens are not counted in what vLLM ran."""
+    name = (config.architectures or [""])[0]
+    if name in UNCOUNTED:
+        raise RunError(f"the tokens of {name} are not counted in prompts of vLLM; {INSTEAD}")
 
 
 @dataclass
@@ -79,10 +88,13 @@ class ServedRunner(Runner):
         try:
             processor = load_processor(path)
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            refuse_uncounted(config)
             gpu = torch.cuda.is_available()
             kind = getattr(torch, dtype or "") if dtype else config.dtype if gpu and config.dtype else torch.float32
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(config, dtype=kind).eval()
+        except RunError:
+            raise
         except Exception as error:  # whatever a broken or foreign checkpoint makes transformers raise
             raise RunError(f"cannot load {path!r}: {why_unloadable(error)}") from error
         processor.tokenizer.padding_side = "left"

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from .engine import Engine, conditions_of, quiet, refuse_without_vllm
 
 MODELS = {
+    "Gemma3ForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedGemma3",
+    "InternVLForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedInternVL",
     "LlavaForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlava",
     "LlavaNextForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedLlavaOnevision",
+    "Mistral3ForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedMistral3",
     "Qwen2_5_VLForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedQwen25VL",
     "Qwen3VLForConditionalGeneration": "tokprune.integrations.vllm.models:PrunedQwen3VL",
 }

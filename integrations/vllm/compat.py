@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,37 +123,73 @@ def without_key(context: Any, key: str) -> Any:
     return Context(context.model_config, context.tokenizer)
 
 
+def parts_of(planned: Any) -> tuple[list[int], list[bool]]:
+    """What stands for a picture in a prompt: ids, and which of them are rows of the picture."""
+    if isinstance(planned, list):
+        return planned, [True] * len(planned)
+    ids = planned.full
+    return ids, [True] * len(ids) if planned.is_embed is None else planned.is_embed(ids).tolist()
+
+
+def with_content(planned: Any, ids: list[int]) -> Any:
+    """The same with other ids."""
+    return ids if isinstance(planned, list) else replace(planned, full=ids)
+
+
+def vision_encoder(tower: nn.Module) -> Any:
+    """What runs the layers of a vision tower."""
+    inner: Any = getattr(tower, "vision_model", tower)
+    return inner.encoder if hasattr(inner, "encoder") else inner.transformer
+
+
 def vision_layers(tower: nn.Module) -> Any:
-    """The layers of a CLIP or SigLIP tower that were built: those up to the one that the model reads."""
-    return getattr(tower, "vision_model", tower).encoder.layers
+    """The layers of a vision tower that were built: up to the one that the model reads."""
+    encoder = vision_encoder(tower)
+    return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
-def heads_of(attention: nn.Module, projected: Any) -> tuple[Tensor, Tensor, float]:
-    """Queries and keys of a vision layer, (crops, H, T, d), and the scale, from the output of its fused projection."""
-    module: Any = attention
-    qkv = projected[0] if isinstance(projected, tuple) else projected
-    q, k, _ = qkv.chunk(3, -1)
-    if module.tp_size > 1:  # every rank has a part of the heads
+def attention_of(layer: nn.Module) -> Any:
+    """The attention of a vision layer; its `attn` is called with queries and keys as they meet."""
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+
+
+def heads_of(attention: Any, entered: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
+    """Queries and keys of a vision layer, (crops, H, T, d), and the scale, from what its `attn` is called with."""
+    core = attention.attn
+    q, k = (x.reshape(*x.shape[:2], core.num_heads, core.head_size).transpose(1, 2) for x in entered[:2])
+    if getattr(attention, "tp_size", 1) > 1:  # every rank has a part of the heads
         from vllm.distributed import tensor_model_parallel_all_gather
 
-        q, k = (tensor_model_parallel_all_gather(x.contiguous()) for x in (q, k))
-    q, k = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k))
-    return q, k, module.scale
+        q, k = (tensor_model_parallel_all_gather(x.contiguous(), 1) for x in (q, k))
+    return q, k, core.scale
 
 
 def merge_crops(config: Any, size: Tensor, crops: Tensor) -> Tensor:
-    """LLaVA-NeXT's packing of the crops of a picture, (crops, patches, C) to (N, C), with a newline of NaN.
+    """A model's own packing of the crops of a picture, (crops, patches, C) to (N, C), with a newline of NaN.
 
     Args:
-        config: of the model.
+        config: of a LLaVA-NeXT or LLaVA-OneVision.
         size: height and width of the picture, on the host.
         crops: values of patches.
     """
     from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+    from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
 
-    stand_in = SimpleNamespace(config=config, image_newline=crops.new_full((crops.shape[-1],), torch.nan))
-    merge: Any = LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+    newline = crops.new_full((crops.shape[-1],), torch.nan)
+    stand_in = SimpleNamespace(config=config, image_newline=newline)
+    if config.model_type == "llava_onevision":
+        merge: Any = LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings
+        return merge(stand_in, size, crops, image_newline=newline, strategy="spatial_unpad")
+    merge = LlavaNextForConditionalGeneration._merge_image_patch_embeddings
     return merge(stand_in, size, crops, strategy="spatial_unpad")
+
+
+def fold_patches(values: Tensor, ratio: float) -> Tensor:
+    """InternVL's pixel shuffle of the patches of tiles, (tiles, rows, columns, C) to (tiles, rows', columns', C')."""
+    from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
+
+    shuffle: Any = InternS1ForConditionalGeneration.pixel_shuffle
+    return shuffle(None, values, ratio)
 
 
 def anyres_grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:

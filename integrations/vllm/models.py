@@ -6,8 +6,12 @@ import functools
 from typing import Any, cast
 
 import torch
+from vllm.model_executor.models.gemma3_mm import Gemma3ForConditionalGeneration
+from vllm.model_executor.models.interns1 import InternS1ForConditionalGeneration
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
+from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
+from vllm.model_executor.models.mistral3 import Mistral3ForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
@@ -31,17 +35,33 @@ class Pruned:
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Rows of every picture for the language model: as many as the prompt has placeholders."""
         numbers = kwargs.pop(FIELD, None)
-        encode = functools.partial(super().embed_multimodal, **kwargs)
         if self.tokprune is None or numbers is None:
-            return encode()
+            return super().embed_multimodal(**kwargs)
+        encode = functools.partial(self.rows_of_pictures, **kwargs)
         numbers = torch.as_tensor(numbers) if isinstance(numbers, torch.Tensor) else torch.stack(list(numbers))
         return [kept.features for kept in self.tokprune.prune(encode, kwargs, numbers)]
+
+    def rows_of_pictures(self, **kwargs: Any) -> Any:
+        """Rows of every whole picture, as a prompt has them."""
+        return super().embed_multimodal(**kwargs)
 
     def get_mm_lora_token_counts(self, **kwargs: Any) -> Any:
         """LoRA on the tower asks for the tokens that it sees, which are not those of the prompt here."""
         if self.tokprune is not None:
             raise NotImplementedError("tokprune: LoRA on tower or projector is not served; leave it out")
         return super().get_mm_lora_token_counts(**kwargs)
+
+
+def with_breaks(rows: torch.Tensor, ending: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of a picture with one more behind every `width` of them but the last.
+
+    Args:
+        rows: (H * width, D).
+        ending: (1, D).
+        width: tokens of a row of the picture.
+    """
+    grid = rows.unflatten(0, (-1, width))
+    return torch.cat([grid, ending.to(rows).expand(len(grid), 1, -1)], 1).flatten(0, 1)[:-1]
 
 
 class PrunedMRope(Pruned):
@@ -109,6 +129,16 @@ class PrunedMRope(Pruned):
 
 
 @with_processor
+class PrunedGemma3(Pruned, Gemma3ForConditionalGeneration):
+    """Gemma 3."""
+
+
+@with_processor
+class PrunedInternVL(Pruned, InternS1ForConditionalGeneration):
+    """InternVL in transformers' own form, which vLLM runs as this."""
+
+
+@with_processor
 class PrunedLlava(Pruned, LlavaForConditionalGeneration):
     """LLaVA 1.5."""
 
@@ -116,6 +146,25 @@ class PrunedLlava(Pruned, LlavaForConditionalGeneration):
 @with_processor
 class PrunedLlavaNext(Pruned, LlavaNextForConditionalGeneration):
     """LLaVA-NeXT."""
+
+
+@with_processor
+class PrunedLlavaOnevision(Pruned, LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision."""
+
+
+@with_processor
+class PrunedMistral3(Pruned, Mistral3ForConditionalGeneration):
+    """Mistral 3; tokens that end the rows of a picture are among its rows."""
+
+    def rows_of_pictures(self, **kwargs: Any) -> Any:
+        """Rows of every picture, and behind each row of tokens but the last the embedding of what ends it."""
+        model: Any = self
+        family, whole = model.tokprune.plan.family, super().rows_of_pictures(**kwargs)
+        return [
+            with_breaks(rows, model.language_model.embed_input_ids(token.to(rows.device)), layout.width)
+            for rows, layout, token in zip(whole, family.layouts(kwargs), family.breaks(kwargs), strict=True)
+        ]
 
 
 @with_processor

@@ -104,17 +104,17 @@ class Plan:
             raise BudgetError("the FLOPs of this model are not known; use keep_ratio or keep_tokens")
         self.n_keep(self.family.largest)
 
-    @property
-    def _cost(self) -> SelectionCost:
+    def _cost(self, layout: Layout) -> SelectionCost:
         method: Any = self.request.before
-        return SelectionCost(self.family.shape, self.signals, method.cost, self.merges_states)
+        in_tower = self.merges_states and self.family.merges_states(layout)
+        return SelectionCost(self.family.shape, self.signals, method.cost, in_tower)
 
     def _flops(self, layout: Layout, n_keep: int) -> int:
-        return flops_of(self._cost, self.budget, self.request.newlines, layout, n_keep)
+        return flops_of(self._cost(layout), self.budget, self.request.newlines, layout, n_keep)
 
     def prefill(self, layout: Layout, n_text: int) -> Ledger:
         """Predicted cost of a prompt with a picture and so many other tokens; of a model whose shape is known."""
-        return self._cost.prefill(layout, self.n_keep(layout), n_text)
+        return self._cost(layout).prefill(layout, self.n_keep(layout), n_text)
 
     def spent(self, layout: Layout, shape: Shape | None, n_patches: int | None = None) -> Ops:
         """What collecting signals and selecting computes for a picture of which not all is kept.
@@ -127,7 +127,7 @@ class Plan:
         n_keep = self.n_keep(layout)
         if shape is None or n_keep >= layout.n_visual:
             return Ops()
-        return replace(self._cost, shape=shape).selector(layout, n_keep, n_patches)
+        return replace(self._cost(layout), shape=shape).selector(layout, n_keep, n_patches)
 
     def __str__(self):
         largest = self.family.largest
@@ -243,6 +243,8 @@ def _planned(request: Request, family: Any) -> Request:
         raise OptionError(
             f"positions={request.positions!r} is not served by vLLM for this model; use positions={family.positions!r}"
         )
+    if family.keeps_breaks:
+        return replace(request, newlines="keep")
     if request.newlines != "keep_rows_with_tokens" or not family.has_newlines:
         return request
     return replace(request, newlines="keep")  # which rows keep a token is known too late

@@ -14,7 +14,7 @@ import torch
 from tokprune.core.errors import OptionError, UnsupportedModelError
 from tokprune.core.layout import grid_layout
 
-from .compat import without_key
+from .compat import parts_of, with_content, without_key
 from .options import EXAMPLE, KEY, Plan, check_key, plan_of
 
 FIELD = "tokprune"  # travels with a picture to the worker: (n_keep, rows, all rows, salt)
@@ -107,13 +107,15 @@ class PrunedProcessor:
         own = {name: hashes[name] for name in plan.family.modalities if name in hashes}
         return hashes | {name: [f"{value}-{plan.identity}" for value in values] for name, values in own.items()}
 
-    def _postprocess_hf_mm_data(self, data: Mapping[str, Any], kwargs: Mapping[str, Any], processed: Any) -> Any:
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         """Add our fields; pictures that come as ready features have no pixels and pass unpruned."""
-        processed = super()._postprocess_hf_mm_data(data, kwargs, processed)
-        plan = self.info.plan_of(kwargs)
+        processed: Any = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        plan = self.info.plan_of(hf_kwargs)
         for modality in () if plan is None else plan.family.modalities:
-            items = data.get(f"{modality}s")
+            given = mm_items.get(modality)
+            items = given.get_processor_data().get(f"{modality}s") if given else None
             if items is not None and processed.get(PIXELS[modality]) is not None:
+                processed.update(plan.family.noted(processed, self.info))
                 processed[FIELDS[modality]] = _numbers(plan, of_modality(processed, modality), items)
         return processed
 
@@ -121,13 +123,16 @@ class PrunedProcessor:
         from vllm.multimodal.inputs import MultiModalFieldConfig
 
         fields = dict(super()._get_mm_fields_config(inputs, kwargs))
-        return fields | {
-            field: MultiModalFieldConfig.batched(modality, keep_on_cpu=True) for modality, field in FIELDS.items()
-        }
+        notes = () if self.info.plan is None else self.info.plan.family.notes
+        named = [*FIELDS.items(), *(("image", note) for note in notes)]
+        return fields | {field: MultiModalFieldConfig.batched(modality, keep_on_cpu=True) for modality, field in named}
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        return [_cut(update, out_mm_kwargs) if update.modality in FIELDS else update for update in updates]
+        if self.info.plan is None:
+            return updates
+        breaks = self.info.plan.family.keeps_breaks
+        return [_cut(update, out_mm_kwargs, breaks) if update.modality in FIELDS else update for update in updates]
 
 
 def check_places(prompt: Sequence[int], lengths: Sequence[int], token: int, modality: str = "image") -> None:
@@ -169,23 +174,41 @@ def of_modality(processed: Mapping[str, Any], modality: str) -> dict[str, Any]:
     return {name: value for name, value in processed.items() if name not in others}
 
 
-def _cut(update: Any, out_mm_kwargs: Any) -> Any:
+def _cut(update: Any, out_mm_kwargs: Any, keeps_breaks: bool) -> Any:
     """The update of a prompt with as many placeholders as rows stay."""
     original, field = update.replacement, FIELDS[update.modality]
 
     def replacement(item: int) -> Any:
-        placeholders = original(item)
+        planned = original(item)
         data = out_mm_kwargs[update.modality][item]
         if field not in data:
-            return placeholders
+            return planned
         _, n_rows, n_all, _ = data[field].data.tolist()
-        if len(placeholders) != n_all:
+        ids, is_row = parts_of(planned)
+        token = ids[is_row.index(True)]
+        if keeps_breaks:  # only what ends the whole picture is text
+            is_row = [True] * (len(ids) - 1) + [False]
+        if sum(is_row) != n_all:
             raise UnsupportedModelError(
-                f"{KEY}: vLLM plans {len(placeholders)} tokens for a {update.modality} where its layout says {n_all}"
+                f"{KEY}: vLLM plans {sum(is_row)} tokens for a {update.modality} where its layout says {n_all}"
             )
-        return placeholders[:n_rows]
+        return with_content(planned, shortened(ids, is_row, token, n_rows))
 
     return replace(update, replacement=replacement)
+
+
+def shortened(ids: Sequence[int], is_row: Sequence[bool], token: int, n_rows: int) -> list[int]:
+    """What stands for a picture in a prompt, with fewer rows.
+
+    Args:
+        ids: with all rows.
+        is_row: which of them are rows; the others stay.
+        token: of a row.
+        n_rows: that stay.
+    """
+    places = [i for i, row in enumerate(is_row) if row]
+    dropped, kept = set(places[n_rows:]), set(places[:n_rows])
+    return [token if i in kept else own for i, own in enumerate(ids) if i not in dropped]
 
 
 @functools.cache

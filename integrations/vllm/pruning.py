@@ -17,14 +17,14 @@ from tokprune.core.signals import Kind, Signal
 from tokprune.methods.base import mistaken
 from tokprune.prune.select import Kept, Picture, Selector, visual_rows
 
-from .compat import complain, heads_of, vision_layers
+from .compat import attention_of, complain, heads_of, vision_encoder, vision_layers
 from .options import KEY, Plan, rows_of
 
 
 class Tap:
     """Collects what a method needs from a vision tower; open only while pictures are encoded.
 
-    Hooks on the fused projections see what attention sees. They stay as long as the model: vLLM has no moment to undo.
+    Hooks see what attention is called with. They stay as long as the model: vLLM has no moment to undo.
 
     Args:
         plan: says what is needed.
@@ -34,25 +34,33 @@ class Tap:
 
     def __init__(self, plan: Plan, tower: nn.Module, projector: nn.Module):
         self.signals, self.n_special = plan.signals, int(plan.family.tower.has_cls)
-        self._skipped, self._open = plan.family.n_leading, False
+        self._skipped, self._open, self._segments = plan.family.n_leading, False, None
         self._rows: dict[Any, Tensor] = {}
         if not self.signals:
             return
         layers = vision_layers(tower)
         for layer in sorted({layer for s in self.signals for layer in s.layers}):
-            attention = layers[layer].self_attn
-            attention.qkv_proj.register_forward_hook(functools.partial(self._projected, layer, attention))
+            attention = attention_of(layers[layer])
+            attention.attn.register_forward_pre_hook(functools.partial(self._attends, layer, attention))
         if any(s.kind in (Kind.CLS_STATE, Kind.TOWER_STATES) for s in self.signals):
-            layers[-1].register_forward_hook(self._read_layer_seen)  # none is built behind the one that is read
+            vision_encoder(tower).register_forward_hook(
+                self._last_layer_seen
+            )  # none is built behind the one that is read
         if plan.merges_states:
             projector.register_forward_pre_hook(self._states_seen)
 
-    def collect(self, encode: Callable[[], Any]) -> tuple[list[Tensor], dict[Any, Tensor]]:
+    def collect(
+        self, encode: Callable[[], Any], segments: list[int] | None = None
+    ) -> tuple[list[Tensor], dict[Any, Tensor]]:
         """Rows of every picture, and what was collected.
 
         Collected is every signal, (crops, patches, l, ...) or (crops, D), and "states", (crops, patches, D).
+
+        Args:
+            encode: vLLM's own function.
+            segments: patches of every picture, where all are one sequence, in which each sees itself alone.
         """
-        self._rows, self._open = {}, True
+        self._rows, self._segments, self._open = {}, segments, True
         try:
             features = list(encode())
         finally:
@@ -62,17 +70,24 @@ class Tap:
         return features, found
 
     @torch.no_grad()
-    def _projected(self, layer: int, attention: nn.Module, module: nn.Module, args: Any, out: Any) -> None:
+    def _attends(self, layer: int, attention: nn.Module, module: nn.Module, args: Any) -> None:
         if not self._open:
             return
         asked = [s for s in self.signals if layer in s.layers]
-        for signal, rows in signal_rows(asked, *heads_of(attention, out), self.n_special):
-            self._rows[signal, layer] = rows
+        q, k, scale = heads_of(attention, args)
+        lengths = self._segments or [q.shape[2]]
+        parts = [
+            dict(signal_rows(asked, *own, scale, self.n_special))
+            for own in zip(q.split(lengths, 2), k.split(lengths, 2), strict=True)
+        ]
+        for signal in asked:
+            if signal in parts[0]:
+                self._rows[signal, layer] = torch.cat([part[signal] for part in parts], 1)
 
-    def _read_layer_seen(self, module: nn.Module, args: Any, out: Any) -> None:
+    def _last_layer_seen(self, module: nn.Module, args: Any, out: Any) -> None:
         if not self._open:
             return
-        states = out[0] if isinstance(out, tuple) else out
+        states = out[-1] if isinstance(out, (list, tuple)) else out  # of all layers, where the model reads several
         for s in self.signals:
             if s.kind is Kind.CLS_STATE:
                 self._rows[s] = states[:, 0].float()
@@ -105,7 +120,7 @@ class Pruner:
             items: what it encodes.
             numbers: our field of every picture, on the host.
         """
-        features, collected = self._tap.collect(encode)
+        features, collected = self._tap.collect(encode, self.plan.family.segments(items))
         pictures = self._pictures(features, items, collected)
         kept = [Kept(torch.arange(len(rows), device=rows.device), rows) for rows in features]
         mistakes = []
@@ -135,7 +150,8 @@ class Pruner:
         states: Sequence[Any] = [None] * len(features)
         if "states" in collected:
             value = collected["states"]
-            states = visual_rows(family.pack(items, value), layouts, value.shape[2:])
+            packed = visual_rows(family.pack(items, value), layouts, value.shape[2:])
+            states = [own if family.merges_states(lay) else None for own, lay in zip(packed, layouts, strict=True)]
         return [Picture(*fields) for fields in zip(features, layouts, signals, states, strict=True)]
 
     def _by_picture(

@@ -215,15 +215,15 @@ def test_blind_keeps_no_newline():
 
 
 def test_internvl_finds_grid_and_thumbnail():
-    from tokprune.integrations.transformers.families.internvl import _arranged
+    from tokprune.core.tiles import arranged
 
     images = [tiny.tiles(i) for i in range(5)]
-    assert _arranged(images) == [((0, 0), 0), ((1, 2), 2), ((2, 1), 2), ((2, 2), 4), ((1, 3), 3)]
+    assert arranged(images) == [((0, 0), 0), ((1, 2), 2), ((2, 1), 2), ((2, 2), 4), ((1, 3), 3)]
     first = [torch.cat([image[-1:], image[:-1]]) for image in images[1:]]
-    assert _arranged(first) == [((1, 2), 0), ((2, 1), 0), ((2, 2), 0), ((1, 3), 0)]
+    assert arranged(first) == [((1, 2), 0), ((2, 1), 0), ((2, 2), 0), ((1, 3), 0)]
     noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert _arranged([noise]) == [((1, 3), -1)]  # no tile shows the whole
-    assert _arranged([torch.ones(3, 3, 32, 32)]) == [((1, 2), 2)]  # nothing tells: the usual
+    assert arranged([noise]) == [((1, 3), -1)]  # no tile shows the whole
+    assert arranged([torch.ones(3, 3, 32, 32)]) == [((1, 2), 2)]  # nothing tells: the usual
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from random_models import KINDS, make
 from server import ENV
 
 HERE = Path(__file__).parent
-MADE = {"tiny-qwen3": "tiny_qwen3.py"}  # models that are not embedded, by the script that makes them
+MADE = {"tiny-qwen3": "tiny_qwen3.py"}  # models that are not embedded, by the script that makes them, or by `KINDS`
 
 
 def run(script: str, *arguments: str, given=None) -> subprocess.CompletedProcess:
@@ -28,6 +29,8 @@ def place(tmp_path_factory):
 
     @functools.cache
     def of(model: str) -> str:
+        if model in KINDS:
+            return str(make(model, tmp_path_factory.mktemp("made")))
         if model not in MADE:
             return model  # with or without ":clips"
         folder = tmp_path_factory.mktemp("made") / model

@@ -19,13 +19,22 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
+def in_placeholders(index, layout):
+    """Without tokens of text among them, as `tokprune.attach` counts kept rows."""
+    places = {i: place for place, i in enumerate(layout.visual)}
+    return [places[i] for i in index if i in places]
+
+
 def seen_kept(kept):
     """Let the worker tell what it keeps."""
     prune = Pruner.prune
 
     def told(self, encode, items, numbers):
         found = prune(self, encode, items, numbers)
-        kept.extend(k.index.tolist() for k in found)
+        for layout, k in zip(self.plan.family.layouts(items), found, strict=True):
+            kept.append(
+                in_placeholders(k.index.tolist(), layout) if self.plan.family.keeps_breaks else k.index.tolist()
+            )
         return found
 
     Pruner.prune = told

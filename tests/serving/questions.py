@@ -20,6 +20,13 @@ TASKS = {
 }
 QWEN, QWEN_CLIP = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
 SIZES = ((128, 64), (64, 128), (96, 96), (64, 112))  # of pictures for models that take any
+# Of models with random weights: how a prompt shows a picture, and sizes of pictures.
+SHOWN = {
+    "random-onevision": ("<image>", ((192, 150), (96, 40), (50, 140), (60, 60))),
+    "random-internvl": ("<IMG_CONTEXT>", ((192, 130), (130, 64), (50, 140), (60, 60))),
+    "random-gemma3": ("<start_of_image>", ((192, 130), (50, 140), (60, 60), (96, 96))),
+    "random-mistral3": ("[IMG]", ((192, 130), (50, 140), (60, 66), (250, 90))),
+}
 
 
 def model_of(name):
@@ -30,7 +37,7 @@ def model_of(name):
 def task_of(name):
     """Of clips, or by the name of the model."""
     model, _, clips = name.partition(":")
-    return TASKS[clips or Path(model).name]
+    return TASKS.get(clips or Path(model).name, "findit")
 
 
 def asked(task_name, n):
@@ -44,17 +51,20 @@ def asked(task_name, n):
 def shown(model_name, samples):
     """(sample, pictures, clips, prompt) as a model takes them.
 
-    For Qwen pictures are of several sizes, and two in every fourth prompt; with clips, every fourth prompt has a
-    picture, too, and every fourth clip fewer frames, of another size.
+    Pictures are of several sizes where a model takes any, and two in every fourth prompt; with clips, every fourth
+    prompt has a picture, too, and every fourth clip fewer frames, of another size.
     """
     if model_name.endswith(":clips"):
         return [_clips(i, samples) for i in range(len(samples))]
-    if "qwen" not in Path(model_name).name:
+    name = Path(model_name).name
+    if "qwen" not in name and name not in SHOWN:
         return [(sample, [image], [], prompt) for sample, image, prompt in samples]
+    placeholder, sizes = SHOWN.get(name, (QWEN, SIZES))
+    mark = "<image>\n" if name in SHOWN else "<image>"  # vLLM finds no picture of Gemma 3 with a line break behind it
     found = []
     for i, (sample, image, prompt) in enumerate(samples):
-        pictures = [image.resize(SIZES[j % 4]) for j in ((i, i + 1) if i % 4 == 3 else (i,))]
-        found.append((sample, pictures, [], prompt.replace("<image>", QWEN * len(pictures))))
+        pictures = [image.resize(sizes[j % 4]) for j in ((i, i + 1) if i % 4 == 3 else (i,))]
+        found.append((sample, pictures, [], prompt.replace(mark, placeholder * len(pictures))))
     return found
 
 

@@ -31,12 +31,43 @@ OF_QWEN = [  # nothing is read from its tower
     *({"method": name, "keep_ratio": 0.25} for name in ("uniform", "globalcom2", "evs", "vidcom2")),
 ]
 TOME = {"method": "tome", "keep_ratio": 0.5}
+WITHOUT_CLS = [  # of a SigLIP tower
+    {},
+    {"method": "fopru", "keep_ratio": 0.25, "newlines": "keep"},
+    {"method": "vtc_cls:without_cls=received", "keep_ratio": 0.25, "newlines": "drop"},
+    {"method": "visionzip", "keep_ratio": 0.25, "newlines": "keep"},
+    RANDOM,
+    {"method": "divprune", "keep_ratio": 0.25, "newlines": "keep"},
+    {"method": "fopru", "flops_ratio": 0.5, "newlines": "keep"},
+]
+OF_TILES = [  # of a tower with [CLS] whose projector takes several patches
+    {},
+    {"method": "fopru", "keep_ratio": 0.25},
+    {"method": "vtc_cls", "keep_ratio": 0.11},
+    {"method": "visionzip", "keep_ratio": 0.25},
+    {"method": "vispruner", "keep_tokens": 12},
+    FEWER,
+    DIVPRUNE,
+    {"method": "hired", "flops_ratio": 0.9},
+]
+OF_BLOCKS = [  # of towers without [CLS] whose projector takes several patches
+    {},
+    {"method": "fopru", "keep_ratio": 0.25},
+    {"method": "vtc_cls:without_cls=received", "keep_ratio": 0.25},
+    {"method": "visionzip", "keep_ratio": 0.11},
+    FEWER,
+    DIVPRUNE,
+]
 SETTINGS = {
     "tiny-llava": OF_LLAVA,
     "tiny-llava-next": [*OF_LLAVA[:3], OF_LLAVA[4], RANDOM],
     "tiny-qwen": [*OF_QWEN, TOME],
     "tiny-qwen:clips": OF_QWEN,
     "tiny-qwen3": [*OF_QWEN, TOME],
+    "random-onevision": WITHOUT_CLS,
+    "random-internvl": OF_TILES,
+    "random-gemma3": [*OF_BLOCKS, {"method": "fopru", "flops_ratio": 0.8}],
+    "random-mistral3": OF_BLOCKS,
 }
 CHUNKS = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True, "max_num_seqs": 8, "block_size": 32}
 PARALLEL = {"tensor_parallel_size": 2}  # of models with an even number of heads
@@ -46,6 +77,8 @@ DIFFERENTLY = [
     ("tiny-qwen:clips", DIVPRUNE, CHUNKS),
     ("tiny-qwen3", DIVPRUNE, CHUNKS),
     ("tiny-qwen3", DIVPRUNE, PARALLEL),
+    *((model, SETTINGS[model][1], CHUNKS) for model in SETTINGS if model.startswith("random-")),
+    ("random-onevision", WITHOUT_CLS[1], PARALLEL),
 ]
 CLOSE = 2e-4
 
@@ -133,7 +166,8 @@ def test_pictures_in_chunks_and_models_on_two_workers_answer_alike(answers, mode
 @pytest.mark.parametrize("model", SETTINGS)
 def test_another_method_is_seen_to_differ(answers, model):
     """The comparison can fail: here are two methods, of which each answers as itself."""
-    asked, other = (FEWER, DIVPRUNE) if "qwen" in model else (RANDOM, VTC)
+    asked = next(s for s in SETTINGS[model] if s.get("method") == "random")
+    other = SETTINGS[model][1]
     want, got = reference(answers, model, asked), engine(answers, model, other)
     assert same(want, got["singles"], "kept") == 0
     assert farthest(want, got["singles"]) > 100 * CLOSE

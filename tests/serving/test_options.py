@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_models import KINDS, config_of
 from tokprune.eval.models import path_of
 from tokprune.integrations.vllm import NEWEST, why_not
 from tokprune.integrations.vllm.checks import why_unhooked
 from tokprune.integrations.vllm.options import check_key, plan_of
-from tokprune.integrations.vllm.processing import salt_of
+from tokprune.integrations.vllm.processing import salt_of, shortened
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tokprune
+from tokprune.core.budget import Budget
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NEEDS_VLLM = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: make test-vllm")
@@ -24,7 +26,7 @@ ASKED = {"method": "vtc_cls", "keep_ratio": 0.25}
 
 
 def config(name: str = "tiny-llava"):
-    return AutoConfig.from_pretrained(path_of(name))
+    return config_of(name) if name in KINDS else AutoConfig.from_pretrained(path_of(name))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,14 @@ def test_what_cannot_be_served_is_refused_in_one_line(given, message):
 
 @pytest.mark.parametrize(
     ("model", "some"),
-    [("tiny-llava", {"vtc_cls", "visionzip", "divprune", "fopru", "random"}), ("tiny-qwen", {"divprune", "random"})],
+    [
+        ("tiny-llava", {"vtc_cls", "visionzip", "divprune", "fopru", "random"}),
+        ("tiny-qwen", {"divprune", "random"}),
+        pytest.param("random-onevision", {"visionzip", "divprune", "fopru", "random"}, marks=NEEDS_VLLM),
+        ("random-internvl", {"vtc_cls", "visionzip", "vispruner", "divprune", "fopru", "random"}),
+        ("random-gemma3", {"visionzip", "divprune", "fopru", "random"}),
+        ("random-mistral3", {"visionzip", "divprune", "fopru", "random"}),
+    ],
 )
 def test_methods_that_are_named_as_working_do_work(model, some):
     with pytest.raises(tokprune.TokPruneError) as refused:
@@ -115,6 +124,46 @@ def test_other_models_and_towers_are_refused():
     with pytest.raises(tokprune.TokPruneError, match="no \\[CLS\\].* vtc_cls:without_cls=received"):
         plan_of(other, ASKED)
     assert plan_of(other, {**ASKED, "method": "vtc_cls:without_cls=received"}) is not None
+
+
+@pytest.mark.parametrize("name", ["random-gemma3", "random-mistral3"])
+def test_methods_that_rank_by_the_cls_token_are_refused_without_one(name):
+    with pytest.raises(tokprune.TokPruneError, match="no \\[CLS\\].* vtc_cls:without_cls=received"):
+        plan_of(config(name), ASKED)
+    assert plan_of(config(name), {**ASKED, "method": "vtc_cls:without_cls=received"}) is not None
+
+
+def test_flops_of_pictures_of_any_size_are_not_counted():
+    with pytest.raises(tokprune.TokPruneError, match="use keep_ratio or keep_tokens"):
+        plan_of(config("random-mistral3"), {"method": "divprune", "flops_ratio": 0.5})
+    assert plan_of(config("random-gemma3"), {"method": "divprune", "flops_ratio": 0.8}) is not None
+
+
+def test_tokens_of_text_between_rows_of_a_picture_stay():
+    plan = plan_of(config("random-mistral3"), {"method": "divprune", "keep_ratio": 0.25})
+    wide, high = plan.family.layouts({"pixel_values": [torch.zeros(3, 32, 96), torch.zeros(3, 64, 16)]})
+    assert (plan.n_keep(wide), plan.n_rows(wide), len(wide.crop)) == (3, 3 + 1, 12 + 1)
+    assert (plan.n_keep(high), plan.n_rows(high), len(high.crop)) == (1, 1 + 3, 4 + 3)
+    assert wide.crop == (*[0] * 6, -1, *[0] * 6)
+
+
+def test_what_stands_for_a_picture_is_cut_at_its_end():
+    assert shortened([7, 1, 1, 1, 8], [False, True, True, True, False], 1, 2) == [7, 1, 1, 8]
+    assert shortened([1, 9, 1, 9, 1, 8], [True] * 5 + [False], 1, 3) == [1, 1, 1, 8]
+
+
+def test_towers_that_are_read_otherwise_than_asked_are_refused():
+    other = config("random-internvl")
+    other.vision_feature_layer = -2
+    with pytest.raises(tokprune.TokPruneError, match=r"vision_feature_layer=-2.*--hf-overrides"):
+        plan_of(other, ASKED)
+    other.vision_feature_layer, other.vision_feature_select_strategy = -1, "full"
+    with pytest.raises(tokprune.TokPruneError, match=r"'full'.*--hf-overrides"):
+        plan_of(other, ASKED)
+    other = config("random-onevision")
+    other.vision_config = AutoConfig.for_model("clip_vision_model")
+    with pytest.raises(tokprune.TokPruneError, match="'clip_vision_model' towers.*siglip"):
+        plan_of(other, ASKED)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +278,14 @@ def test_a_picture_has_one_salt_whatever_it_comes_as():
 
 
 @NEEDS_VLLM
-def test_layouts_of_many_sizes_have_the_rows_that_vllm_plans():
-    from tokprune.integrations.vllm.families.llava_next import LlavaNext
+@pytest.mark.parametrize("name", ["tiny-llava-next", "random-onevision"])
+def test_layouts_of_many_sizes_have_the_rows_that_vllm_plans(name):
     from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
+    from vllm.model_executor.models.llava_onevision import LlavaOnevisionProcessingInfo
 
-    family = LlavaNext(config("tiny-llava-next"))
-    info = LlavaNextProcessingInfo(SimpleNamespace(get_hf_config=lambda *_: family.config))
+    family = plan_of(config(name), {"method": "divprune", "keep_ratio": 0.5}).family
+    infos = {"tiny-llava-next": LlavaNextProcessingInfo, "random-onevision": LlavaOnevisionProcessingInfo}
+    info = infos[name](SimpleNamespace(get_hf_config=lambda *_: family.config))
     for height in range(20, 400, 29):
         for width in range(20, 700, 37):
             (layout,) = family.layouts({"image_sizes": torch.tensor([[height, width]])})
@@ -251,6 +302,65 @@ def test_newlines_do_not_hang_on_what_is_kept(newlines, kept):
     assert plan.request.newlines == kept
     assert plan.n_rows(layout) == plan.n_keep(layout) + n_newlines
     assert "of the largest picture" in str(plan)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_comparisons_refuse_models_whose_tokens_they_do_not_count(name):
+    from tokprune.eval.run.served import refuse_uncounted
+
+    refuse_uncounted(config())
+    with pytest.raises(tokprune.TokPruneError, match="leave --backend vllm out"):
+        refuse_uncounted(config(name))
+
+
+PICTURES = [Image.new("RGB", size) for size in ((192, 150), (130, 64), (50, 140), (60, 60), (33, 35), (20, 300))]
+
+
+@NEEDS_VLLM
+@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize(
+    ("asked", "requested"), [({"keep_ratio": 0.25}, {}), ({"keep_tokens": 7}, {"keep_ratio": 0.4})]
+)
+def test_prompts_have_the_tokens_that_stay(name, asked, requested, place):
+    """Budgets are of every picture over all its crops; newlines are not counted."""
+    from questions import SHOWN
+
+    whole, cut = processor_of(place(name), None), processor_of(place(name), {"method": "divprune", **asked})
+    budget, of_request = Budget(**(requested or asked)), {"tokprune": requested} if requested else {}
+    for shown in (*([p] for p in PICTURES), PICTURES[:2], PICTURES[2:5]):
+        prompt = f"{SHOWN[name][0] * len(shown)} what?"
+        before, after = rows_of(whole, prompt, shown, {}), rows_of(cut, prompt, shown, of_request)
+        counts = [visual_and_others(name, whole.info, p, n) for p, n in zip(shown, before, strict=True)]
+        assert after == [budget.n_keep(visual) + others for visual, others in counts]
+
+
+def rows_of(processor, prompt, pictures, kwargs):
+    """Rows of every picture that its prompt has place for."""
+    found = processor(prompt, processor.info.parse_mm_data({"image": pictures}), hf_processor_mm_kwargs=kwargs)
+    return [place.get_num_embeds() for place in found["mm_placeholders"]["image"]]
+
+
+def visual_and_others(name, info, picture, n):
+    """Tokens of a picture that show a part of it, and rows that stay in any case, of n placeholders of vLLM."""
+    if name == "random-onevision":
+        family = plan_of(config(name), {"method": "divprune", "keep_ratio": 0.5}).family
+        (layout,) = family.layouts({"image_sizes": torch.tensor([picture.size[::-1]])})
+        return n - layout.n_newlines, layout.n_newlines
+    if name == "random-mistral3":  # a token of text behind every row but the last
+        width, height = picture.size
+        _, n_rows = info.get_vision_encoder_info().get_patch_grid_size(image_width=width, image_height=height)
+        return n, n_rows - 1
+    return n, 0
+
+
+@NEEDS_VLLM
+def test_pan_and_scan_is_refused(place):
+    asked = {"method": "divprune", "keep_ratio": 0.5}
+    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16}
+    processor, wide = processor_of(place("random-gemma3"), asked), [Image.new("RGB", (300, 60))]
+    assert rows_of(processor, "<start_of_image> what?", wide, {}) == [18]
+    with pytest.raises(tokprune.TokPruneError, match="leave do_pan_and_scan out"):
+        rows_of(processor, "<start_of_image> what?", wide, crops)
 
 
 @NEEDS_VLLM
@@ -283,16 +393,22 @@ def test_videos_have_one_budget_for_all_frames(place):
 
 def columns_of(model, asked):
     """(prompt, items) to the columns of every picture, and then of every video."""
-    from tokprune.integrations.vllm import register
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-
-    register()
-    given = EngineArgs(model, mm_processor_kwargs={"tokprune": asked}, enforce_eager=True, max_model_len=1024)
-    processor = MULTIMODAL_REGISTRY.create_processor(given.create_model_config())
+    processor = processor_of(model, asked)
 
     def columns(prompt, **items):
         found = processor(prompt, processor.info.parse_mm_data(items))["mm_placeholders"]
         return [place.length for modality in ("image", "video") for place in found.get(modality, ())]
 
     return columns
+
+
+def processor_of(model, given):
+    """vLLM's processor of a model, with our key or without."""
+    from tokprune.integrations.vllm import register
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    register()
+    key = {"tokprune": given} if given else None
+    asked = EngineArgs(model, mm_processor_kwargs=key, enforce_eager=True, max_model_len=1024)
+    return MULTIMODAL_REGISTRY.create_processor(asked.create_model_config())

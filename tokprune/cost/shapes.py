@@ -138,6 +138,30 @@ def llava_shape(config: Any) -> Shape:
     return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
 
 
+def gemma3_shape(config: Any) -> Shape:
+    """A Gemma 3: averages of k x k patches, then one matrix.
+
+    Raises:
+        UnsupportedModelError: the cost of its tower or its language model is not known.
+    """
+    vision, text = vision_of(config.vision_config), text_of(config.text_config)
+    n_rows, widths = config.mm_tokens_per_image, (vision.stack.width, text.width)
+    return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+
+
+def internvl_shape(config: Any) -> Shape:
+    """An InternVL: pixel shuffle, then a two-layer MLP.
+
+    Raises:
+        UnsupportedModelError: the cost of its tower or its language model is not known.
+    """
+    vision, text = vision_of(config.vision_config), text_of(config.text_config)
+    folds = round(1 / config.downsample_ratio) ** 2
+    widths = (vision.stack.width * folds, text.width, text.width)
+    n_rows = vision.n_patches // folds
+    return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+
+
 # ------------------------------------------------------------------------------------------ by name
 
 _CLIP_L_336 = Vision(Stack(24, 1024, 4096, 16, 16, 64, gated=False), 576, 1, 3 * 14 * 14)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokprune.core.errors import TokPruneError
 from tokprune.core.layout import Layout, tiles_layout
-from tokprune.core.lazy import F, nn, torch
+from tokprune.core.lazy import nn
+from tokprune.core.tiles import arranged
 from tokprune.cost.flops import Shape
-from tokprune.cost.shapes import text_of, vision_of
+from tokprune.cost.shapes import internvl_shape
 
 from .base import ModelFamily, TowerKind
 from .sizes import Sizes, pil_image_processor
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-POOLED = 8  # cells a side of the grid on which a thumbnail is compared with its tiles
-LIKE = 0.5  # ... that differ from its tiles' by less than this share of their variance
 
 
 class InternVL(ModelFamily):
@@ -39,11 +36,7 @@ class InternVL(ModelFamily):
     @classmethod
     def shape_of(cls, config: Any) -> Shape:
         """Pixel shuffle, then a two-layer MLP."""
-        vision, text = vision_of(config.vision_config), text_of(config.text_config)
-        folds = round(1 / config.downsample_ratio) ** 2
-        widths = (vision.stack.width * folds, text.width, text.width)
-        n_rows = vision.n_patches // folds
-        return Shape(config.model_type, vision, widths, n_rows, n_rows, text, config.text_config.vocab_size)
+        return internvl_shape(config)
 
     @classmethod
     def tower_config(cls, sizes: Sizes) -> Any:
@@ -90,8 +83,7 @@ class InternVL(ModelFamily):
                 "pass the prompt whole (without prefill_chunk_size), as the processor made it"
             )
         tiles = arguments["pixel_values"].split([run // n_tile for run in runs])
-        arranged = _arranged(tiles)
-        return [tiles_layout(side, *a) for a in arranged]
+        return [tiles_layout(side, *place) for place in arranged(tiles)]
 
     def pack(self, name: str, arguments: Mapping[str, Any], values: Tensor) -> list[Tensor]:
         """Through `pixel_shuffle`, then the mean over the patches of a token."""
@@ -99,39 +91,3 @@ class InternVL(ModelFamily):
         grid = values.unflatten(1, (side, side))
         folded = self.base.pixel_shuffle(grid, scale_factor=self.base.config.downsample_ratio)
         return list(folded.unflatten(-1, (-1, channels)).mean(-2).flatten(1, 2))
-
-
-def _arranged(images: Sequence[Tensor]) -> list[tuple[tuple[int, int], int]]:
-    """((rows, columns) of the crops, which tile is the thumbnail or -1) of every image; one read from the device."""
-    candidates = [_candidates(len(tiles)) for tiles in images]
-    errors = [
-        torch.stack([_difference(tiles, *c) for c in choices]) if len(choices) > 1 else tiles.new_zeros(1).float()
-        for tiles, choices in zip(images, candidates, strict=True)
-    ]
-    read = iter(torch.cat(errors).tolist())
-    found = []
-    for choices in candidates:
-        values = list(itertools.islice(read, len(choices)))
-        best = min(range(len(choices)), key=lambda i: values[i])
-        alike = len(choices) == 1 or values[best] < LIKE
-        found.append(choices[best] if alike else ((1, choices[best][0][0] * choices[best][0][1] + 1), -1))
-    return found
-
-
-def _candidates(n_tiles: int) -> list[tuple[tuple[int, int], int]]:
-    """Grids of all tiles but one, which is the thumbnail; the last tile, and squarer grids, first."""
-    if n_tiles == 1:
-        return [((0, 0), 0)]
-    n = n_tiles - 1
-    grids = sorted(((r, n // r) for r in range(1, n + 1) if n % r == 0), key=lambda g: abs(g[0] - g[1]))
-    return [(grid, thumbnail) for thumbnail in (n, 0) for grid in grids]
-
-
-def _difference(tiles: Tensor, grid: tuple[int, int], thumbnail: int) -> Tensor:
-    """Mean squared difference of a tile and the mosaic of the others, over the mosaic's variance."""
-    others = torch.cat([tiles[:thumbnail], tiles[thumbnail + 1 :]]).float()
-    rows, columns = grid
-    mosaic = others.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, H, W)
-    pooled = F.adaptive_avg_pool2d(mosaic[None], POOLED)
-    alone = F.adaptive_avg_pool2d(tiles[thumbnail][None].float(), POOLED)
-    return (pooled - alone).square().mean() / pooled.var().clamp(min=1e-6)

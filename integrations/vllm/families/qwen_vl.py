@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,49 +10,35 @@ from tokprune.core.layout import Layout, frames_layout, grid_layout
 from tokprune.core.signals import Tower
 from tokprune.prune.supply import Supply
 
+from .base import Family
+
 SIDE = 36  # tokens a side of the picture that budgets are checked on when a server starts
 
 
-class QwenVL:
+class QwenVL(Family):
     """Qwen2_5_VLForConditionalGeneration, for methods without signals.
 
-    Args:
-        config: of transformers, as vLLM loads it.
-
-    Attributes:
-        modalities: that are pruned; others are refused.
-        has_newlines: rows of pictures do not end with a newline token.
-        n_leading: rows of a picture before those of patches.
-        positions: kept tokens keep the places in the picture that they had.
-        shape: FLOPs are not counted for a picture of any size here.
-        picture: that `largest` is of, for the log.
+    Kept tokens keep the places in the picture that they had. FLOPs are not counted for a picture of any size here.
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
-    has_newlines: ClassVar[bool] = False
-    n_leading: ClassVar[int] = 0
     positions: ClassVar[str] = "original"
-    shape: ClassVar[None] = None
     picture: ClassVar[str] = f"of a picture of {SIDE} x {SIDE} tokens"
-    largest: ClassVar[Layout] = grid_layout(SIDE, SIDE)
 
-    def __init__(self, config: Any):
-        self.config = config
-        vision = config.vision_config
-        self.tower = Tower(vision.depth, has_cls=False, projects_rows=False)
-        self.supply = Supply(self.tower, frozenset(), "is not read in vLLM", planned=True)
+    @functools.cached_property
+    def tower(self) -> Tower:
+        """No [CLS] token; several patches a token."""
+        return Tower(self.config.vision_config.depth, has_cls=False, projects_rows=False)
+
+    @functools.cached_property
+    def supply(self) -> Supply:
+        """Nothing from the tower."""
+        return Supply(self.tower, frozenset(), "is not read in vLLM", planned=True)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """Kind and size of the model, as saved attachments note them."""
-        text = self.config.text_config
-        return {
-            "model_type": self.config.model_type,
-            "decoder_layers": text.num_hidden_layers,
-            "decoder_width": text.hidden_size,
-            "tower_layers": self.tower.n_layers,
-            "tower_has_cls": False,
-        }
+    def largest(self) -> Layout:
+        """Of the picture that budgets are checked on."""
+        return grid_layout(SIDE, SIDE)
 
     def layouts(self, items: Mapping[str, Any]) -> list[Layout]:
         """One raster a picture; then those of videos, one a step.
