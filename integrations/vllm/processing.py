@@ -155,8 +155,12 @@ def check_places(prompt: Sequence[int], lengths: Sequence[int], token: int, moda
 
 
 def salt_of(image: Any) -> int:
-    """For seeded methods: the same picture is drawn from alike in every batch and on every server."""
-    return zlib.crc32(np.ascontiguousarray(image))
+    """For seeded methods: the same picture is drawn from alike in every batch and on every server.
+
+    Args:
+        image: a picture; or frames of a video, alone or with what is known about them.
+    """
+    return zlib.crc32(np.ascontiguousarray(image[0] if isinstance(image, tuple) else image))
 
 
 def _numbers(plan: Plan, processed: Mapping[str, Any], items: Any) -> torch.Tensor:

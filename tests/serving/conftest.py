@@ -14,7 +14,6 @@ from random_models import KINDS, make
 from server import ENV
 
 HERE = Path(__file__).parent
-MADE = {"tiny-qwen3": "tiny_qwen3.py"}  # models that are not embedded, by the script that makes them, or by `KINDS`
 
 
 def run(script: str, *arguments: str, given=None) -> subprocess.CompletedProcess:
@@ -29,14 +28,7 @@ def place(tmp_path_factory):
 
     @functools.cache
     def of(model: str) -> str:
-        if model in KINDS:
-            return str(make(model, tmp_path_factory.mktemp("made")))
-        if model not in MADE:
-            return model  # with or without ":clips"
-        folder = tmp_path_factory.mktemp("made") / model
-        done = run(MADE[model], str(folder))
-        assert done.returncode == 0, done.stderr[-3000:]
-        return str(folder)
+        return str(make(model, tmp_path_factory.mktemp("made"))) if model in KINDS else model
 
     return of
 

@@ -15,7 +15,6 @@ TASKS = {
     "tiny-llava": "findit",
     "tiny-llava-next": "findit_hd",
     "tiny-qwen": "findit",
-    "tiny-qwen3": "findit",
     "clips": "watchit",
 }
 QWEN, QWEN_CLIP = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
@@ -26,6 +25,7 @@ SHOWN = {
     "random-internvl": ("<IMG_CONTEXT>", ((192, 130), (130, 64), (50, 140), (60, 60))),
     "random-gemma3": ("<start_of_image>", ((192, 130), (50, 140), (60, 60), (96, 96))),
     "random-mistral3": ("[IMG]", ((192, 130), (50, 140), (60, 66), (250, 90))),
+    "random-qwen3": (QWEN, SIZES),
 }
 
 

@@ -99,6 +99,16 @@ def mistral3(words, config):
     return PixtralProcessor(pictures, words, patch_size=patch, spatial_merge_size=merged)
 
 
+def qwen3(words, config):
+    """Qwen3-VL's processor."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    vision = config.vision_config
+    sizes = dict(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+    pictures = Qwen2VLImageProcessor(size={"shortest_edge": 1024, "longest_edge": 65536}, **sizes)
+    return Qwen3VLProcessor(pictures, words, Qwen3VLVideoProcessor(**sizes))
+
+
 KINDS = {
     "random-onevision": Kind(
         "llava_onevision",
@@ -132,6 +142,16 @@ KINDS = {
         {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
         {"side": 192, "tower_type": "pixtral", "tower_options": {}, "text_type": "mistral"},
     ),
+    "random-qwen3": Kind(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        qwen3,
+        {
+            **{"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+            **{"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
+        },
+        {"tower_options": {}},
+    ),
 }
 
 
@@ -150,6 +170,9 @@ def config_of(name: str):
     made = tiny.family(kind.family).config_of(sizes)
     for field_, value in kind.text.items():
         setattr(made.text_config, field_, value)
+    for name_, token in kind.tokens.items():
+        if hasattr(made, f"{name_}_id"):
+            setattr(made, f"{name_}_id", ids(token))
     made.architectures = [kind.architecture]
     return made
 

@@ -63,7 +63,7 @@ SETTINGS = {
     "tiny-llava-next": [*OF_LLAVA[:3], OF_LLAVA[4], RANDOM],
     "tiny-qwen": [*OF_QWEN, TOME],
     "tiny-qwen:clips": OF_QWEN,
-    "tiny-qwen3": [*OF_QWEN, TOME],
+    "random-qwen3": [*OF_QWEN, TOME],
     "random-onevision": WITHOUT_CLS,
     "random-internvl": OF_TILES,
     "random-gemma3": [*OF_BLOCKS, {"method": "fopru", "flops_ratio": 0.8}],
@@ -75,10 +75,10 @@ DIFFERENTLY = [
     ("tiny-llava", VTC, CHUNKS),
     ("tiny-qwen", DIVPRUNE, CHUNKS),
     ("tiny-qwen:clips", DIVPRUNE, CHUNKS),
-    ("tiny-qwen3", DIVPRUNE, CHUNKS),
-    ("tiny-qwen3", DIVPRUNE, PARALLEL),
     *((model, SETTINGS[model][1], CHUNKS) for model in SETTINGS if model.startswith("random-")),
     ("random-onevision", WITHOUT_CLS[1], PARALLEL),
+    ("random-internvl", OF_TILES[2], PARALLEL),
+    ("random-qwen3", DIVPRUNE, PARALLEL),
 ]
 CLOSE = 2e-4
 
