@@ -1,7 +1,7 @@
 """findone: one small coloured shape of findit on its busy background; answering needs the few tokens that show it.
 
 Easier for a language model than findit, where it must also find out which of several shapes is asked about. A shape
-covers 4 to 9 of the 144 patches of 8 pixels, and there are three questions about it: its colour, its shape, its place.
+covers 4 to 9 of the 144 patches of 8 pixels, and there are two questions about it: its colour and its shape.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 from . import findit
 
-KINDS = ("colour", "shape", "position")
+KINDS = ("colour", "shape")
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, list[findit.Shape]]:
@@ -24,7 +24,7 @@ def draw(split: str, index: int) -> tuple[np.ndarray, list[findit.Shape]]:
 
 
 class FindOne(findit.FindIt):
-    """The task; at most three questions a scene."""
+    """The task; two questions a scene."""
 
     name = "findone"
     kinds = KINDS

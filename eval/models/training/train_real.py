@@ -34,6 +34,7 @@ from .train import optimise, start_processes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 N_SCENES = {"train": 3_000, "validation": 100}
+KINDS = (*findone.KINDS, "position")  # places are asked for, too, but are not learned in so few steps
 BACKGROUND = "background"
 
 
@@ -135,7 +136,7 @@ def _report(trainer: Trainer, work: Path, n_scenes: int, sizes: Sequence[int]) -
     """Saves the projector and tells its accuracy on the first validation scenes."""
     x, shapes = _scenes(work, "validation")
     asked = np.random.default_rng((0, 8))
-    questions = [findit.ask(asked, s, kinds=findone.KINDS) for s in shapes]
+    questions = [findit.ask(asked, s, kinds=KINDS) for s in shapes]
 
     def save(_: int) -> str:
         torch.save(trainer.projector.state_dict(), work / "projector.pt")
@@ -171,7 +172,7 @@ def questions(
 
     def loss(_: nn.Module) -> Tensor:
         chosen = rng.integers(0, len(x), batch)
-        text = trainer.pack([findit.ask(rng, shapes[i], kinds=findone.KINDS) for i in chosen])
+        text = trainer.pack([findit.ask(rng, shapes[i], kinds=KINDS) for i in chosen])
         seen = torch.from_numpy(x[chosen]).float()
         kept, contiguous = draw_kept(rng, seen, drops=True)
         return F.cross_entropy(trainer(seen, kept, contiguous, text), text["target"][text["target"] != -100])
