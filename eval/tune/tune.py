@@ -154,7 +154,9 @@ def candidates(runner: Runner, task: Task, samples: Sequence[Sample], methods: S
                              tokens=tokens)  # fmt: skip
     first, reasons, found = samples[0], dict[str, str](), []
     inputs = runner.prepare(task, [first], [first.image_id])
-    for config in (c for c in configs if c.method != NONE):
+    todo = [c for c in configs if c.method != NONE]
+    console.print(f"{len(todo)} configurations, each tried on one question first")
+    for config in todo:
         try:
             runner.answer(inputs, config, (0,), max_new_tokens=1)
         except TokPruneError as error:
