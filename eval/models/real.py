@@ -120,7 +120,7 @@ def main(
     """Put a LLaVA together whose language model is SmolLM2-135M-Instruct."""
     assemble(file, out)
     size = sum(f.stat().st_size for f in out.iterdir())
-    typer.echo(f"{size / 1e6:.0f} MB in {out}; next: tokprune compare --model {out} --task findit --limit 100")
+    typer.echo(f"{size / 1e6:.0f} MB in {out}; next: tokprune compare --model {out} --task findone --limit 100")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokprune.eval.models import real
-from tokprune.eval.models.training import recipe, train_real
+from tokprune.eval.models.training import language, recipe, train_real
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks import findit, findone, load_task
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -49,7 +49,9 @@ def small_llama() -> LlamaForCausalLM:
         eos_token_id=2,
         pad_token_id=2,
     )
-    return LlamaForCausalLM(config).eval()
+    llama = LlamaForCausalLM(config).eval()
+    language.initialise(llama)  # attention far from uniform: what stands where matters
+    return llama
 
 
 def write_gguf(llama: LlamaForCausalLM, path) -> None:
