@@ -524,7 +524,8 @@ def report(
     Example: tokprune report runs/compare --format latex
     """
     _check_form(form)
-    if not (folder / "run.json").is_file() and any(folder.glob("*.jsonl")):
+    is_run = any((folder / name).is_file() for name in ("run.json", "samples.jsonl"))  # what is left of one, too
+    if not is_run and any(folder.glob("*.jsonl")):
         if form or pictures:
             raise RunError("a leaderboard is a page alone: leave --format and --pictures out")
         board = eval_module("report.leaderboard")
