@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup, escape
 
 from tokprune.core.errors import RunError
@@ -25,6 +24,7 @@ from . import answers
 from .exports import csv_table, markdown_tables
 from .findings import findings, headline, in_words, is_share, verdict
 from .losses import MAX_BYTES, Artist, Change, Picture, changes, pictures, shown
+from .pages import template
 from .pareto import COSTS, plots, styles
 from .rankings import rankings
 from .stored import Run
@@ -94,14 +94,6 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
         chosen: `losses.shown`: configurations with the questions whose pictures are shown.
         drawn: those pictures by task, configuration and sample.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(short=short, specification=specification, data_uri="data:image/png;base64,{}".format)
     looks = styles(run.rows)
     lighter = _within(drawn)
     tasks = [
@@ -109,7 +101,8 @@ def page(run: Run, found: dict, chosen: Sequence[tuple[Row, list[SampleRow]]], d
         for i, task in enumerate(dict.fromkeys(r.task for r in run.rows))
     ]
     first = run.rows[0]
-    return environment.get_template(TEMPLATE).render(
+    filters = dict(short=short, specification=specification, data_uri="data:image/png;base64,{}".format)
+    return template(TEMPLATE, **filters).render(
         model=first.model,
         tasks=tasks,
         rankings=rankings(run.rows),

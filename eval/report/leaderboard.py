@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
-
 from tokprune.core.errors import RunError
 from tokprune.core.files import write_text
 
 from ..run.rows import NONE
 from ..stats import sign
 from .benchmarks import BENCHMARKS
+from .pages import template
 from .reported import Reproduced, in_words, read_reproduced, size_of
 
 TEMPLATE = "leaderboard.html.jinja"
@@ -174,15 +173,8 @@ def read(folder: Path) -> list[Reproduced]:
 
 def write(rows: Sequence[Reproduced], path: Path) -> Path:
     """Write the page and return its path."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = boards(rows)
-    page = environment.get_template(TEMPLATE).render(
+    page = template(TEMPLATE).render(
         boards=found,
         models=list(dict.fromkeys(b.model for b in found)),
         n_scores=len(rows),

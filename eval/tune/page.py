@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from tokprune.core.files import write_text
 
 from ..report.losses import Artist
+from ..report.pages import template
 from ..run.runner import Runner
 from ..tasks import Sample, Task
 from .race import LOOKS, Parts
@@ -18,7 +17,6 @@ from .race import LOOKS, Parts
 if TYPE_CHECKING:
     from .tune import Tuned, Wanted
 
-TEMPLATES = Path(__file__).parents[1] / "report" / "templates"
 N_PICTURES = 12
 WORDS = {"latency": "time of an answer", "flops": "FLOPs of the prefill", "memory": "bytes of the KV cache"}
 
@@ -89,10 +87,7 @@ def write(
     artist = Artist(runner, [(task, samples)])
     cards = [{"row": row, "picture": artist.draw(row)} for row in found.lost[:N_PICTURES]]
     race = sorted(found.finish.entries.items(), key=lambda pair: (-pair[1].seen.n, pair[1].cost))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("tune.html.jinja").render(
+    page = template("tune.html.jinja").render(
         model=model_name,
         task=task.name,
         sentences=sentences(wanted, found),
