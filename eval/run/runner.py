@@ -487,7 +487,6 @@ def _stop_ids(model: torch.nn.Module) -> set[int]:
 
 
 def size_of(picture: Image.Image | Clip) -> tuple[int, ...]:
-    """Width and height, and of a video its frames; pictures and videos of one size are shown as equally many tokens."""
     """Width and height, and of a video the number of frames."""
     return (*picture.size, len(picture.frames)) if isinstance(picture, Clip) else picture.size
 

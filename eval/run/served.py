@@ -40,15 +40,19 @@ from .rows import BARE, VLLM, Config, Crops, conditions
 from .runner import Asked, Replies, Runner, size_of
 
 INSTEAD = "leave --backend vllm out"
-# Models that vLLM prunes, and whose tokens in its prompts are not told apart from others or were never counted here.
-UNCOUNTED = tuple(f"{name}ForConditionalGeneration" for name in ("Gemma3", "InternVL", "LlavaOnevision", "Mistral3"))
+
+
+def served_family(config: Any) -> Any:
+    """The class of facts about a model that vLLM prunes; None for another model."""
+    name = (config.architectures or [""])[0]
+    return FAMILIES.load(name) if name in FAMILIES.names() else None
 
 
 def refuse_uncounted(config: Any) -> None:
     """Raise RunError for a model whose tokens are not counted in what vLLM ran."""
-    name = (config.architectures or [""])[0]
-    if name in UNCOUNTED:
-        raise RunError(f"the tokens of {name} are not counted in prompts of vLLM; {INSTEAD}")
+    family = served_family(config)
+    if family is not None and not family.counted:
+        raise RunError(f"the tokens of {config.architectures[0]} are not counted in prompts of vLLM; {INSTEAD}")
 
 
 @dataclass
@@ -174,8 +178,8 @@ class ServedRunner(Runner):
 
     @functools.cached_property
     def _takes_videos(self) -> bool:
-        architecture = (self.model.config.architectures or [""])[0]
-        return architecture in FAMILIES.names() and "video" in FAMILIES.load(architecture).modalities
+        family = served_family(self.model.config)
+        return family is not None and "video" in family.modalities
 
     def replies(self, samples: Sequence[Sample], config: Config, asked: Asked) -> Replies:
         """What vLLM answers to a batch, and the tokens that it ran."""

@@ -32,6 +32,7 @@ class Family:
     Attributes:
         towers: kinds of vision towers that it may have; empty for any.
         modalities: that are pruned; others are refused.
+        counted: whether placeholders in the prompt that ran are the visual tokens, which evaluations count.
         has_newlines: whether rows of pictures end with a newline token.
         n_leading: rows of a picture before those of patches: a [CLS] feature, or none.
         positions: of kept tokens; "contiguous" are those of the shorter prompt.
@@ -42,6 +43,7 @@ class Family:
 
     towers: ClassVar[tuple[str, ...]] = ()
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    counted: ClassVar[bool] = False
     has_newlines: ClassVar[bool] = False
     n_leading: int = 0
     positions: ClassVar[str] = "contiguous"

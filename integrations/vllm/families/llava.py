@@ -22,6 +22,7 @@ class Llava(Family):
     """LlavaForConditionalGeneration."""
 
     towers: ClassVar = ("clip_vision_model", "siglip_vision_model")
+    counted: ClassVar[bool] = True
 
     def __init__(self, config: Any):
         super().__init__(config)

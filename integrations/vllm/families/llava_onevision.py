@@ -17,6 +17,7 @@ class LlavaOnevision(LlavaNext):
     """
 
     towers: ClassVar = ("siglip_vision_model",)
+    counted: ClassVar[bool] = False
     picture: ClassVar[str] = "of a picture that fills its crops"
 
     def merges_states(self, layout: Layout) -> bool:

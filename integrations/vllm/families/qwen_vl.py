@@ -22,6 +22,7 @@ class QwenVL(Family):
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
+    counted: ClassVar[bool] = True
     positions: ClassVar[str] = "original"
     picture: ClassVar[str] = f"of a picture of {SIDE} x {SIDE} tokens"
 
