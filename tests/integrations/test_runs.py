@@ -56,7 +56,7 @@ def test_wrong_options_end_before_a_run(tmp_path):
         (("--methods", "downsample"), "leave it out"),
         (("--limit", "0"), "whole number of at least 1"),
         (("--tasks", "findit,findit"), "named alike"),
-        (("--include-path", str(tmp_path)), "beside tasks of tokprune's own"),
+        (("--include-path", str(tmp_path)), "beside tasks that tokprune writes"),
         (("--tasks", "pope", "--include-path", "/no/such"), "is no folder"),
     ):
         done = tokprune_cli(*asked(tmp_path, *arguments))
