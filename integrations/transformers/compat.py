@@ -34,8 +34,9 @@ ENCODED_FIELDS = ("image_outputs", "video_outputs")
 # ------------------------------------------------------------------------------------------- releases
 
 
+@functools.cache
 def transformers_release() -> str:
-    """The installed release of transformers."""
+    """The installed release of transformers; reading a package's metadata takes milliseconds."""
     return importlib.metadata.version("transformers")
 
 
