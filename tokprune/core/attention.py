@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from . import kernels
 from .lazy import torch
 from .signals import Form, Kind, Signal, Special
 
@@ -133,6 +134,10 @@ def _received_and_given(
     chunk = max(1, min(chunk, LARGEST // (len(q) * heads * q.shape[2])))
     k, n_keys = _keys(k, n_special, special)
     q = _queries(q, n_special, special)
+    if (found := kernels.column_sums(q, k, scale)) is not None:
+        sums, lse = found
+        by_query = _given(q, k[:, :, :n_keys], scale, lse, n_patches)
+        return sums[:, n_keys:] / (heads * q.shape[2]), by_query
     k_t = k.float().transpose(-1, -2)
     column_sum, rows = q.new_zeros(q.shape[0], n_patches, dtype=torch.float32), []
     for queries in q.split(chunk, dim=2):
@@ -141,3 +146,18 @@ def _received_and_given(
         rows.append(patches.sum((1, 3)))
     by_query = torch.cat(rows, dim=1)[:, q.shape[2] - n_patches :]
     return column_sum / (heads * q.shape[2]), by_query / (heads * n_patches)
+
+
+def _given(q: Tensor, special: Tensor, scale: float, lse: Tensor, n_patches: int) -> Tensor:
+    """(B, N): what the queries of patches give to patches, mean over keys: all that special keys do not get.
+
+    Args:
+        q: (B, H, Q, d), the queries of patches last.
+        special: (B, H, n, d) keys, none where the softmax runs over patches alone.
+        scale: of the logits.
+        lse: (B, H, Q) log-sum-exp of the logits of all keys.
+        n_patches: N.
+    """
+    q, lse = q[:, :, -n_patches:], lse[:, :, -n_patches:, None]
+    lost = (q.float() @ special.float().transpose(-1, -2) * scale - lse).exp().sum((1, 3))
+    return (q.shape[1] - lost) / (q.shape[1] * n_patches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ..core import ops
+from ..core import kernels, ops
 from ..core.layout import Layout
 from ..core.lazy import F, torch
 from ..core.signals import Kind, Signal, Tower
@@ -92,6 +92,8 @@ class CDPruner(Method):
         if are_many(features):
             return chosen_in_panels(_Determinant(features, relevance, n_keep), n_keep)
         kernel = relevance[:, :, None] * ops.cosine(features) * relevance[:, None]
+        if (order := kernels.determinant(kernel, relevance, n_keep, LEAST)) is not None:
+            return order
         residual = kernel.diagonal(dim1=1, dim2=2).clone()
         basis = kernel.new_zeros(len(kernel), n_keep, kernel.shape[1])
         free, chosen = torch.ones_like(residual, dtype=torch.bool), []

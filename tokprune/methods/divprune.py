@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..core import ops
+from ..core import kernels, ops
 from ..core.layout import Layout
 from ..core.lazy import F, torch
 from ..core.tokens import VisualTokens
@@ -63,6 +63,8 @@ class DivPrune(Method):
         distance = 1 - ops.cosine(tokens.features)
         itself = torch.eye(tokens.n_visual, dtype=torch.bool, device=distance.device)
         newest = ops.first_highest(distance.masked_fill(itself, torch.inf).amin(2))
+        if (order := kernels.farthest(distance, newest, n_keep)) is not None:
+            return order
         chosen, nearest = [newest], torch.full_like(distance[:, 0], torch.inf)
         for _ in range(n_keep - 1):
             row = distance.gather(1, newest[:, None, None].expand(-1, 1, tokens.n_visual))[:, 0]
