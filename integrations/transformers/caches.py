@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .compat import cache_of, past_length
 
 _STATE = "_tokprune_columns"  # on a cache: what it holds
+_ROOM = "_tokprune_room"  # on a static cache of generate(), until its first pass: what shortens it
 
 
 def mark_dropped(features: Tensor, keep: Tensor) -> Tensor:
@@ -171,6 +172,19 @@ def with_text_positions(position_ids: Any, deltas: Any) -> Any:
 def note_columns(cache: Any, columns: Columns) -> None:
     """Write on a cache what it holds."""
     setattr(cache, _STATE, columns)
+
+
+def note_room(cache: Any, shorten: Callable[[Any, int], None]) -> None:
+    """Write on an empty cache of fixed size what is to be called with it and the number of dropped columns."""
+    setattr(cache, _ROOM, shorten)
+
+
+def fit_room(cache: Any, n_dropped: int) -> None:
+    """Shorten an empty cache of fixed size by the columns that its first pass drops; others stay."""
+    shorten = getattr(cache, _ROOM, None)
+    if shorten is not None:
+        delattr(cache, _ROOM)
+        shorten(cache, n_dropped)
 
 
 # ---------------------------------------------------------------------------------------- later turns

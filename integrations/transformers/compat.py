@@ -104,6 +104,15 @@ def is_static(cache: Any) -> bool:
     return type(cache).__name__ == "StaticCache"
 
 
+def limit_static(cache: Any, length: int) -> int:
+    """Shorten layers that hold nothing yet to a length; layers with a shorter window stay. Returns the longest."""
+    sized = [layer for layer in cache.layers if hasattr(layer, "max_cache_len")]
+    for layer in sized:
+        if not layer.is_initialized:
+            layer.max_cache_len = min(layer.max_cache_len, length)
+    return max((layer.max_cache_len for layer in sized), default=0)
+
+
 def cached_keys(cache: Any, layer: int) -> Tensor:
     """Keys that a layer holds, (B, H, P, d)."""
     return cache.layers[layer].keys

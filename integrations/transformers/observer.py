@@ -87,12 +87,8 @@ class Observer(NotCopyable):
             hooks.replace(family.base, name, encode)
         if hasattr(family.model, "generate"):
             hooks.replace(family.model, "generate", functools.partial(self._generate, family.model.generate))
-        if hasattr(family.model, "prepare_inputs_for_generation") and self.cutter is None and is_at_least(STATIC_SINCE):
-            steps, original = (
-                StaticSteps(self.request.positions, self.passes, self.pauses),
-                family.model.prepare_inputs_for_generation,
-            )
-            hooks.replace(family.model, "prepare_inputs_for_generation", functools.partial(steps.prepare, original))
+        if self.cutter is None and is_at_least(STATIC_SINCE):
+            self._install_static(hooks)
         for owner, name in family.position_functions:
             hooks.replace(owner, name, functools.partial(self._positions, getattr(owner, name)))
         if self._tap:
@@ -113,6 +109,15 @@ class Observer(NotCopyable):
         else:
             self._shortener.install(hooks)
         hooks.after(family.language_model, functools.partial(self._leave, DECODER))
+
+    def _install_static(self, hooks: Hooks) -> None:
+        model, steps = self.family.model, StaticSteps(self.request.positions, self.passes, self.pauses)
+        for name, ours in (
+            ("prepare_inputs_for_generation", steps.prepare),
+            ("_prepare_static_cache", steps.make_cache),
+        ):
+            if hasattr(model, name):
+                hooks.replace(model, name, functools.partial(ours, getattr(model, name)))
 
     @property
     def pruner(self) -> Pruner:

@@ -30,7 +30,7 @@ from tokprune.core.errors import (
 from tokprune.core.ops import forward_fill, gather_columns, right_align
 
 from . import compat
-from .caches import Columns, NewColumns, columns_on, find_marks, note_columns, text_positions
+from .caches import Columns, NewColumns, columns_on, find_marks, fit_room, note_columns, text_positions
 from .calibrate import Calibrator
 from .compat import LAYERS_STATE, cache_of, crop_cache, past_length, positions_of_4, refuse_unsupported
 from .families.base import ModelFamily
@@ -160,6 +160,7 @@ class Shortener(NotCopyable):
             _refuse_unusable(seen, past_inner)
         if columns is None and not (seen and seen.any_marked):
             if is_prefill:
+                fit_room(cache, 0)
                 self.observer.after_prefill(Ran(len(x), n_new, n_new, past_inner, past_inner))
             return None
         family = self.family
@@ -176,6 +177,7 @@ class Shortener(NotCopyable):
         counted = counted if counted is None else counted - self.family.first_position
         past, columns = _rewound(columns, cache, mask, counted, n_new, past_inner)
         this.new = _new_columns(seen) if seen and seen.any_marked else None
+        fit_room(cache, n_new - this.new.source.shape[1] if this.new else 0)
         short = self._short({**kwargs, "attention_mask": mask}, x, columns, this, past)
         if is_prefill:
             n_inner, lengths = (this.new.source.shape[1], this.new.valid.sum(1)) if this.new else (n_new, None)

@@ -2,25 +2,28 @@
 
 The prefill is as on other caches. What a step of decoding needs to know of the dropped columns, positions and mask, is
 made where generate() prepares the step, outside of what it compiles. Hooks then leave the step alone, so that one graph
-without breaks serves every picture.
+without breaks serves every picture. A cache that generate() makes is only as long as what is kept and what may follow.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from .caches import Columns, columns_on
-from .compat import cache_of, is_static
+from .caches import Columns, columns_on, note_room
+from .compat import cache_of, is_static, limit_static
 from .hooks import mark_ready
 from .passes import Passes, Pauses
 from .shorten import Positions
 
+BUCKET = 64  # lengths are multiples of it, so that prompts of nearly one length share a graph
+
 
 class StaticSteps:
-    """Prepares the passes of generate() on static caches.
+    """Prepares the passes of generate() on static caches, and the length of these.
 
     Args:
         positions: as for the columns before the language model.
@@ -29,6 +32,19 @@ class StaticSteps:
 
     def __init__(self, positions: Positions, passes: Passes, pauses: Pauses):
         self.positions, self.passes, self.pauses = positions, passes, pauses
+        self._longest = 0  # of the caches so far: a shorter one would be compiled for anew
+
+    def make_cache(self, original: Callable[..., Any], *args: Any, max_cache_len: int, **kwargs: Any) -> Any:
+        """In place of the model's _prepare_static_cache, which is `original`."""
+        cache = original(*args, max_cache_len=max_cache_len, **kwargs)
+        if not self.pauses.hold_here:
+            note_room(cache, functools.partial(self._shorten, max_cache_len))
+        return cache
+
+    def _shorten(self, n_outer: int, cache: Any, n_dropped: int) -> None:
+        """Leave out the columns that n_dropped tokens of the prompt would take, before anything is stored."""
+        needed = -(-(n_outer - n_dropped) // BUCKET) * BUCKET
+        self._longest = limit_static(cache, max(needed, self._longest))
 
     def prepare(self, original: Callable[..., dict], *args: Any, **kwargs: Any) -> dict:
         """In place of the model's prepare_inputs_for_generation, which is `original`."""

@@ -108,6 +108,30 @@ def test_no_hook_acts_in_compiled_decoding_and_no_picture_compiles_anew():
     assert torch.equal(tiny.generate(model, batches[0], **options), want)
 
 
+@pytest.mark.parametrize("spec", ["vtc_cls", "prumerge", "tome"])
+@torch.no_grad()
+def test_a_static_cache_is_as_long_as_what_is_kept(spec):
+    """Padding and dropped tokens take no columns; lengths are multiples of 64, as on the longest prompt so far."""
+    model, longest, short = tiny.fresh_model(), tiny.batch(((0, 1, 2, 0), (1,), ())), tiny.batch(((1,),))
+    bare = run(model, longest, **STATIC)[tiny.CACHE]
+    budget = {} if spec == "prumerge" else {"keep_ratio": 0.5}
+    with tokprune.attach(model, spec, **budget) as attachment:
+        found = [run(model, inputs, **STATIC) for inputs in (short, longest, short)]
+        n_kept = attachment.report.prefills[0].n_inner
+        assert_same(found[1], run(model, longest))
+        with attachment.paused():
+            assert lengths(run(model, short, **STATIC)[tiny.CACHE]) == lengths(bare)
+    columns = [lengths(out[tiny.CACHE]) for out in found]
+    assert columns[0] == {-(-(n_kept + 8) // 64) * 64}
+    assert columns[1] == columns[2], "a shorter cache after a longer one would be compiled for anew"
+    assert max(columns[1]) < max(lengths(bare)) - 8
+
+
+def lengths(cache):
+    """Columns that the tensors of a cache have, over all layers."""
+    return {layer.keys.shape[-2] for layer in cache.layers}
+
+
 @torch.no_grad()
 def test_a_later_turn_on_a_static_cache():
     """All ids with the pruned cache, as on the bare model; generate() has to know it before it is filled."""
