@@ -45,7 +45,7 @@ class Usual:
         budgets: of the tables.
         tasks: of the tables, by their names in lmms-eval.
         prompts: options of a task's prompt that differ from lmms-eval's default. LLaVA-1.5's own script for TextVQA
-            names the words that an OCR system read; without them the model answers about 12 points fewer.
+            names the words that an OCR system read.
     """
 
     checkpoint: str

@@ -26,7 +26,7 @@ class TuneResult:
     """What `tune` returns.
 
     Args:
-        found: the winner, what it saves and risks, and the lost questions.
+        found: the choice, what it saves and risks, the tests, and the lost questions.
         folder: tune.html and tune.json; where a promise can be made, tokprune.json for `tokprune.load`, too.
     """
 

@@ -15,7 +15,7 @@ from ..tasks import Sample, Task
 from .race import LOOKS, Parts
 
 if TYPE_CHECKING:
-    from .tune import Tuned, Wanted
+    from .tune import Tested, Tuned, Wanted
 
 N_PICTURES = 12
 WORDS = {"latency": "time of an answer", "flops": "FLOPs of the prefill", "memory": "bytes of the KV cache"}
@@ -30,27 +30,47 @@ def sentences(wanted: Wanted, found: Tuned) -> list[str]:
     """The result in words, the most important first."""
     confidence, most = percent(1 - wanted.rule.error), percent(wanted.rule.tolerance)
     what = "answers that change" if wanted.agree else "loss of accuracy"
-    if found.config is None:
+    test = found.test
+    if test is None:
         return [
             "No configuration that saves anything is likely to stay within the tolerance. Nothing was tested or saved.",
             f"{len(found.finish.entries)} configurations raced; leave the model unpruned, or use a larger --max-loss.",
         ]
-    seen = found.seen
-    test = f"{seen.n} questions that the choice had not seen: {seen.lost} lost, {seen.won} won"
-    said = [f"{found.config.label}: {what} at most {percent(found.bound)}, with {confidence} confidence ({test})."]
-    if not found.promised:
+    if test.promised:
+        bound = f"at most {percent(test.bound)}, with {confidence} confidence"
+        said = [f"{test.config}: {what} {bound} ({_answered(test)})."]
+        said += _cheaper(found, test)
+    else:
         said = [
-            f"{found.config.label} was the best of the race, and {most} cannot be promised for it: {what} may be up to "
-            f"{percent(found.bound)} ({test}). Nothing was saved."
+            f"{test.config} is the safest that the race found, and {most} cannot be promised for it: {what} may be up "
+            f"to {percent(test.bound)} ({_answered(test)}). Nothing was saved.",
+            _needed(test),
         ]
-        if found.more:
-            said.append(f"If other questions go alike, a test of about {found.more} would be enough.")
-        else:
-            said.append("More questions alone would not help: what was seen is not within the tolerance.")
     said.append(
         "It saves " + ", ".join(f"{percent(1 - cost)} of {WORDS[goal]}" for goal, cost in found.saves.items()) + "."
     )
     return [*said, timing(wanted, found)]
+
+
+def _answered(test: Tested) -> str:
+    return f"{test.seen.n} questions that chose nothing: {test.seen.lost} lost, {test.seen.won} won"
+
+
+def _needed(test: Tested) -> str:
+    if test.more:
+        return f"If other questions go alike, a test of about {test.more:,} would be enough."
+    return "More questions alone would not help: what was seen is not within the tolerance."
+
+
+def _cheaper(found: Tuned, test: Tested) -> list[str]:
+    """How many passed, and which one that costs less did not."""
+    passed = [other.config for other in found.tests if other.promised]
+    said = [f"{len(passed)} configurations passed their tests, and it is the cheapest."] if len(passed) > 1 else []
+    failed = next((other for other in found.tests if not other.promised), None)
+    if failed is None:
+        return said
+    bound = f"its loss may be up to {percent(failed.bound)} ({_answered(failed)})"
+    return [*said, f"The next one, {failed.config}, cannot be promised: {bound}. {_needed(failed)}"]
 
 
 def timing(wanted: Wanted, found: Tuned) -> str:
@@ -69,7 +89,7 @@ def effort(parts: Parts, found: Tuned) -> str:
     return (
         f"{found.asked:,} answers, {percent(found.asked / max(found.grid, 1))} of the {found.grid:,} of a full "
         f"comparison. The race had {sum(parts.looks)} questions (configurations asked: {shares} of them), the test "
-        f"{parts.test}."
+        f"{parts.test} (configurations asked: {len(found.tests)} of {len(found.finish.sequence)} in order)."
     )
 
 
@@ -95,7 +115,9 @@ def write(
         goal=WORDS[wanted.goal],
         agree=wanted.agree,
         race=[(name, e.seen.n, e.seen.lost, e.seen.won, f"{e.cost:.3f}") for name, e in race],
-        winner=found.finish.winner,
+        tests=found.tests,
+        percent=percent,
+        chosen=found.config.label if found.config else "",
         cards=cards,
         n_lost=len(found.lost),
         saved=found.promised,

@@ -1,4 +1,4 @@
-"""`tokprune tune`: race configurations on a user's questions, test the winner once, save it if it holds.
+"""`tokprune tune`: race configurations on a user's questions, test the best in order, save the cheapest that holds.
 
 Answers go to a folder as those of `tokprune compare` do, so that an interrupted run resumes and processes share it. The
 questions are in a seeded order, pictures together; the first ones are the race's and the last ones the test's.
@@ -35,12 +35,12 @@ from ..run.rows import NONE, BatchTime, Config, SampleRow
 from ..run.runner import Runner, batches
 from ..tasks import Sample, Task, load_task, normalise
 from ..tasks.imagefolder import ImageFolder
-from .promise import Outcome, most_loss, questions_at, questions_needed
-from .race import Entry, Finish, Parts, Rule, fewest, holds, parts_of, race, smallest
+from .promise import Outcome, holds, most_loss, questions_at, questions_needed
+from .race import Entry, Finish, Parts, Rule, chosen, fewest, in_order, parts_of, race, smallest
 
 GOALS = ("latency", "flops", "memory")
 KEEP = (0.75, 0.5, 0.25, 0.11)
-ROUNDS = 8  # in which the winner is timed beside the unpruned model
+ROUNDS = 8  # in which the choice is timed beside the unpruned model
 NEVER = ("blind", "random")  # controls that nobody deploys
 
 
@@ -72,38 +72,60 @@ class Wanted:
 
 
 @dataclass
+class Tested:
+    """What the test of a configuration showed.
+
+    Args:
+        config: its label.
+        seen: its answers.
+        bound: the loss that is not exceeded, with the confidence asked for.
+        promised: whether that is within the tolerance.
+        cost: what is to be saved, relative to the unpruned run.
+        more: about how many questions would have been enough; None where more do not help, or are not needed.
+    """
+
+    config: str
+    seen: Outcome
+    bound: float
+    promised: bool
+    cost: float
+    more: int | None = None
+
+
+@dataclass
 class Tuned:
     """What was found.
 
     Args:
         finish: of the race.
-        config: the winner; None where nothing was worth testing.
-        seen: its answers in the test.
-        bound: the loss that is not exceeded, with the confidence asked for.
-        promised: whether that is within the tolerance.
+        tests: in their order; at most the last one failed.
+        config: the cheapest that passed, or the first one tested where none did; None where nothing was worth testing.
+        test: of this configuration.
         saves: cost relative to the unpruned run by goal, in the test; what is unknown is left out.
         first, total: time to the first token and of the whole answer relative to the unpruned run, with 95 % interval.
         gains, losses: ranges of output lengths at which time is saved or lost.
-        more: about how many questions would have been enough; None where more do not help, or are not needed.
         asked: answers that were asked for.
         grid: answers of all configurations to all questions.
-        lost: answers of the test that are worth less than the unpruned ones.
+        lost: its answers in the test that are worth less than the unpruned ones.
     """
 
     finish: Finish
+    tests: list[Tested] = field(default_factory=list)
     config: Config | None = None
-    seen: Outcome = field(default_factory=Outcome)
-    bound: float = 1.0
-    promised: bool = False
+    test: Tested | None = None
     saves: dict[str, float] = field(default_factory=dict)
     first: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
     gains: Ranges = field(default_factory=list)
     losses: Ranges = field(default_factory=list)
-    more: int | None = None
     asked: int = 0
     grid: int = 0
     lost: list[SampleRow] = field(default_factory=list)
+
+    @property
+    def promised(self) -> bool:
+        """Whether the configuration is within the tolerance, with the confidence asked for."""
+        return self.test is not None and self.test.promised
 
 
 # ---- questions and configurations
@@ -130,7 +152,7 @@ def ordered(samples: Sequence[Sample], limit: int | None, rule: Rule) -> tuple[l
         raise RunError(
             f"{n} questions cannot promise a loss of at most {100 * rule.tolerance:g} % with {confidence} confidence, "
             f"even if none is lost: that takes {fewest(rule)}, of which {questions_needed(rule.tolerance, rule.error)} "
-            f"test the winner. {n} can promise {100 * smallest(n, rule.error):.1f} %: use a larger --max-loss, "
+            f"are for the test. {n} can promise {100 * smallest(n, rule.error):.1f} %: use a larger --max-loss, "
             "more questions, or a lower --confidence"
         )
     parts = parts_of(n)
@@ -174,7 +196,7 @@ def candidates(runner: Runner, task: Task, samples: Sequence[Sample], methods: S
 
 def usual(of_videos: bool) -> list[str]:
     """Methods that take a budget and need no file; those about frames only where there are any."""
-    frames = {spec.partition(":")[0] for spec in OF_VIDEOS} - {"framefusion"} if not of_videos else set()
+    frames = {spec.partition(":")[0] for spec in OF_VIDEOS} if not of_videos else set()
     found = []
     for name in METHODS.own_names():
         method = build_method(name)[0]
@@ -216,14 +238,12 @@ class Tuning:
         self.configs = {c.label: c for c in plan.configs}
 
     def run(self, console: Console) -> Tuned:
-        """Race, test the winner, and time it."""
+        """Race, test in the order that the race gives, and time what is chosen."""
         names = [label for label in self.configs if label != NONE]
         with progress(console) as self.bars:
             finish = race(names, self.parts, self.wanted.rule, self._look)
-            found = Tuned(finish)
-            if finish.winner is not None:
-                self._answer("test", range(self.ends[-1], len(self._batches)), [finish.winner])
-                found = self.folder.processes.told(self._tested(finish) if self.folder.processes.is_main else None)
+            seen = in_order(finish.sequence, self.wanted.rule, self._test)
+            found = self.folder.processes.told(self._found(finish, seen) if self.folder.processes.is_main else None)
         found.grid = sum(map(len, self._batches)) * len(self.configs)
         if self.folder.processes.is_main:
             found.asked = sum(time.size for time in self.folder.times.values())
@@ -240,8 +260,23 @@ class Tuning:
         entries = None
         if self.folder.processes.is_main:
             within = range(self.ends[look])
-            entries = {n: Entry(self.outcome(n, within), self.cost(n, within, self.wanted.goal)) for n in names}
+            entries = {n: self._entry(n, within) for n in names}
         return self.folder.processes.told(entries)
+
+    def _entry(self, name: str, within: range) -> Entry:
+        cost = self.cost(name, within, self.wanted.goal)
+        return Entry(self.outcome(name, within), cost, self.configs[name].method)
+
+    def _test(self, name: str) -> Outcome:
+        """Ask a configuration the questions of the test; the same in every process."""
+        self._answer(f"test of {name}", self._of_test, [name])
+        main = self.folder.processes.is_main
+        return self.folder.processes.told(self.outcome(name, self._of_test) if main else None)
+
+    @property
+    def _of_test(self) -> range:
+        """The batches of the test."""
+        return range(self.ends[-1], len(self._batches))
 
     def _answer(self, what: str, within: range, names: Sequence[str]) -> None:
         """This process' share of the batches that these configurations and the unpruned model have not answered."""
@@ -292,23 +327,31 @@ class Tuning:
         time: BatchTime = self.folder.times[self.task.name, name, batch]
         return time.prefill_s + (self.wanted.new_tokens - 1) * (time.decode_s_per_token or 0.0)
 
-    def _tested(self, finish: Finish) -> Tuned:
-        """The outcome of the test, with times of the winner."""
-        name, rule = str(finish.winner), self.wanted.rule
-        within = range(self.ends[-1], len(self._batches))
-        seen, config = self.outcome(name, within), self.configs[name]
-        found = Tuned(finish, config, seen, most_loss(seen, rule.error, finish.share), holds(seen, rule, finish.share))
+    def _found(self, finish: Finish, seen: Mapping[str, Outcome]) -> Tuned:
+        """What the tests showed, with the choice and its times."""
+        within, rule = self._of_test, self.wanted.rule
+        costs = {name: self.cost(name, within, self.wanted.goal) for name in seen}
+        found = Tuned(finish, [self._tested(name, of, costs[name]) for name, of in seen.items()])
+        name = chosen(seen, rule, costs.__getitem__) or next(iter(seen), None)
+        if name is None:
+            return found
+        found.config = config = self.configs[name]
+        found.test = next(test for test in found.tests if test.config == name)
         known = self._rows(name, within)[0].costs.kv_bytes_before is not None
         found.saves = {goal: self.cost(name, within, goal) for goal in GOALS if known or goal == "latency"}
-        if not found.promised:
-            found.more = questions_at(seen, rule.tolerance, rule.error)
         worse = [p < b for b, p in self.pairs(name, within)]
         found.lost = [row for row, is_worse in zip(self._rows(name, within), worse, strict=True) if is_worse]
         self._time(found, config, self._batches[within.start])
         return found
 
+    def _tested(self, name: str, seen: Outcome, cost: float) -> Tested:
+        tolerance, error = self.wanted.rule.tolerance, self.wanted.rule.error
+        is_held = holds(seen, tolerance, error)
+        more = None if is_held else questions_at(seen, tolerance, error)
+        return Tested(name, seen, most_loss(seen, error), is_held, cost, more)
+
     def _time(self, found: Tuned, config: Config, part: Sequence[Sample]) -> None:
-        """Time the winner beside the unpruned model, in turn."""
+        """Time the choice beside the unpruned model, in turn."""
         inputs = self.runner.prepare(self.task, part, [s.image_id for s in part])
         salts, bare, n = [0] * len(part), self.configs[NONE], self.wanted.new_tokens
         firsts: list[list[float]] = []
@@ -388,7 +431,8 @@ def tune(
                 if found.promised and found.config is not None:
                     with tokprune.attach(runner.model, found.config.method, **found.config.budget) as attachment:
                         attachment.save(out)
-                write_text(out / "tune.json", json.dumps(asdict(found), indent=1) + "\n", "replace")
+                figures = {"promised": found.promised, **asdict(found)}
+                write_text(out / "tune.json", json.dumps(figures, indent=1) + "\n", "replace")
                 write(out / "tune.html", runner, model_name, task, samples, parts, wanted, found)
     processes.end()
     return found

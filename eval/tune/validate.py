@@ -56,8 +56,9 @@ def line_of(
         "tolerance": tolerance,
         "choice": chosen.config if chosen else None,
         "promised": found.promised,
-        "bound": found.bound,
-        "tested": [found.seen.n, found.seen.lost, found.seen.won],
+        "bound": found.test.bound if found.test else None,
+        "tested": [found.test.seen.n, found.test.seen.lost, found.test.seen.won] if found.test else None,
+        "tests": [[test.config, test.promised] for test in found.tests],
         "cost": cost(chosen) if chosen else None,
         "test_loss": -(chosen.difference or 0.0) if chosen else None,
         "test_loss_interval": [-(chosen.difference_high or 0.0), -(chosen.difference_low or 0.0)] if chosen else None,
@@ -77,6 +78,7 @@ def main(
     comparison: Annotated[Path, typer.Argument(help="Rows of its full comparison.")],
     n: Annotated[int, typer.Option(help="Validation questions.")] = 400,
     out: Annotated[Path | None, typer.Option(help="A file to which rows are appended.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="A folder for answers; a run that it holds is resumed.")] = None,
 ) -> None:
     """Print and write a row for each tolerance."""
     rows, runner, questions = compared(comparison, task), Runner.load(model), questions_of(task, False, 8)
@@ -88,13 +90,13 @@ def main(
     settings = plan.stored()
     with (
         tempfile.TemporaryDirectory() as path,
-        closing(RunFolder(Path(path), settings, True, Processes(), plan.questions)) as folder,
+        closing(RunFolder(answers or Path(path), settings, False, Processes(), plan.questions)) as folder,
     ):
         for tolerance in TOLERANCES:
             wanted = Wanted(Rule(tolerance), "flops")
             tuned = Tuning(runner, questions, plan, ends, parts, folder, wanted).run(Console(quiet=True))
             asked = sum(k * (len(left) + 1) for k, left in zip(parts.looks, tuned.finish.left, strict=False))
-            asked += 2 * parts.test if tuned.config else 0
+            asked += parts.test * (len(tuned.tests) + 1) if tuned.tests else 0
             found.append(line_of(model, task, tolerance, tuned, asked, tuned.grid, rows))
             typer.echo(json.dumps(found[-1]))
     if out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from commands import changed, jsonl, refusal, tokprune_cli
 from PIL import Image
 from rich.console import Console
-from tokprune.eval.models import path_of
+from tokprune.eval.models import OF_VIDEOS, path_of
 from tokprune.eval.run.folder import RunFolder
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks.base import Sample
@@ -24,6 +25,7 @@ from transformers import AutoModelForImageTextToText
 
 import tokprune
 from tokprune.core.errors import RunError, UnknownNameError
+from tokprune.methods import METHODS
 
 COLOURS = {"red": "red", "green": "lime", "blue": "blue"}
 
@@ -60,7 +62,7 @@ def test_what_is_promised_is_saved_and_attaches(tuned):
     assert not done.returncode, done.stdout + done.stderr
     found = json.loads((out / "tune.json").read_text())
     assert found["promised"]
-    assert found["bound"] <= 0.2
+    assert found["test"]["bound"] <= 0.2
     assert "with 95 % confidence" in done.stdout
     assert f"{found['asked']} answers" in done.stdout
     page = (out / "tune.html").read_text()
@@ -100,7 +102,7 @@ def test_a_killed_run_resumes_with_the_same_choice(tuned, tmp_path, monkeypatch)
     monkeypatch.undo()
     assert not tokprune_cli(*command(folder, other, "--agree")).returncode
     one, two = (json.loads((place / "tune.json").read_text()) for place in (out, other))
-    assert (one["config"], one["seen"]) == (two["config"], two["seen"])
+    assert (one["config"], one["tests"]) == (two["config"], two["tests"])
 
 
 def test_what_too_few_questions_cannot_promise_is_refused_before_anything_is_asked(tuned, tmp_path):
@@ -125,6 +127,22 @@ def test_questions_without_answers_need_agree(tuned, tmp_path):
 def test_a_method_that_cannot_be_saved_is_refused(tuned, tmp_path):
     run = changed(command(tuned[0], tmp_path / "o", "--agree"), "--methods", "./mine.py:Mine")
     assert "cannot be saved" in refusal(tokprune_cli(*run))
+
+
+def test_methods_about_frames_race_on_videos_only():
+    about = {spec.partition(":")[0] for spec in OF_VIDEOS}
+    assert not about & set(tuning.usual(of_videos=False))
+    budgeted = {name for name in about if tokprune.get_method(name).takes_budget}
+    assert budgeted
+    assert budgeted <= set(tuning.usual(of_videos=True))
+
+
+def test_methods_that_compare_frames_are_declared_to_be_about_videos():
+    """Those whose module uses the helpers for frames."""
+    modules = {name: sys.modules[type(tokprune.get_method(name)).__module__] for name in METHODS.own_names()}
+    comparing = {name for name, module in modules.items() if "from .frames import" in inspect.getsource(module)}
+    assert comparing <= {spec.partition(":")[0] for spec in OF_VIDEOS}
+    assert comparing
 
 
 def test_no_picture_of_the_race_is_in_the_test():
