@@ -10,6 +10,8 @@ from ..core.lazy import F, torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROUNDING = 1e-12  # squared distances up to this share of the squared lengths are those of copies
+
 
 def density_peaks(x: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     """Clusters around tokens that lie dense and far from all that lie denser.
@@ -28,19 +30,49 @@ def density_peaks(x: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     Returns:
         Indices of the centres, best first, (G, C) int64, and the cluster of every token, (G, M) int64.
     """
-    x = x.float()
-    # Differences, not the product of norms: so that d(i, j) is d(j, i) to the bit, and equal densities are equal.
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
-    density = (-distance.sort(dim=2).values[..., :n_clusters].square().mean(2)).exp()
-    places = torch.arange(x.shape[1], device=x.device)
-    own, other = density[:, :, None], density[:, None]
-    denser = (other > own) | ((other == own) & (places < places[:, None]))  # (G, M, M): column denser than row
-    rise = torch.where(denser, distance, distance.amax((1, 2), keepdim=True)).amin(2)
+    distance = _distances(x)
+    parts = distance.split(max(1, ops.LARGEST // max(1, len(x) * x.shape[1])), 1)
+    near = [part.topk(n_clusters, dim=2, largest=False).values.square().mean(2) for part in parts]
+    density = (-torch.cat(near, 1)).exp()
+    rise = _rises(distance, density)
     centres = (density * rise).sort(dim=1, descending=True, stable=True).indices[:, :n_clusters]
     to_centre = distance.gather(2, centres[:, None].expand(-1, x.shape[1], -1))  # (G, M, C)
     nearest = ops.first_highest(-to_centre.flatten(0, 1)).view(x.shape[:2])
     own_cluster = torch.arange(n_clusters, device=x.device).expand_as(centres)
     return centres, nearest.scatter(1, centres, own_cluster)
+
+
+def _distances(x: Tensor) -> Tensor:
+    """(G, M, M) float32, of (G, M, D), divided by sqrt(D); d(i, j) is d(j, i) to the bit.
+
+    Products in double precision: as near as differences in single precision, at a fraction of their time.
+    """
+    rows, step = x.double(), 512
+    length = rows.square().sum(2)
+    distance = torch.empty(*x.shape[:2], x.shape[1], device=x.device)
+    for first in range(0, x.shape[1], step):
+        here, after = slice(first, first + step), slice(first, None)
+        both = length[:, here, None] + length[:, None, after]
+        squared = both - 2 * rows[:, here] @ rows[:, after].transpose(1, 2)
+        squared = squared.masked_fill(squared < ROUNDING * both, 0) / x.shape[2]
+        part = squared.sqrt().float()
+        upper = part[:, :, :step].triu(1)
+        part[:, :, :step] = upper + upper.transpose(1, 2)
+        distance[:, here, after] = part
+        distance[:, after, here] = part.transpose(1, 2)
+    return distance
+
+
+def _rises(distance: Tensor, density: Tensor) -> Tensor:
+    """(G, M): the distance to the nearest denser token; of the densest one, the largest of all."""
+    places = torch.arange(density.shape[1], device=density.device)
+    most = distance.amax((1, 2))[:, None, None]
+    step, found = max(1, ops.LARGEST // max(1, density.numel())), []
+    for at in places.split(step):
+        own, other = density[:, at, None], density[:, None]
+        denser = (other > own) | ((other == own) & (places < at[:, None]))  # (G, rows, M): column denser than row
+        found.append(torch.where(denser, distance[:, at], most).amin(2))
+    return torch.cat(found, 1)
 
 
 def cluster_means(x: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:

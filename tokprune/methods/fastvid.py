@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 N_NEAREST = 4  # of the density, the token itself among them
+FEW = 512  # centres of all images that are compared with every frame
 
 
 class Segments(NamedTuple):
@@ -66,7 +67,9 @@ class FastVID(Method):
               Qwen has it; the others use a pooling head that the towers of transformers leave out. Attention of towers
               without [CLS] is what a token receives in its frame. Where features of deeper tower layers are added
               later, merged tokens get those of their own place. A picture is one frame.
-    Needs:    CLS_ROW or RECEIVED of the last layer. Text-agnostic. Cost: O(n N D + K N D) for n tokens a frame.
+    Needs:    CLS_ROW or RECEIVED of the last layer. Text-agnostic. Cost: O(n N D + K N D) for n tokens a
+              frame and K centres of a segment. Every frame with centres takes up all tokens of its segment, so one
+              segment costs the square of its frames, and several the sum of theirs.
 
     Args:
         rule: how the budget is spent: "exact", or as the authors' code for one of three models.
@@ -218,18 +221,44 @@ class FastVID(Method):
         unit, segment = F.normalize(own, dim=-1), number.gather(1, at // n)
         sums, sizes = torch.zeros_like(own), torch.zeros_like(own[..., 0])
         places = torch.arange(most, device=at.device)
-        for t in range(n_frames):
-            x = rows[:, t].float()
-            takes = ((segment == number[:, t : t + 1]) & there)[:, None] & ~salient[:, t, :, None]
+        for images, t, some in _centres_of_frames(number, segment, there):
+            x, of = rows[images, t].float(), frame[images, some]
+            takes = (segment[images, some] == number[images, t : t + 1]) & there[images, some]
+            takes = takes[:, None] & ~salient[images, t, :, None]
             if self.rule != "llava_onevision":
-                takes = takes & ~(centres[:, t, :, None] & (frame == t)[:, None])
-            near = (F.normalize(x, dim=-1) @ unit.transpose(1, 2)).masked_fill(~takes, -torch.inf)  # (G, n, most)
-            best = _first_best_of_groups(near, frame, n_frames + 1, places) & takes
+                takes = takes & ~(centres[images, t, :, None] & (of == t)[:, None])
+            near = F.normalize(x, dim=-1) @ unit[images, some].transpose(1, 2)
+            near = near.masked_fill(~takes, -torch.inf)  # (images, n, centres)
+            best = _first_best_of_groups(near, of, n_frames + 1, places[: near.shape[2]]) & takes
             joins = best.float()
-            sums, sizes = sums + joins.transpose(1, 2) @ x, sizes + joins.sum(1)
+            sums[images, some] += joins.transpose(1, 2) @ x
+            sizes[images, some] += joins.sum(1)
         weight = (1 / (sizes + 1)).clamp(min=self.beta)[..., None]
         merged = weight * own + (1 - weight) * sums / sizes.clamp(min=1)[..., None]
         return ops.put(tokens.features, at, torch.where((there & (sizes > 0))[..., None], merged, own))
+
+
+def _centres_of_frames(number: Tensor, segment: Tensor, there: Tensor) -> Iterator[tuple[slice, int, slice]]:
+    """Images, a frame of theirs, and the centres that may take it up: of a few, or on a device, any of the video.
+
+    Of many on a CPU those of its segment, which follow each other: nothing is compared across segments.
+
+    Args:
+        number: (G, T), the segment of every frame.
+        segment: (G, K), of every centre, ascending.
+        there: (G, K), false for padding, which comes last.
+    """
+    n_images, n_frames = number.shape
+    every = slice(0, n_images)
+    if segment.numel() <= FEW or number.device.type != "cpu":
+        yield from ((every, t, slice(0, segment.shape[1])) for t in range(n_frames))
+        return
+    for i in range(n_images):
+        own = segment[i, : int(there[i].sum())]
+        begins, ends = (torch.searchsorted(own, number[i], right=side).tolist() for side in (False, True))
+        for t in range(n_frames):
+            if begins[t] < ends[t]:
+                yield slice(i, i + 1), t, slice(begins[t], ends[t])
 
 
 def _left_to_the_last(counts: Tensor, leaves: Tensor) -> Tensor:

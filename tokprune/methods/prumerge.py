@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..core import ops
 from ..core.layout import Layout
-from ..core.lazy import torch
+from ..core.lazy import F, torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from ..cost.flops import Ops
@@ -65,11 +65,11 @@ class PruMerge(Method):
         return frozenset({cls_signal(tower, layers, self.without_cls, heads="single"), Signal(Kind.KEYS, layers)})
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
-        """Cosines to kept keys, merging, and the pooled token."""
+        """Cosines to kept keys, and the pooled token; the sums over neighbours are no matrix products."""
         sizes = layout.crop_sizes
         kept = ops.shares(sizes, n_keep, even=not self.adaptive)
         pairs = [(n, k - 1) for n, k in zip(sizes, kept, strict=True) if k]
-        return Ops(sum(k * n * (widths.keys + widths.rows) + n * widths.rows for n, k in pairs))
+        return Ops(sum(k * n * widths.keys + n * widths.rows for n, k in pairs))
 
     def select(self, tokens: VisualTokens, n_keep: int) -> VisualTokens:
         """Every crop by itself, with the image's ratio or an even share of the budget."""
@@ -115,14 +115,30 @@ def merged(tokens: VisualTokens, chosen: Tensor) -> Tensor:
     """(G, K + 1, D) float32: chosen tokens with their neighbours, then what was dropped, pooled."""
     n, attention = tokens.n_visual, cls_values(tokens, "single")[:, 0]
     x, keys = tokens.features.float(), tokens.signal(Kind.KEYS)[:, 0].flatten(2)
-    unit = torch.nn.functional.normalize(keys, dim=-1)
-    near = ops.take(unit, chosen) @ unit.transpose(1, 2)  # (G, K, N)
-    near = near.scatter(2, chosen[..., None], -torch.inf)  # no token is its own neighbour
-    index = near.topk(min(N_NEIGHBOURS, n - 1), dim=2).indices
-    weights = attention[:, None].expand_as(near).gather(2, index)
-    around = torch.zeros_like(near).scatter(2, index, weights) @ x
+    unit = F.normalize(keys, dim=-1)
+    parts = chosen.split(max(1, ops.LARGEST // (len(x) * n)), 1)
+    near = torch.cat([_neighbours(unit, part, min(N_NEIGHBOURS, n - 1)) for part in parts], 1)
+    around = _weighted_sums(x, near, attention)
     dropped = attention.scatter(1, chosen, 0.0)[:, None] @ x
     return torch.cat([ops.take(x, chosen) + around, dropped], 1)
+
+
+def _neighbours(unit: Tensor, chosen: Tensor, n_most: int) -> Tensor:
+    """(G, K, n_most): the rows of (G, N, D) that are nearest to those at (G, K)."""
+    near = ops.take(unit, chosen) @ unit.transpose(1, 2)
+    near = near.scatter(2, chosen[..., None], -torch.inf)  # no token is its own neighbour
+    return near.topk(n_most, dim=2).indices
+
+
+def _weighted_sums(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """(G, K, D): sums of rows of (G, N, D) at (G, K, m) by their weights (G, N); no (G, K, m, D) is made."""
+    n_images, n_sums, n_rows = index.shape
+    if not n_sums or not n_rows:
+        return x.new_zeros(n_images, n_sums, x.shape[2])
+    image = torch.arange(n_images, device=x.device)[:, None, None] * x.shape[1]
+    at = (index + image).view(-1, n_rows)
+    by = weights.flatten()[at].to(x.dtype)
+    return F.embedding_bag(at, x.flatten(0, 1), per_sample_weights=by, mode="sum").view(n_images, n_sums, -1)
 
 
 def _image(tokens: VisualTokens, i: int) -> VisualTokens:

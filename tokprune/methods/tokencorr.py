@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ..core import ops
 from ..core.errors import OptionError
 from ..core.layout import Layout
-from ..core.lazy import torch
+from ..core.lazy import F, torch
 from ..core.signals import Kind, Signal, Tower
 from ..core.tokens import Count, VisualTokens
 from ..cost.flops import Ops
@@ -18,6 +18,8 @@ from .crops import crop_by_crop, is_thumbnail
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+BLOCK = 1024  # rows of cosines at a time
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ class TokenCorr(Method):
 
     def n_distinct(self, tokens: VisualTokens) -> Tensor:
         """(G,) int64: tokens that are not redundant, d N."""
-        near = ops.cosine(tokens.signal(Kind.KEYS)[:, 0].flatten(2)) > self.similar
-        others = near.sum(2) - 1  # a token is always like itself
+        others = _n_similar(tokens.signal(Kind.KEYS)[:, 0].flatten(2), self.similar) - 1  # a token is like itself
         return (others <= self.repeats * tokens.n_visual).sum(1)
 
     def _noise(self, tokens: VisualTokens) -> Tensor:
@@ -112,3 +113,16 @@ class TokenCorr(Method):
                 uniform = torch.rand(len(index), generator=draw, dtype=torch.float64)
                 noise[row, list(index)] = -(-uniform.clamp(min=1e-30).log()).log()
         return noise.float().to(tokens.keep.device, non_blocking=True)
+
+
+def _n_similar(x: Tensor, least: float) -> Tensor:
+    """(G, N): how many rows of (G, N, D) have a cosine above `least` to each, itself among them; pairs count once."""
+    unit = F.normalize(x.float(), dim=-1)
+    found = torch.zeros_like(unit[..., 0])
+    for first in range(0, x.shape[1], BLOCK):
+        rows = unit[:, first : first + BLOCK]
+        # Ones and zeros in place of the cosines: their float32 sums are exact, and faster than those of bool.
+        near = (rows @ unit[:, first:].transpose(1, 2)).gt_(least)
+        found[:, first : first + BLOCK] += near.sum(2)
+        found[:, first + BLOCK :] += near[:, :, BLOCK:].sum(1)
+    return found

@@ -58,15 +58,14 @@ class ToMe(Method):
 def _round(x: Tensor, sizes: Tensor, places: Tensor, n_merged: int) -> tuple[Tensor, Tensor, Tensor]:
     """Merge `n_merged` tokens into others; all three have one row less for each."""
     unit = F.normalize(x, dim=-1)
-    near = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (G, A, B)
-    best = ops.first_highest(near.flatten(0, 1)).view(near.shape[:2])
-    ranking = near.amax(2).argsort(dim=1, descending=True, stable=True)
+    likeness, best = _most_similar(unit[:, ::2], unit[:, 1::2])
+    ranking = likeness.argsort(dim=1, descending=True, stable=True)
     gone, stay = ranking[:, :n_merged], ranking[:, n_merged:].sort(1).values
     target = best.gather(1, gone)
-    summed = (x * sizes)[:, 1::2].scatter_add(
-        1, target[..., None].expand(-1, -1, x.shape[2]), ops.take((x * sizes)[:, ::2], gone)
-    )
-    total = sizes[:, 1::2].scatter_add(1, target[..., None], ops.take(sizes[:, ::2], gone))
+    weights = ops.take(sizes[:, ::2], gone)
+    joining = ops.take(x[:, ::2], gone) * weights
+    summed = (x[:, 1::2] * sizes[:, 1::2]).scatter_add_(1, target[..., None].expand_as(joining), joining)
+    total = sizes[:, 1::2].scatter_add(1, target[..., None], weights)
     # Tokens that nothing was merged into stay bit by bit as they are.
     touched = torch.zeros_like(total).scatter(1, target[..., None], 1.0) > 0
     b = torch.where(touched, summed / total, x[:, 1::2])
@@ -75,3 +74,13 @@ def _round(x: Tensor, sizes: Tensor, places: Tensor, n_merged: int) -> tuple[Ten
     sizes = torch.cat([ops.take(sizes[:, ::2], stay), total], 1)
     order = left.argsort(1)
     return ops.take(rows, order), ops.take(sizes, order), left.gather(1, order)
+
+
+def _most_similar(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest product of every row of (G, A, D) with one of (G, B, D), and with which, (G, A) each."""
+    found = []
+    for rows in a.split(max(1, ops.LARGEST // max(1, len(b) * b.shape[1])), 1):
+        near = rows @ b.transpose(1, 2)
+        found.append((near.amax(2), ops.first_highest(near.flatten(0, 1)).view(near.shape[:2])))
+    most, which = zip(*found, strict=True)
+    return torch.cat(most, 1), torch.cat(which, 1)

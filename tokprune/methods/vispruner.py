@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,6 +16,8 @@ from ..cost.selection import Widths
 from .base import Method, Split, WithoutCLS, cls_signal, cls_values, late_layer
 from .coverage import HELD, Cosines
 from .crops import crop_by_crop
+from .neighbours import NearestOfMany, rounds_with_lists
+from .panels import are_many
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,14 +69,15 @@ class VisPruner(Method):
         return frozenset({attention} if is_port else {attention, Signal(Kind.TOWER_STATES)})
 
     def cost(self, layout: Layout, n_keep: int, widths: Widths) -> Ops:
-        """Cosines of the rest; of many tokens, those of a round in every round."""
+        """Cosines of the rest; of many tokens, those of what is left once more whenever half of them are gone."""
         sizes = layout.crop_sizes if self.split == "even" else (layout.n_visual,)
         width, spent = widths.rows if self.variant == "angelslim" else widths.states, 0
         for n, k in zip(sizes, ops.shares(sizes, n_keep, even=True), strict=True):
             n_important = self.n_important(k)
             rest, left = n - n_important, k - n_important
             rounds = self._rounds(rest, left) if left else []
-            spent += (rest**2 if rest <= HELD else sum(-(-m // 2) * (m // 2) for m in rounds)) * width if rounds else 0
+            compared = rest**2 if rest <= HELD else sum(m**2 for m in rounds_with_lists(rounds))
+            spent += compared * width if rounds else 0
         return Ops(spent)
 
     def n_important(self, n_keep: int) -> int:
@@ -100,12 +104,12 @@ class VisPruner(Method):
 
     def diverse(self, x: Tensor, n_keep: int) -> Tensor:
         """Which of the rows (G, R, D) are left, (G, n_keep) in the order of the last round."""
-        cosines, n = Cosines(x), x.shape[1]
+        nearest, n = _nearest_of(x), x.shape[1]
         left = torch.arange(n, device=x.device).expand(len(x), n)
         for size in self._rounds(n, n_keep):
             even, odd = left[:, ::2], left[:, 1::2]
             n_leave = _n_leaving(n, size, n_keep)
-            by_likeness = torch.sort(cosines.nearest(even, odd), dim=1, descending=True, stable=True).indices
+            by_likeness = torch.sort(nearest(even, odd), dim=1, descending=True, stable=True).indices
             left = torch.cat([even.gather(1, by_likeness[:, n_leave:]), odd], 1)
             left = left.sort(dim=1).values if self.variant == "angelslim" else left
         return left
@@ -122,3 +126,15 @@ class VisPruner(Method):
 def _n_leaving(n: int, size: int, n_keep: int) -> int:
     """Of n rows, `size` of which are left, those that leave in a round: at most the ones in even places."""
     return min(STEP if n <= HELD else n * STEP // OF, size - n_keep, -(-size // 2))
+
+
+def _nearest_of(x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of tokens (G, a) and others (G, b) to the largest cosine of each of the first, (G, a)."""
+    if not are_many(x):
+        return Cosines(x).nearest
+    images = [NearestOfMany(own) for own in x]
+
+    def nearest(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack([image(*pair) for image, *pair in zip(images, first, second, strict=True)])
+
+    return nearest
