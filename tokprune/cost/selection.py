@@ -97,6 +97,11 @@ def cut_ops(
         n_columns: of the row at the cut.
         n_text: text tokens, for signals about all of them.
     """
+    own = products(layout, n_keep, widths_of_cuts(shape))
+    return decoder_signals(shape.text, signals, layer, n_columns, n_text) + own
+
+
+def widths_of_cuts(shape: Shape) -> Widths:
+    """Of what a method between layers reads."""
     text = shape.text
-    widths = Widths(text.width, text.n_kv_heads * text.head_dim, text.head_dim, 0, False)
-    return decoder_signals(text, signals, layer, n_columns, n_text) + products(layout, n_keep, widths)
+    return Widths(text.width, text.n_kv_heads * text.head_dim, text.head_dim, 0, False)

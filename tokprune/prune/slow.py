@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+from ..core.layout import Layout
 from ..core.signals import Kind
-from ..core.tokens import VisualTokens
+from ..core.tokens import Stage, VisualTokens
 from ..cost.selection import Widths
 from ..methods.base import Method
+
+if TYPE_CHECKING:
+    import torch
 
 LONG = 10**12  # FLOPs, some 6 seconds on two cores
 
@@ -23,19 +29,35 @@ def warn_if_slow(method: Method, label: str, tokens: VisualTokens, n_keep: int) 
         tokens: what it selects from.
         n_keep: its budget.
     """
-    if tokens.keep.device.type != "cpu" or n_keep <= 0:
+    warn_of_cuts(method, label, tokens.layout, [n_keep], _widths(tokens), tokens.keep.device)
+
+
+def warn_of_cuts(
+    method: Method, label: str, layout: Layout, n_keeps: Iterable[int], widths: Widths, device: torch.device
+) -> None:
+    """As `warn_if_slow`, of all cuts of one image together, before the first.
+
+    Args:
+        method: selects.
+        label: the method as it was asked for.
+        layout: of what it selects from.
+        n_keeps: tokens left after every cut.
+        widths: of what the method reads.
+        device: where it selects.
+    """
+    if device.type != "cpu":
         return
-    layout = tokens.layout
-    flops = method.cost(layout, n_keep, _widths(tokens)).flops
+    flops = sum(method.cost(layout, n_keep, widths).flops for n_keep in n_keeps if n_keep > 0)
     if flops < LONG:
         return
-    cheaper = f"use a method that does not compare all tokens, such as {'vidcom2' if layout.is_video else 'fopru'}"
+    linear = "fastv" if method.stage is Stage.DECODER else "vidcom2" if layout.is_video else "fopru"
+    cheaper = f"use a method that does not compare all tokens, such as {linear}"
     if getattr(method, "split", None) == "joint" and layout.n_crops > 1:
         cheaper = f"use split=even to select in each of the {layout.n_crops} crops or frames separately"
     warnings.warn(
         f"{label} compares {layout.n_visual:,} visual tokens with each other: {flops / 1e12:.1f} TFLOPs of selection, "
         f"which take seconds to minutes on a CPU; {cheaper}",
-        stacklevel=2,
+        stacklevel=3,
     )
 
 

@@ -17,13 +17,14 @@ from tokprune.core.layout import Layout
 from tokprune.core.signals import Decoder, Kind
 from tokprune.core.tokens import Count, VisualTokens
 from tokprune.cost.flops import Ops
-from tokprune.cost.selection import cut_ops
+from tokprune.cost.selection import cut_ops, widths_of_cuts
 from tokprune.methods.base import asked_signals, checked_selection, mistake, mistaken
 from tokprune.methods.decoder import ExitMethod
 from tokprune.prune.copies import same_as_before
 from tokprune.prune.report import by_layer
 from tokprune.prune.request import Request
 from tokprune.prune.select import checked_least, most_specials, with_newlines
+from tokprune.prune.slow import warn_of_cuts
 
 from ..families.base import ModelFamily
 from ..passes import Call, Pass
@@ -147,9 +148,18 @@ class LayerSelector:
             call.clamped |= bool(self.budget and self.budget.keep_tokens and self.budget.keep_tokens > image.n)
         if not any(image.targets for image in prompt.images):
             return False
+        self._warn_if_slow(prompt, embeds.device)
         self.now.prompt = prompt
         self.tap.open(self.tapped)
         return True
+
+    def _warn_if_slow(self, prompt: PromptState, device: torch.device) -> None:
+        """Say what the cuts of every kind of picture cost, before the first."""
+        if self.replay is not None or self.family.shape is None:
+            return
+        widths = widths_of_cuts(self.family.shape)
+        for layout, *counts in dict.fromkeys((i.layout, *i.targets.values()) for i in prompt.images):
+            warn_of_cuts(self.method, self.label, layout, counts, widths, device)
 
     def _refuse_unplaced(self, call: Call | None, entry: Entry) -> None:
         """Raise where pictures were encoded for a prompt that shows no place for them."""
