@@ -39,7 +39,8 @@ def tuned(name: str) -> str:
     """Of `eval.tune.validate`: tolerance, choice, what held on test questions."""
     lines = []
     for r in _lines(name):
-        n, lost, won = r["tested"]
+        n, lost, won = r["tested"] or (0, 0, 0)
+        passed = [is_promised for _, is_promised in r.get("tests", ())]
         low, high = r["test_loss_interval"] or (0.0, 0.0)
         lines.append(
             [
@@ -47,10 +48,18 @@ def tuned(name: str) -> str:
                 f"{100 * r['tolerance']:g} %",
                 f"{r['choice']}, x {r['cost']:.2f}" if r["choice"] else "none",
                 f"at most {100 * r['bound']:.1f} % ({lost} lost, {won} won of {n})" if r["promised"] else "no",
+                f"{sum(passed)} of {len(passed)}" if "tests" in r else "one winner",
                 f"{100 * r['test_loss']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]" if r["choice"] else "",
                 f"{r['best']}, x {r['best_cost']:.2f}, {100 * r['best_loss']:.1f} %" if r["best"] else "none",
                 f"{100 * r['asked'] / r['grid']:.0f} %",
             ]
         )
-    header = ("model, task", "tolerance", "choice, FLOPs", "promised", "its loss on test questions [95 %]")
+    header = (
+        "model, task",
+        "tolerance",
+        "choice, FLOPs",
+        "promised",
+        "tests passed",
+        "its loss on test questions [95 %]",
+    )
     return markdown((*header, "cheapest within it on test questions", "of the grid asked"), lines)
