@@ -201,6 +201,30 @@ def test_every_argument_of_the_python_function_arrives(tuned, tmp_path, monkeypa
         tokprune.tune(runner.model, None, str(folder), 0.25, **given)
 
 
+def test_the_race_decides_the_order_before_the_test_is_asked(tuned, tmp_path, monkeypatch):
+    add, events = RunFolder.add, []
+    monkeypatch.setattr(RunFolder, "add", lambda self, key, *more: (events.append(key), add(self, key, *more))[1])
+
+    def in_order(names, rule, ask):
+        events.append(list(names))
+        return tested(names, rule, ask)
+
+    tested = tuning.in_order
+    monkeypatch.setattr(tuning, "in_order", in_order)
+    monkeypatch.setattr(tuning.Tuning, "rounds", 1)
+    given = dict(goal="flops", agree=True, methods=["uniform"], keep=[0.9, 0.5], max_new_tokens=2, batch_size=6)
+    runner = Runner.load("tiny-llava")
+    found = tokprune.tune(runner.model, runner.processor, str(tuned[0]), 0.2, **given, out=tmp_path / "o").found
+    (at,) = [i for i, event in enumerate(events) if isinstance(event, list)]
+    assert events[at] == found.finish.sequence
+    race = {batch for _, _, batch in events[:at]}
+    test = {batch for _, _, batch in events[at + 1 :]}
+    assert max(race) < min(test)
+    assert {config for _, config, _ in events[at + 1 :]} == {"none", *(test.config for test in found.tests)}
+    passed = {test.cost: test.config for test in found.tests if test.promised}
+    assert found.config.label == passed[min(passed)]
+
+
 TIMED = {"first", "total", "gains", "losses", "saves"}
 
 
