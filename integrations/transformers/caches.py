@@ -25,9 +25,11 @@ def mark_dropped(features: Tensor, keep: Tensor) -> Tensor:
 
 def find_marks(features: Tensor) -> tuple[Tensor, Tensor]:
     """Which rows of (..., D) carry the mark, and which hold any other NaN; both (...) bool."""
-    nan_rows = features.isnan().any(-1)
-    marked = features[..., 0].isnan() & (features[..., 1:] == 0).all(-1)
-    return marked, nan_rows & ~marked
+    first = features[..., 0].isnan()
+    # One read, and no temporary of the features' size; a sum of values with signs could be 0 where they are not.
+    others = torch.linalg.vector_norm(features[..., 1:], 1, -1)
+    marked = first & (others == 0)
+    return marked, (first | others.isnan()) & ~marked
 
 
 def without_marks(features: Any) -> Any:

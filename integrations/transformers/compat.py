@@ -136,6 +136,11 @@ def _is_recurrent(layer: Any) -> bool:
     return type(layer).__name__ == "LinearAttentionLayer"
 
 
+def layer_length(cache: Any, layer: int) -> int:
+    """Tokens that a layer of a cache holds."""
+    return int(cache.layers[layer].get_seq_length())
+
+
 def crop_layer(cache: Any, layer: int, length: int) -> None:
     """Cut one layer back to a length."""
     held = cache.layers[layer]
@@ -303,7 +308,7 @@ def rotate(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (B, H, S, d) of an attention module, turned by its own rotary embedding."""
     module = sys.modules[type(attention).__module__]
     if hasattr(module, "apply_rotary_pos_emb"):
-        return module.apply_rotary_pos_emb(x, x, cos, sin)[0]
+        return module.apply_rotary_pos_emb(x, x[:, :1], cos, sin)[0]  # it turns two; of the second, one head
     return x * cos[:, None] + module.rotate_half(x) * sin[:, None]  # of M-RoPE in releases 4, after `plain_rotary`
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tokprune.core.errors import ModelChangedError, NotCopyable
 
 from .compat import cache_of, forget_compiled_code
 
+Unless = Callable[[Mapping], bool]  # from the keywords of a call: whether a hook has nothing to do
 _READY = "_tokprune_ready"  # on a cache: whether the passes over it need no hook
 AGAIN = "call attachment.detach(), and attach again when the model is as it shall be"
 
@@ -36,14 +37,14 @@ class Hooks:
         self._hooks: list[tuple[dict, int, str]] = []
         self._lengths: list[tuple[Any, int, str]] = []
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call hook(module, args, kwargs) before a module's forward."""
-        handle = module.register_forward_pre_hook(Hook(hook), with_kwargs=True)
+    def before(self, module: nn.Module, hook: Callable[..., Any], unless: Unless | None = None) -> None:
+        """Call hook(module, args, kwargs) before a module's forward, unless unless(kwargs)."""
+        handle = module.register_forward_pre_hook(Hook(hook, unless), with_kwargs=True)
         self._keep(module, handle, module._forward_pre_hooks)
 
-    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call hook(module, args, kwargs, out) after a module's forward."""
-        handle = module.register_forward_hook(Hook(hook), with_kwargs=True)
+    def after(self, module: nn.Module, hook: Callable[..., Any], unless: Unless | None = None) -> None:
+        """Call hook(module, args, kwargs, out) after a module's forward, unless unless(kwargs)."""
+        handle = module.register_forward_hook(Hook(hook, unless), with_kwargs=True)
         self._keep(module, handle, module._forward_hooks)
 
     def replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -102,11 +103,13 @@ class Untraced(NotCopyable, functools.partial):
 class Hook(NotCopyable):
     """A hook that runs as it is, but for passes that need none: torch.compile finds nothing in their way."""
 
-    def __init__(self, hook: Callable[..., Any]):
-        self._hook = Untraced(hook)
+    def __init__(self, hook: Callable[..., Any], unless: Unless | None = None):
+        self._hook, self._unless = Untraced(hook), unless
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, *out: Any) -> Any:
         """Of a module, what it is called with and, after it, what it made."""
+        if self._unless is not None and not torch.compiler.is_compiling() and self._unless(kwargs):
+            return None
         if getattr(cache_of(kwargs), _READY, False):
             return None
         return self._hook(module, args, kwargs, *out)

@@ -28,10 +28,19 @@ from tokprune.prune.copies import salts_of
 from tokprune.prune.report import Prefill
 from tokprune.prune.request import Request
 
-from .caches import Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
+from .caches import BY_COLUMN, Again, at_full_length, columns_on, given_again, with_text_positions, without_marks
 from .calibrate import Calibrator
 from .cells import Part, TowerShortener
-from .compat import STATIC_SINCE, cache_of, is_at_least, past_length, position_deltas, replace_features
+from .compat import (
+    LAYERS_STATE,
+    STATIC_SINCE,
+    cache_of,
+    is_at_least,
+    is_static,
+    past_length,
+    position_deltas,
+    replace_features,
+)
 from .encode import Encoded, Pruner, by_image, unencoded
 from .families.base import ModelFamily
 from .hooks import Hooks
@@ -98,17 +107,18 @@ class Observer(NotCopyable):
         if family.model is not family.base:
             hooks.before(family.model, functools.partial(self._enter, HEAD))
             hooks.after(family.model, functools.partial(self._leave, HEAD))
-        hooks.before(family.base, self._before_model)
-        hooks.after(family.base, self._after_model)
-        hooks.before(family.language_model, functools.partial(self._enter, DECODER))
+        in_step = self.passes.in_step
+        hooks.before(family.base, self._before_model, in_step)
+        hooks.after(family.base, self._after_model, in_step)
+        hooks.before(family.language_model, functools.partial(self._enter, DECODER), in_step)
         if self._reads_prompt:  # before compaction, which looks for marks
-            hooks.before(family.language_model, self._mark_late)
+            hooks.before(family.language_model, self._mark_late, in_step)
         if self.cutter:
             LayerShortener(family.language_model, self._shortener, self.cutter, self.cutter.first).install(hooks)
-            self.cutter.tap.install(hooks, self.cutter.tapped)
+            self.cutter.tap.install(hooks, self.cutter.tapped, self.passes.idle)
         else:
             self._shortener.install(hooks)
-        hooks.after(family.language_model, functools.partial(self._leave, DECODER))
+        hooks.after(family.language_model, functools.partial(self._leave, DECODER), in_step)
 
     def _install_static(self, hooks: Hooks) -> None:
         model, steps = self.family.model, StaticSteps(self.request.positions, self.passes, self.pauses)
@@ -176,8 +186,12 @@ class Observer(NotCopyable):
 
     def _enter(self, level: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         this = self.passes.enter(level)
+        cache = cache_of(kwargs)
+        if level == HEAD and not self.family.ready_masks and _is_step(args, kwargs, cache):
+            self.passes.begin_step(cache)
+            return
         this.joins |= _brings_features(kwargs)
-        cache, asked, generation = cache_of(kwargs), kwargs.get("logits_to_keep"), this.generation
+        asked, generation = kwargs.get("logits_to_keep"), this.generation
         if level != HEAD or generation is None or generation.n_prompt is None or not isinstance(asked, int):
             return
         if cache is not None and not past_length(cache):
@@ -492,6 +506,21 @@ def _passed(args: tuple, kwargs: Mapping) -> Tensor | None:
     """What a call of the model is about: ids, or embeddings."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     return ids if ids is not None else kwargs.get("inputs_embeds")
+
+
+STEP_INPUTS = frozenset(("input_ids", "attention_mask", "cache", "past_key_values", "logits_to_keep", *BY_COLUMN))
+PLAIN = (int, str, type(None))
+
+
+def _is_step(args: tuple, kwargs: Mapping, cache: Any) -> bool:
+    """Whether a call of the model with its head is one more token of text on a cache that was pruned."""
+    if columns_on(cache) is None and not hasattr(cache, LAYERS_STATE):
+        return False
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if len(args) > 1 or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or is_static(cache):
+        return False
+    others = (value for name, value in kwargs.items() if name not in STEP_INPUTS)
+    return all(isinstance(value, PLAIN) for value in others) and past_length(cache) > 0
 
 
 def _brings_features(kwargs: Mapping) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tokprune.prune.report import ImageReport, Prefill
 
+from .compat import cache_of
 from .hooks import mark_ready
 
 HEAD, BASE, DECODER = range(3)  # where a forward is entered: the model with its head, without, its language model
@@ -124,6 +125,7 @@ class Pass:
         aside: the call of a pass that a generation makes for something else.
         started: when, in seconds.
         shortening, layers, prompt, tap: what is under way before and between the decoder layers.
+        step: the cache of a step of decoding; None for other passes.
     """
 
     context: Context
@@ -143,6 +145,7 @@ class Pass:
     layers: Any = None
     prompt: Any = None
     tap: Any = None
+    step: Any = None
     started: float = field(default_factory=time.perf_counter)
     entered: dict[int, FrameType | None] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
@@ -162,6 +165,7 @@ class Generation:
         n_rows, n_prompt: rows and columns of its prompt; None where they are not known.
         joins: whether it was given pictures that the caller encoded.
         ready: caches on which its steps run without hooks.
+        mask: `shorten.KnownMask` of its last pass.
     """
 
     inside: Context
@@ -169,6 +173,7 @@ class Generation:
     n_prompt: int | None
     joins: bool
     ready: list[Any] = field(default_factory=list)
+    mask: Any = None
 
 
 @dataclass
@@ -239,13 +244,33 @@ class Passes(threading.local):
         this.entered[level] = _frame()
         return this
 
+    def begin_step(self, cache: Any) -> None:
+        """The pass that was entered is a step of decoding: only where it was entered is it left."""
+        this: Any = self.current
+        this.step, this.entered = cache, dict.fromkeys((HEAD, BASE, DECODER), this.entered[HEAD])
+
+    def in_step(self, kwargs: Mapping) -> bool:
+        """Whether a call is of a step of decoding that is under way."""
+        this = self.current
+        if this is None or this.step is None or this.step is not cache_of(kwargs):
+            return False
+        return _is_running(this.entered[HEAD])
+
+    def idle(self, kwargs: Mapping) -> bool:
+        """Whether a step of decoding is under way in which nothing is changed between decoder layers or after them."""
+        this = self.current
+        return this is not None and this.step is not None and this.shortening is None and this.layers is None
+
     def leave(self, level: int) -> Pass | None:
         """A part of the model has run; the pass that it belonged to."""
         while (this := self.current) is not None and level not in this.entered:
             self._stack.pop()  # it ended by an exception that somebody caught
         if this is None:
             return None
-        del this.entered[level]
+        if this.step is None:
+            del this.entered[level]
+        else:
+            this.entered.clear()
         this.left.add(level)
         if not this.entered:
             self._stack.pop()

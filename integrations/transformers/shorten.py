@@ -74,6 +74,25 @@ class Watcher(Protocol):
         """Called with the lengths of the sequence."""
 
 
+@dataclass(frozen=True)
+class KnownMask:
+    """What a pass of generate() was told of padding; generate() makes it longer by ones, and changes nothing else.
+
+    Args:
+        cache: of the pass.
+        n_outer: columns of the user after it.
+        inner: (B, columns of the cache after it); None where nothing is padding.
+    """
+
+    cache: Any
+    n_outer: int
+    inner: Tensor | None
+
+    def longer(self) -> Tensor | None:
+        """With one more column."""
+        return None if self.inner is None else torch.cat([self.inner, self.inner.new_ones(len(self.inner), 1)], 1)
+
+
 @dataclass
 class _Shortening:
     """One forward pass of the language model, between its two hooks."""
@@ -106,7 +125,7 @@ class Shortener(NotCopyable):
     def install(self, hooks: Hooks) -> None:
         """Register the hooks."""
         hooks.before(self.language_model, self.before)
-        hooks.after(self.language_model, self.after)
+        hooks.after(self.language_model, self.after, self.observer.passes.idle)
 
     @property
     def new_columns(self) -> NewColumns | None:
@@ -141,7 +160,10 @@ class Shortener(NotCopyable):
     @span("shorten")
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Forward pre-hook: gather marked columns away; None where there is nothing to do."""
-        cache, mask = cache_of(kwargs), self._asked_mask(kwargs)
+        cache = cache_of(kwargs)
+        if self._pass.step is not None and self._goes_on(cache, args, kwargs):
+            return self._step(cache, args, kwargs)
+        mask = self._asked_mask(kwargs)
         this = _Shortening(cache, given=mask, numbered=kwargs.get("position_ids") is not None)
         self._pass.shortening = this
         embeds = kwargs.get("inputs_embeds")
@@ -184,6 +206,41 @@ class Shortener(NotCopyable):
             self.observer.after_prefill(Ran(len(x), n_new, n_inner, past, past_length(cache), lengths))
         return args, short
 
+    def _goes_on(self, cache: Any, args: tuple, kwargs: Mapping) -> bool:
+        """Whether a step of decoding follows what the cache holds, of which nothing is taken back or refused."""
+        columns, mask = columns_on(cache), kwargs.get("attention_mask")
+        cut = hasattr(cache, LAYERS_STATE)
+        if columns is None:
+            return not cut or self.serves_cut_layers
+        if cut or self.serves_cut_layers or self.calibrator is not None or columns.keys is not None:
+            return False
+        positions = kwargs.get("position_ids")
+        if positions is None or kwargs.get("cache_position") is not None:
+            return False
+        x = kwargs.get("inputs_embeds")
+        x = x if x is not None else kwargs.get("input_ids", args[0] if args else None)
+        n_outer = past_length(cache) + columns.n_dropped
+        known = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == n_outer + 1)
+        return known and n_outer >= columns.n_outer and x is not None and len(x) == len(columns.source)
+
+    def _step(self, cache: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The keywords of such a step; None where they stay."""
+        columns, positions = columns_on(cache), kwargs["position_ids"]
+        if columns is None:
+            return None
+        n_outer = past_length(cache) + columns.n_dropped + 1
+        if self.positions == "contiguous":
+            positions = positions - columns.shift.to(positions.device)
+        generation = self._pass.generation
+        known = None if generation is None else generation.mask
+        if known is not None and known.cache is cache and known.n_outer == n_outer - 1:
+            inner = known.longer()
+        else:
+            inner = columns.inner_mask(kwargs.get("attention_mask"), n_outer)
+        if generation is not None:
+            generation.mask = KnownMask(cache, n_outer, inner)
+        return args, {**kwargs, "attention_mask": inner, "position_ids": positions}
+
     def _inspect(self, embeds: Tensor, mask) -> _Seen:
         """Which columns stay, and every fact about them, in one synchronisation."""
         marked, bad = find_marks(embeds)
@@ -223,7 +280,12 @@ class Shortener(NotCopyable):
         this.columns = before.extended(past, new) if new else before
         inner = this.columns.inner_mask(mask, past + n_new)
         past_inner, n_inner = past_length(cache), new.source.shape[1] if new else n_new
-        if inner is None and self.positions == "original":
+        generation = self._pass.generation
+        if generation is not None:
+            # What the only block holds had its padding taken out.
+            ones = past == 0 and new is not None and new.all_valid
+            generation.mask = KnownMask(cache, past + n_new, None if ones else inner)
+        if inner is None and self.positions == "original" and n_inner > 1:
             # Gapped positions without mask and cache are taken for several packed sequences.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
         this.mask = inner

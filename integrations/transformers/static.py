@@ -48,10 +48,10 @@ class StaticSteps:
 
     def prepare(self, original: Callable[..., dict], *args: Any, **kwargs: Any) -> dict:
         """In place of the model's prepare_inputs_for_generation, which is `original`."""
-        cache, generation = cache_of(kwargs), self.passes.generation
+        cache = cache_of(kwargs)
         if cache is None or not is_static(cache):
             return original(*args, **kwargs)
-        columns = columns_on(cache)
+        generation, columns = self.passes.generation, columns_on(cache)
         if generation is None or kwargs.get("is_first_iteration") or kwargs.get("next_sequence_length") != 1:
             mark_ready(cache, False)
             inputs = original(*args, **kwargs)

@@ -134,12 +134,13 @@ class LayerShortener(NotCopyable):
     def install(self, hooks: Hooks) -> None:
         """Register the hooks, the shortener's among them, which runs first and ends last."""
         module: Any = self.language_model
-        hooks.after(module, self._leave)
+        idle = self.shortener.observer.passes.idle
+        hooks.after(module, self._leave, idle)
         self.shortener.install(hooks)
         hooks.before(module, self._enter)
         hooks.count(module.layers)
         for i in range(self.first, self.n_layers):
-            hooks.before(module.layers[i], functools.partial(self._layer, i))
+            hooks.before(module.layers[i], functools.partial(self._layer, i), idle)
 
     @property
     def _pass(self) -> Any:
@@ -150,6 +151,8 @@ class LayerShortener(NotCopyable):
     @span("cut")
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         embeds, cache = kwargs.get("inputs_embeds"), compat.cache_of(kwargs)
+        if self._pass.step is not None and self._goes_on(cache, kwargs):
+            return None
         x = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
         if x is None:
             return None
@@ -173,6 +176,23 @@ class LayerShortener(NotCopyable):
             ready = compat.without_blind_rows(module, mask, x.shape[1], x.dtype)
             return None if ready is mask else (args, {**kwargs, "attention_mask": ready})
         return None
+
+    def _goes_on(self, cache: Any, kwargs: Mapping) -> bool:
+        """Whether no layer needs anything in a step of decoding: nothing is padded, and nothing was taken back."""
+        mask, x = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        old = getattr(cache, compat.LAYERS_STATE, None)
+        if mask is not None or x is None or self._attention != "sdpa" or self._pass.shortening is not None:
+            return False
+        if old is None:
+            return True
+        past = compat.past_length(cache)
+        firsts = [i for i, columns in enumerate(old) if columns is not None and columns is not old[i - 1]]
+        for i in firsts:
+            n_past = old[i].source.shape[1] + past - old[i].n_outer
+            known = old[i].all_valid and past >= old[i].n_outer and len(old[i].source) == len(x)
+            if i < self.first or not known or compat.layer_length(cache, i) != n_past:
+                return False
+        return True
 
     def _entry(self, embeds: Tensor, mask: Any, past: int) -> Entry:
         new = self.shortener.new_columns
@@ -258,9 +278,11 @@ class LayerShortener(NotCopyable):
             columns: Any
             columns, n_past = self._history(this, i)
             changed = self._keywords(this, columns, kwargs, args[0] if args else kwargs["hidden_states"])
-            found = this.served[id(before)] = columns, n_past, mask, changed
+            longer = compat.layer_length(this.cache, i) > n_past
+            found = this.served[id(before)] = columns, n_past if longer else None, mask, changed
         columns, n_past, _, changed = found
-        self._take_back(this, i, n_past)
+        if n_past is not None:  # all layers of a stage are equally long
+            self._take_back(this, i, n_past)
         this.new[i] = columns
         return (args, {**kwargs, **changed}) if changed else None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokprune.core.errors import NotCopyable, UnsupportedModelError
 
 from ..compat import has_rotary, plain_rotary, rotate
-from ..hooks import Hooks
+from ..hooks import Hooks, Unless
 from ..passes import Passes
 
 Rotary = tuple[Tensor, Tensor]
@@ -90,15 +90,15 @@ class DecoderTap(NotCopyable):
                 "with a rotary embedding. Use a method that acts before the language model, such as 'vtc_cls'"
             )
 
-    def install(self, hooks: Hooks, layers: Iterable[int]) -> None:
-        """Hook these layers."""
+    def install(self, hooks: Hooks, layers: Iterable[int], unless: Unless) -> None:
+        """Hook these layers; `unless` as for `Hooks.before`."""
         for layer in layers:
             module = self.layers[layer].self_attn
             enter = functools.partial(self._enter, layer)
-            hooks.before(module, enter)
+            hooks.before(module, enter, unless)
             for side in ("q", "k"):
                 projection = getattr(module, f"{side}_norm", None) or getattr(module, f"{side}_proj")
-                hooks.after(projection, functools.partial(self._seen, layer, side))
+                hooks.after(projection, functools.partial(self._seen, layer, side), unless)
 
     def open(self, layers: frozenset[int]) -> None:
         """Collect from these layers in this pass, until the next time."""
