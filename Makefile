@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo real docs notebooks quick test check fuzz fix wheel test-oldest test-versions test-latest test-compiled test-integrations test-vllm clean
+.PHONY: setup demo real docs notebooks quick test check fuzz fix wheel gpu test-oldest test-versions test-latest test-compiled test-integrations test-vllm clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -87,6 +87,12 @@ N := 2000
 SEED := 0
 fuzz: setup
 	$(BIN)/python -m pytest -n 2 tests/fuzz --fuzz-cases $(N) --fuzz-seed $(SEED)
+
+# On a machine with a GPU, in its own Python: CUDA laws, then times, in ten minutes; a second call runs what is left.
+gpu:
+	@$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device: torch finds none')"
+	$(PYTHON) -c "import tokprune.eval.bench" 2> /dev/null || $(PYTHON) $(PIP) --no-build-isolation --no-deps -e .
+	$(PYTHON) -m tokprune.eval.bench.gpu; ended=$$?; $(PYTHON) -m tokprune.eval.report.render docs/gpu.md; exit $$ended
 
 test-oldest: laws-$(OLDEST)
 

@@ -27,6 +27,10 @@ GIB = 2**30
 SCALED = "type fewer decoder layers (--layers 4), --dtype bfloat16, or a smaller batch"
 
 
+class NoRoom(RunError):
+    """A model with its largest batch does not fit the free memory."""
+
+
 # ------------------------------------------------------------------------------------------ configurations
 
 
@@ -185,7 +189,7 @@ def refuse_too_large(
         loaded: whether its weights are in memory already.
 
     Raises:
-        RunError: names the memory needed, the free memory, and what to type.
+        NoRoom: names the memory needed, the free memory, and what to type.
     """
     weights = 0 if loaded else sum(p.numel() * p.element_size() for p in model.parameters())
     shape, size = shape_from_config(model.config), model.dtype.itemsize
@@ -194,7 +198,7 @@ def refuse_too_large(
     maps = 2 * rows * shape.text.n_heads * columns**2 * size if model.config._attn_implementation == "eager" else 0
     needed, free = weights + cache + layer + maps, free_bytes(device)
     if needed > free:
-        raise RunError(
+        raise NoRoom(
             f"{name} needs {needed / GIB:.1f} GiB ({weights / GIB:.1f} of weights in "
             f"{str(model.dtype).removeprefix('torch.')}, {cache / GIB:.1f} of KV cache) and {free / GIB:.1f} GiB are "
             f"free on {device}; {'type a smaller batch, or fewer tokens' if loaded else SCALED}"

@@ -72,6 +72,12 @@ class Bench:
             self._sweep(subjects, configs)
         return self.rows
 
+    def one_prompt(self) -> tuple[Any, dict[str, Any]]:
+        """The model at its first resolution, built, and a batch of one prompt."""
+        configs = configurations(self.settings.methods, self.settings.keep)
+        subject = next(self._built(self._subjects(configs)[:1]))
+        return subject.model, Cell(self.settings, subject, 1, configs).inputs()
+
     def _sweep(self, subjects: list[Subject], configs: list[Config]) -> None:
         """Measure all cells, with a progress bar."""
         s = self.settings

@@ -29,15 +29,14 @@ from ..bench import serving as bench_serving
 from ..bench import tables as bench_tables
 from ..bench.selection_times import Timed
 from ..run.rows import Row, pooled
+from . import gpu as gpu_tables
 from . import method_pages, promised, reported
 from .exports import markdown, markdown_tables
 from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, interval, of_kinds, order, times
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PAGES = tuple(
-    Path(name)
-    for name in ("README.md", *(f"docs/{n}.md" for n in ("benchmarks methods models reported serving tune".split())))
-)
+WITH_TABLES = ("benchmarks", "gpu", "methods", "models", "reported", "serving", "tune")
+PAGES = tuple(map(Path, ("README.md", *(f"docs/{name}.md" for name in WITH_TABLES))))
 N_METHODS = re.compile(r"(?<=\bAll )\d+(?= methods\b)")  # in running text
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 EASY_KINDS = ("colour", "shape", "existence", "position")
@@ -349,6 +348,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "equality": equality,
     "exits": exits,
     "families": families,
+    "gpu": lambda what: gpu_tables.tables(RESULTS, what),
     "grid": grid,
     "kinds": kinds,
     "ledger": ledger,
