@@ -70,15 +70,34 @@ def test_cosines_that_are_not_held_give_the_same_tokens(monkeypatch):
     tokens = scope_tokens(smooth(20, 24))
     want = tokprune.get_method("scope").order(tokens, 100)
     monkeypatch.setattr(coverage, "HELD", 0)
+    monkeypatch.setattr(coverage, "BLOCK", 90)
+    assert torch.equal(tokprune.get_method("scope").order(tokens, 100), want)  # held, those of a pair made once
+    monkeypatch.setattr(coverage, "MOST", 0)
     monkeypatch.setattr(coverage, "CHUNK", 7)
     assert torch.equal(tokprune.get_method("scope").order(tokens, 100), want)
 
 
+@pytest.mark.parametrize("most", [0, 2**30])
+def test_scope_costs_what_the_counter_sees(most, monkeypatch):
+    tokens, method = scope_tokens(smooth(16, 24)), tokprune.get_method("scope")
+    monkeypatch.setattr(coverage, "HELD", 0)
+    monkeypatch.setattr(coverage, "BLOCK", 64)
+    monkeypatch.setattr(coverage, "MOST", most)
+    seen = counted(lambda: method.select(tokens, 30))
+    assert method.cost(tokens.layout, 30, Widths(24, 8, 4, 20, False)).flops == pytest.approx(seen["all"], rel=0.01)
+
+
+def test_sixteen_thousand_tokens_are_held_and_more_are_not():
+    assert coverage.is_held(16384)
+    assert not coverage.is_held(16385)
+    assert not coverage.is_held(16384, 2)
+
+
 @pytest.mark.parametrize("spec", ["scope"])
-def test_no_matrix_of_all_pairs_beyond_the_limit(spec):
+def test_no_matrix_of_all_pairs_beyond_the_limit(spec, monkeypatch):
     """The largest tensor that is ever made of more tokens than that has a chunk of rows."""
     n = 4900
-
+    monkeypatch.setattr(coverage, "MOST", 4 * n * n - 1)
     tokens = scope_tokens(smooth(70, 8))
     with sizes_made() as sizes:
         tokprune.get_method(spec).select(tokens, 40)
@@ -138,6 +157,7 @@ def covered_by_hand(tokens: VisualTokens, n_keep: int, alpha: float, heat: float
 @pytest.mark.parametrize("side", [8, 30])
 def test_mmtok_is_the_greedy_loop_of_its_definition(side, held, monkeypatch):
     monkeypatch.setattr(coverage, "HELD", held)
+    monkeypatch.setattr(coverage, "MOST", held)
     tokens = mmtok_tokens(side, 7)
     n_keep = side * side // 5
     for alpha, heat in ((0.5, 0.02), (8.0, 0.1)):

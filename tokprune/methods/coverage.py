@@ -11,7 +11,11 @@ from ..core.lazy import F, torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-HELD = 4096  # cosines of more tokens are made again when they are needed: no N x N matrix
+HELD = 4096  # tokens whose cosines are always held
+# Bytes of the cosines of more tokens: 1 GiB, of 16,384. A greedy choice reads some 20 N rows of them, so rows made when
+# they are needed cost some 20 products of all pairs in place of half a one. Beyond, no N x N matrix is held.
+MOST = 2**30
+BLOCK = 1024  # rows of a held matrix at a time
 CHUNK = 256  # rows at a time
 
 
@@ -20,10 +24,16 @@ class Cosines:
 
     def __init__(self, x: Tensor):
         self._unit = F.normalize(x.float(), dim=-1)
-        self._all = self._unit @ self._unit.transpose(1, 2) if x.shape[1] <= HELD else None
+        self._all: Tensor | None = None
+        if x.shape[1] <= HELD:
+            self._all = self._unit @ self._unit.transpose(1, 2)
+        elif is_held(x.shape[1], len(x)):
+            self._all = _all_pairs(self._unit)
 
     def rows(self, index: Tensor) -> Tensor:
         """(G, c, N) of the tokens at (G, c)."""
+        if self._all is not None and len(index) == 1:
+            return self._all[0].index_select(0, index[0])[None]  # much faster than to gather
         if self._all is not None:
             return ops.take(self._all, index)
         return ops.take(self._unit, index) @ self._unit.transpose(1, 2)
@@ -37,6 +47,21 @@ class Cosines:
         return torch.cat([(ops.take(self._unit, part) @ others).amax(2) for part in first.split(CHUNK, 1)], 1)
 
 
+def _all_pairs(unit: Tensor) -> Tensor:
+    """(G, N, N), the products of all rows of (G, N, D), those of a pair once."""
+    found = unit.new_empty(*unit.shape[:2], unit.shape[1])
+    for first in range(0, unit.shape[1], BLOCK):
+        rows = unit[:, first : first + BLOCK] @ unit[:, first:].transpose(1, 2)
+        found[:, first : first + BLOCK, first:] = rows
+        found[:, first:, first : first + BLOCK] = rows.transpose(1, 2)
+    return found
+
+
+def is_held(n: int, n_images: int = 1) -> bool:
+    """Whether the cosines of n tokens are held."""
+    return n <= HELD or 4 * n_images * n * n <= MOST
+
+
 def n_updated(n_rows: int, step: int) -> int:
     """Rows that are brought up to date after choice number `step`, 1, 2, ..."""
     return min(n_rows, max(32, 2 * n_rows // step))
@@ -44,7 +69,11 @@ def n_updated(n_rows: int, step: int) -> int:
 
 def n_cosine_rows(n: int, n_keep: int) -> int:
     """Rows of cosines that `greedy` makes of n tokens."""
-    return n if n <= HELD else n + sum(1 + n_updated(n, step) for step in range(1, n_keep))
+    if n <= HELD:
+        return n
+    if is_held(n):
+        return (n + min(n, BLOCK)) // 2  # those of a pair once
+    return n + sum(1 + n_updated(n, step) for step in range(1, n_keep))
 
 
 def greedy(
@@ -78,7 +107,7 @@ def greedy(
     best_of_others = others.new_zeros(others.shape[:2])
     free, chosen = torch.ones_like(allowed), []
     for step in range(1, n_keep + 1):
-        more = (others - best_of_others[..., None]).clamp(min=0).sum(1, dtype=torch.float64)
+        more = (others - best_of_others[..., None]).clamp(min=0).double().sum(1)
         score = rank(adds + more).masked_fill(~allowed, -1.0).masked_fill(~free, -torch.inf)
         newest = ops.first_highest(score)[:, None]
         chosen.append(newest)
@@ -98,5 +127,5 @@ def _lost(rows: Callable[[Tensor], Tensor], index: Tensor, low: Tensor, high: Te
     total = torch.zeros_like(low[:, :1], dtype=torch.float64)
     for at, least, most in zip(*(x.split(CHUNK, 1) for x in (index, low, high)), strict=True):
         given = torch.minimum(rows(at).maximum(least[..., None]), most[..., None]) - least[..., None]
-        total = total + given.sum(1, dtype=torch.float64)
+        total = total + given.double().sum(1)  # three times as fast on a CPU as a sum in another type
     return total

@@ -14,7 +14,7 @@ from ..core.tokens import VisualTokens
 from ..cost.flops import Ops
 from ..cost.selection import Widths
 from .base import Method, Split
-from .coverage import CHUNK, HELD, Cosines, greedy, n_cosine_rows
+from .coverage import CHUNK, Cosines, greedy, is_held, n_cosine_rows
 from .crops import crop_by_crop
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class MMTok(Method):
               the language model runs. Tokens of padding are not told apart. After a choice, sums are corrected
               for the tokens whose best grew most, more of them than usually change, not for all. The code's
               text_temperature on Qwen-VL is 0.01.
-    Needs:    TEXT_EMBEDS, TOWER_STATES. Cost: O(N^2 D + N^2 log K + K T N); O(N^2 D log K) beyond 4,096 tokens, where
-              no N x N matrix is held. FLOPs are counted with 64 tokens of text.
+    Needs:    TEXT_EMBEDS, TOWER_STATES. Cost: O(N^2 D + N^2 log K + K T N); O(N^2 D log K) beyond 16,384 tokens,
+              where no N x N matrix is held. FLOPs are counted with 64 tokens of text.
 
     Args:
         alpha: weight of the picture beside the text, from 0.
@@ -63,7 +63,7 @@ class MMTok(Method):
         sizes = layout.crop_sizes if self.split == "even" else (layout.n_visual,)
         spent = 0
         for n, k in zip(sizes, ops.shares(sizes, n_keep, even=True), strict=True):
-            n_rows = n_cosine_rows(n, k) + (n if n > HELD else 0)  # once more for the sums of the softmax
+            n_rows = n_cosine_rows(n, k) + (0 if is_held(n) else n)  # once more for the sums of the softmax
             spent += n * (n_rows * widths.states + REFERENCE_TEXT * widths.rows) if k else 0
         return Ops(spent)
 

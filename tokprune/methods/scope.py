@@ -37,7 +37,7 @@ class SCOPE(Method):
               corrected for the tokens whose cover grew most, more of them than usually change, not for all. A
               tower without [CLS] ranks by attention received in its last layer, as that form.
     Needs:    CLS_ROW (or RECEIVED) of one layer; nothing with alpha=0. Text-agnostic. Cost: O(N^2 D + N^2 log K);
-              O(N^2 D log K) beyond 4,096 tokens, where no N x N matrix is held.
+              O(N^2 D log K) beyond 16,384 tokens, where no N x N matrix is held.
 
     Args:
         alpha: power of the saliency; 0 is coverage alone.
