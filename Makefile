@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo real docs notebooks quick test check fuzz fix wheel gpu test-oldest test-versions test-latest test-compiled test-integrations test-vllm clean
+.PHONY: setup demo real docs notebooks quick test check fuzz fix wheel gpu test-oldest test-versions test-latest test-compiled bench-check test-integrations test-vllm clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -92,7 +92,7 @@ fuzz: setup
 gpu:
 	@$(PYTHON) -c "import torch, sys; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device: torch finds none')"
 	$(PYTHON) -c "import tokprune.eval.bench" 2> /dev/null || $(PYTHON) $(PIP) --no-build-isolation --no-deps -e .
-	$(PYTHON) -m tokprune.eval.bench.gpu; ended=$$?; $(PYTHON) -m tokprune.eval.report.render docs/gpu.md; exit $$ended
+	TOKPRUNE_KERNELS=auto $(PYTHON) -m tokprune.eval.bench.gpu; ended=$$?; $(PYTHON) -m tokprune.eval.report.render docs/gpu.md; exit $$ended
 
 test-oldest: laws-$(OLDEST)
 
@@ -131,6 +131,10 @@ test-vllm: $(VLLM)/ready
 # torch.compile and attach in every order; `make laws-...` and `make test` run a part of it.
 test-compiled: setup
 	COMPILED=all $(BIN)/python -m pytest -n 2 -v tests/contract/test_compiled.py
+
+# Ratios of times on this machine, in one run, against the stored ones; about 10 minutes on a quiet one.
+bench-check: setup
+	$(BIN)/python -m tokprune.eval.bench.ratios --check eval/results/ratios.jsonl
 
 # The built wheel, imported from outside the repository.
 wheel: setup

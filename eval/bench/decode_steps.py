@@ -62,11 +62,11 @@ class Steps:
     steps: int
 
 
-def random_model() -> Any:
-    """A LLaVA of 289 million random weights: 20 decoder layers, 1024 wide, and 576 visual tokens a picture."""
+def random_model(n_layers: int = 20) -> Any:
+    """A LLaVA of 289 million random weights with 20 decoder layers: 1024 wide, and 576 visual tokens a picture."""
     sides = {"image_size": 336, "patch_size": 14}
     tower = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4}
-    text = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "num_attention_heads": 16}
+    text = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": n_layers, "num_attention_heads": 16}
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config={"model_type": "clip_vision_model", "projection_dim": 256, **sides, **tower},
@@ -77,7 +77,9 @@ def random_model() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "tiny-llava": lambda: AutoModelForImageTextToText.from_pretrained(path_of("tiny-llava"), dtype=torch.float32),
+    "tiny-llava": lambda: AutoModelForImageTextToText.from_pretrained(
+        path_of("tiny-llava"), dtype=torch.float32, trust_remote_code=False
+    ),
     "random-289m": random_model,
 }
 

@@ -25,6 +25,7 @@ from tokprune.cost.shapes import known_shape
 from tokprune.methods import METHODS
 from tokprune.prune.report import ImageReport, Prefill, Report, describe_signals
 
+from ..bench import ratios as bench_ratios
 from ..bench import serving as bench_serving
 from ..bench import tables as bench_tables
 from ..bench.selection_times import Timed
@@ -35,7 +36,7 @@ from .exports import markdown, markdown_tables
 from .tables import COLUMNS, QUESTION_ONLY, accuracy, conditions, in_points, interval, of_kinds, order, times
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-WITH_TABLES = ("benchmarks", "gpu", "methods", "models", "reported", "serving", "tune")
+WITH_TABLES = ("benchmarks", "gpu", "methods", "models", "reported", "serving", "speed", "tune")
 PAGES = tuple(map(Path, ("README.md", *(f"docs/{name}.md" for name in WITH_TABLES))))
 N_METHODS = re.compile(r"(?<=\bAll )\d+(?= methods\b)")  # in running text
 BLOCK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -326,6 +327,24 @@ def selection_times(name: str) -> str:
     return "\n".join(parts)
 
 
+def ratios(names: str) -> str:
+    """What pruning costs against what it cannot go below: before and now, with quartiles."""
+    before, now = (bench_ratios.read(RESULTS / name) for name in names.split(","))
+    parts = []
+    for group, meaning in bench_ratios.MEANINGS.items():
+        lines = [
+            [f"`{r.of}`", r.to, *(bench_ratios.span_of(x) if x else "not measured" for x in (before.get(r.key), r))]
+            for r in now.values()
+            if r.group == group
+        ]
+        if not lines:
+            continue
+        command = f"python -m tokprune.eval.bench.ratios --groups {group}"
+        heading = f"**{meaning[0].upper()}{meaning[1:]}** (`{command}`)"
+        parts.append(f"{heading}\n\n" + markdown(("ratio of", "to", "before", "now"), lines))
+    return "\n".join(parts)
+
+
 def shown_seconds(row: Timed) -> str:
     """A time, or the limit that was met before there was one."""
     if row.seconds is not None:
@@ -355,6 +374,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "models": models,
     "pairs": pairs,
     "promises": promised.promises,
+    "ratios": ratios,
     "report": report,
     "reported": reported.tables,
     "savings": savings,

@@ -285,8 +285,8 @@ class Shortener(NotCopyable):
             # What the only block holds had its padding taken out.
             ones = past == 0 and new is not None and new.all_valid
             generation.mask = KnownMask(cache, past + n_new, None if ones else inner)
-        if inner is None and self.positions == "original" and n_inner > 1:
-            # Gapped positions without mask and cache are taken for several packed sequences.
+        if inner is None and self.positions == "original" and (n_inner > 1 or self.calibrator is not None):
+            # Gapped positions without mask and cache are taken for several packed sequences; a calibration reads it.
             inner = torch.ones(x.shape[0], past_inner + n_inner, dtype=torch.long, device=x.device)
         this.mask = inner
         if self.calibrator is not None:

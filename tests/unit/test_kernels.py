@@ -206,7 +206,8 @@ def test_large_logits_stay_finite():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """CPU tensors count as CUDA tensors; what has failed is forgotten afterwards."""
+    """Kernels were asked for, and CPU tensors count as CUDA tensors; what has failed is forgotten afterwards."""
+    monkeypatch.setenv(kernels.VARIABLE, "auto")
     monkeypatch.setattr(kernels, "_fits", lambda x: True)
     monkeypatch.setattr(kernels, "_FAILED", set())
     monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())  # any context
@@ -253,7 +254,7 @@ def test_where_kernels_always_run_a_failure_is_seen(monkeypatch):
 
 
 @needs_triton
-def test_on_a_gpu_a_kernel_runs_without_a_switch(as_on_a_gpu, monkeypatch):
+def test_on_a_gpu_a_kernel_runs_where_it_was_asked_for(as_on_a_gpu, monkeypatch):
     ran = []
     found = kernels._kernel
     monkeypatch.setattr(kernels, "_kernel", lambda module, name: ran.append(name) or found(module, name))
@@ -264,12 +265,12 @@ def test_on_a_gpu_a_kernel_runs_without_a_switch(as_on_a_gpu, monkeypatch):
     assert not kernels._FAILED
 
 
-@pytest.mark.parametrize("how", ["variable", "with"])
-def test_kernels_are_turned_off(as_on_a_gpu, monkeypatch, how):
+@pytest.mark.parametrize("how", ["nothing", "variable", "with"])
+def test_kernels_are_off_until_they_are_asked_for(as_on_a_gpu, monkeypatch, how):
     kernel, calls = refuse(RuntimeError("not to be called"))
     monkeypatch.setattr(kernels, "_kernel", lambda module, name: kernel)
-    if how == "variable":
-        monkeypatch.setenv(kernels.VARIABLE, "off")
+    if how != "with":
+        monkeypatch.setenv(kernels.VARIABLE, "off" if how == "variable" else "")
         order_of("divprune", draw(20, 8).cpu(), 7)
     else:
         with kernels.use("off"):
@@ -278,24 +279,24 @@ def test_kernels_are_turned_off(as_on_a_gpu, monkeypatch, how):
 
 
 def test_a_wrong_setting_is_refused(monkeypatch):
-    with pytest.raises(errors.OptionError, match="'of': use auto, off, always"):
+    with pytest.raises(errors.OptionError, match="'of': use off, auto, always"):
         with kernels.use("of"):
             pass
     monkeypatch.setenv(kernels.VARIABLE, "never")
     with pytest.raises(errors.OptionError, match="TOKPRUNE_KERNELS 'never'"):
         kernels.setting()
     monkeypatch.setenv(kernels.VARIABLE, "")
-    assert kernels.setting() == "auto"
+    assert kernels.setting() == "off"
 
 
 def test_the_setting_before_comes_back():
     with pytest.raises(ZeroDivisionError):
-        with kernels.use("off"):
+        with kernels.use("always"):
             with kernels.use("auto"):
                 assert kernels.setting() == "auto"
-            assert kernels.setting() == "off"
+            assert kernels.setting() == "always"
             raise ZeroDivisionError
-    assert kernels.setting() == "auto"
+    assert kernels.setting() == "off"
 
 
 def test_a_cpu_never_imports_triton():

@@ -1,9 +1,9 @@
 """Triton kernels for loops and sums that are many small operations on a GPU, each with the results of its torch code.
 
 Read this module first: who uses a kernel, and what happens where one fails. `greedy` and `attention` hold the kernels.
-They are imported when a CUDA tensor is met and Triton is installed, as it is with CUDA builds of torch for Linux.
-
-Set TOKPRUNE_KERNELS=off, or use `with kernels.use("off"):`, to run the torch code on a GPU as well.
+They never ran on a GPU yet, so they are off until you ask for them: set TOKPRUNE_KERNELS=auto, or use
+`with kernels.use("auto"):`. Then they run on CUDA tensors where Triton is installed, as it is with CUDA builds of torch
+for Linux.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE = "TOKPRUNE_KERNELS"
-Use = Literal["auto", "off", "always"]
+Use = Literal["off", "auto", "always"]
 _USE: contextvars.ContextVar[Use | None] = contextvars.ContextVar("tokprune_kernels", default=None)
 _FAILED: set[str] = set()  # kernels that failed in this process
 
@@ -34,7 +34,7 @@ def use(how: Use) -> Iterator[None]:
     """Choose within a `with` block, in this thread.
 
     Args:
-        how: "auto" runs kernels on CUDA tensors and falls back to torch where one fails; "off" runs torch alone;
+        how: "off" runs torch alone; "auto" runs kernels on CUDA tensors and falls back to torch where one fails;
             "always" runs kernels on any tensor, in Triton's interpreter on a CPU, and raises where one fails.
     """
     before = _USE.set(_checked(how))
@@ -45,8 +45,8 @@ def use(how: Use) -> Iterator[None]:
 
 
 def setting() -> Use:
-    """What `use` says here, else the environment variable, else "auto"."""
-    return _USE.get() or _checked(os.environ.get(VARIABLE) or "auto")
+    """What `use` says here, else the environment variable, else "off"."""
+    return _USE.get() or _checked(os.environ.get(VARIABLE) or "off")
 
 
 def _checked(how: str) -> Any:
