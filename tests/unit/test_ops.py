@@ -54,17 +54,28 @@ def test_shares_on_the_host_are_those_on_the_device(seed):
     assert ops.shares(sizes, total, even=True) == tuple(split_by_hand([1] * len(sizes), list(sizes), total))
 
 
-def test_keep_top_of_parts_equals_sorting_every_part():
+@pytest.mark.parametrize(
+    "values",
+    [[0, 1, 2, 3, 4], [-2, -1, -0.0, 0.0, 1], [-1e-38, 1e-38, -1e-45, 0.0, 1e-45], [float("-inf"), -3e38, 3e38, 7, -7]],
+)
+def test_keep_top_of_parts_equals_sorting_every_part(values):
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 5, (4, 30), generator=generator).float()  # many ties
+    scores = torch.tensor(values).float()[torch.randint(0, 5, (12, 30), generator=generator)]  # many ties
     part = torch.randint(0, 4, (30,), generator=generator)
-    counts = torch.randint(0, 10, (4, 4), generator=generator)
+    counts = torch.randint(0, 10, (12, 4), generator=generator)
     keep = ops.keep_top_of_parts(scores, part, counts)
-    for g in range(4):
+    for g in range(12):
         for p in range(4):
             own = [i for i in range(30) if part[i] == p]
             best = sorted(own, key=lambda i: (-float(scores[g, i]), i))[: int(counts[g, p])]
             assert [i for i in own if keep[g, i]] == sorted(best)
+
+
+@pytest.mark.parametrize("values", [(), [], (3, 1, 2), [2**40], range(4), (True, False), [False]])
+def test_host_values_arrive_as_torch_makes_them(values):
+    found = ops.on_device(values, torch.device("cpu"))
+    assert torch.equal(found, torch.tensor(list(values), dtype=None if len(values) else torch.int64))
+    assert found.dtype == (torch.bool if len(values) and isinstance(values[0], bool) else torch.int64)
 
 
 def test_outliers_are_those_of_numpy():

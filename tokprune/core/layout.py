@@ -119,6 +119,12 @@ class Layout:
         parts = ([i for i in self.visual if self.crop[i] == 0], [i for i in self.visual if self.crop[i] > 0])
         return tuple(self._region(part) for part in parts if part)
 
+    @functools.cached_property
+    def mosaic_cells(self) -> tuple[int, ...]:
+        """Place of every visual token in the raster of the mosaic; 0 for those of the thumbnail."""
+        width = self.width
+        return tuple(self.row[i] * width + self.column[i] if self.crop[i] else 0 for i in self.visual)
+
     def _region(self, index: list[int]) -> Region:
         raster = sorted(index, key=lambda i: (self.row[i], self.column[i]))
         height, width = 1 + max(self.row[i] for i in index), 1 + max(self.column[i] for i in index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from array import array
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -18,8 +19,16 @@ LARGEST = 2**24  # numbers in a temporary tensor
 
 
 def on_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Host integers as an int64 tensor, copied without waiting for the device."""
-    return torch.tensor(values, dtype=None if len(values) else torch.int64).to(device, non_blocking=True)
+    """Host integers as an int64 tensor, booleans as a bool one, copied without waiting for the device."""
+    if not len(values):
+        return torch.empty(0, dtype=torch.int64, device=device)
+    # A buffer is read some 7 times as fast as a sequence of Python numbers.
+    if isinstance(values[0], bool):
+        host = torch.frombuffer(bytearray(values), dtype=torch.bool)
+    else:
+        host = torch.frombuffer(array("q", values), dtype=torch.int64)
+    # As torch.tensor does: modes that trace or fake tensors take it for a new one.
+    return torch.ops.aten.lift_fresh(host).to(device, non_blocking=True)
 
 
 def keep_top(scores: Tensor, n_keep: int) -> Tensor:
@@ -47,16 +56,22 @@ def keep_top_of_parts(scores: Tensor, part: Tensor, counts: Tensor) -> Tensor:
     """(G, N) bool: of every part the `counts` highest scores; equal ones go to the lower index.
 
     Args:
-        scores: (G, N).
+        scores: (G, N), compared as float32.
         part: (N,) int64, the part of every token, 0..P-1.
         counts: (G, P), on the device; a part keeps at most its size.
     """
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    order = order.gather(1, part[order].argsort(dim=1, stable=True))  # part by part, the best of each first
-    parts = part[order]
+    order = ((part << 33) - _ordered(scores)).sort(dim=1, stable=True).indices  # part by part, the best of each first
     sizes = torch.zeros_like(counts[0]).index_add(0, part, torch.ones_like(part))
+    # Of the order, so the same in every row: how many of its part each place has before it.
+    parts = part[order[0]]
     place = torch.arange(scores.shape[1], device=part.device) - (sizes.cumsum(0) - sizes)[parts]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, place < counts.gather(1, parts))
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, place < counts[:, parts])
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Integers of 32 bits, as int64, in the order of the scores as float32; equal for equal scores."""
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def allocate(weights: Tensor, caps: Sequence[int], total: int) -> Tensor:

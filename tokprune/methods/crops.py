@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def sum_by_crop(values: Tensor, layout: Layout) -> Tensor:
 
 
 def norm_by_crop(values: Tensor, layout: Layout) -> Tensor:
-    """L2 norm of the values (G, N) of every token's crop, at every token, above 0."""
+    """L2 norm of the values (G, N) or (G, N, D) of every token's crop, at every token, above 0."""
     return sum_by_crop(values.square(), layout).sqrt().clamp(min=1e-12)
 
 
@@ -113,18 +114,22 @@ def rearranged(tokens: VisualTokens, order: Tensor) -> VisualTokens:
     return replace(tokens, features=ops.put(more, places, ops.take(tokens.features, order))[:, :-1])
 
 
-def thumbnail_cells(layout: Layout) -> list[int]:
+def thumbnail_cells(layout: Layout) -> tuple[int, ...]:
     """Which crop of the mosaic, 0.. in raster order, every token of the thumbnail shows; leftovers go to the last.
 
     Padding of the mosaic is ignored: the crops share the thumbnail evenly.
     """
-    thumbnail, (rows, columns) = layout.regions[0], layout.crop_grid
-    down = [min(y // max(thumbnail.height // rows, 1), rows - 1) for y in range(thumbnail.height)]
-    right = [min(x // max(thumbnail.width // columns, 1), columns - 1) for x in range(thumbnail.width)]
-    return [i * columns + j for i in down for j in right]
+    return _cells(layout.regions[0].height, layout.regions[0].width, *layout.crop_grid)
 
 
-def counts_by_cell(values: Tensor, cells: list[int], layout: Layout) -> Tensor:
+@functools.lru_cache(maxsize=256)
+def _cells(height: int, width: int, rows: int, columns: int) -> tuple[int, ...]:
+    down = [min(y // max(height // rows, 1), rows - 1) for y in range(height)]
+    right = [min(x // max(width // columns, 1), columns - 1) for x in range(width)]
+    return tuple(i * columns + j for i in down for j in right)
+
+
+def counts_by_cell(values: Tensor, cells: Sequence[int], layout: Layout) -> Tensor:
     """Sums of the thumbnail's values (G, N_t) by cell, for the crops that have tokens, (G, crops of the mosaic)."""
     rows, columns = layout.crop_grid
     sums = values.new_zeros(len(values), rows * columns).index_add(1, ops.on_device(cells, values.device), values)
@@ -136,13 +141,13 @@ def thumbnail_on_mosaic(scores: Tensor, layout: Layout) -> Tensor:
     thumbnail, mosaic = layout.regions
     grid = scores[:, ops.on_device(thumbnail.index, scores.device)].view(-1, 1, thumbnail.height, thumbnail.width)
     large = F.interpolate(grid, (mosaic.height, mosaic.width), mode="bilinear", align_corners=False).flatten(1)
-    at = [layout.row[i] * mosaic.width + layout.column[i] if layout.crop[i] else 0 for i in layout.visual]
-    return large[:, ops.on_device(at, scores.device)]
+    return large[:, ops.on_device(layout.mosaic_cells, scores.device)]
 
 
 def is_thumbnail(layout: Layout, device: torch.device) -> Tensor:
     """(N,) bool: the tokens of crop 0."""
-    return ops.on_device([layout.crop[i] == 0 for i in layout.visual], device)
+    places = ops.on_device(layout.crop_places, device)
+    return places == layout.crops.index(0) if 0 in layout.crops else torch.zeros_like(places, dtype=torch.bool)
 
 
 def compacted_places(layout: Layout) -> list[int]:

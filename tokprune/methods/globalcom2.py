@@ -86,7 +86,8 @@ class GlobalCom2(ScoreMethod):
         if self.alpha is not None:
             mixed = self.alpha * shared + (1 - self.alpha) * own
         else:
-            mixed = shared / mosaic.norm_by_crop(shared, layout) + own / mosaic.norm_by_crop(own, layout)
+            both = torch.stack([shared, own], 2)
+            mixed = (both / mosaic.norm_by_crop(both, layout)).sum(2)
         return torch.where(mosaic.is_thumbnail(layout, own.device), own, mixed)
 
     def retention(self, tokens: VisualTokens, ratio: float) -> Tensor:
