@@ -201,7 +201,9 @@ class Observer(NotCopyable):
             this.n_candidates = max(0, min(asked - 1, n_draft))
 
     def _leave(self, level: int, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-        self.passes.leave(level)
+        this = self.passes.leave(level)
+        if level == DECODER and this is not None and this.call is not None and this.call.marks:
+            _let_go(this.call, cache_of(kwargs) or (cache_of(out) if isinstance(out, Mapping) else None))
         self._done()
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -528,9 +530,15 @@ def _brings_features(kwargs: Mapping) -> bool:
     return any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
 
 
+def _let_go(call: Call, cache: Any) -> None:
+    """Forget features after a pass with a cache; without one, or where the caller holds them, they come again."""
+    if cache is not None and not call.by_hand:
+        call.marks.clear()
+
+
 def _comes_again(this: Pass, call: Call, embeds: Tensor) -> bool:
     """Whether this is the prompt of a call, with its pictures; without a cache it is passed at every step."""
-    if not same_places(call.masks, this.masks):
+    if not call.marks or not same_places(call.masks, this.masks):
         return False
     pairs = ((embeds[row, list(p.columns)], rows) for p, _, rows in call.marks for row in p.rows)
     return all(torch.equal(there, rows.to(there)) for there, rows in pairs)

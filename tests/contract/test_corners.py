@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import tiny
 import torch
 from processors import video_inputs
+from specs import BEFORE_THE_TOWER, CUTTING, SPECS, build
 from transformers import DynamicCache
 
 import tokprune
@@ -87,3 +90,38 @@ def test_text_of_a_later_turn_is_not_masked_by_the_padding_of_the_first():
             model(input_ids=second[rows], attention_mask=own, pixel_values=pictures, **cache)
             kept.append(attachment.kept[-1].tolist())
     assert kept[0] == kept[1]
+
+
+def floats_alive():
+    """Floating-point numbers in tensors that are no parameters."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.is_floating_point()]
+    return sum(t.untyped_storage().nbytes() for t in {t.untyped_storage().data_ptr(): t for t in found}.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [("clip", s) for s in (*SPECS, *CUTTING) if ":" not in s and s not in BEFORE_THE_TOWER] + [("internvl", "fopru")],
+)
+@torch.no_grad()
+def test_no_features_are_held_after_a_generation(kind, spec):
+    """Of five pictures no more stays than of one, but for what stays of a report."""
+    model, alive = tiny.fresh_model(kind), []
+    budget = {"keep_ratio": 0.3} if build(spec).takes_budget else {}
+    with tokprune.attach(model, spec, **budget):
+        for layout in (((0,),), ((0,), (1,), (2,), (0,), (1,))):
+            inputs = tiny.batch(layout, kind=kind)
+            before = floats_alive()
+            tiny.generate(model, inputs)
+            alive.append(floats_alive() - before)
+    features = 36 * model.config.text_config.hidden_size * 4
+    assert max(alive) < features
+
+
+@torch.no_grad()
+def test_a_prompt_that_comes_again_without_a_cache_finds_its_features():
+    model, inputs = tiny.model(), tiny.batch()
+    with tokprune.attach(model, "cdpruner", keep_ratio=0.3) as attachment:
+        cached, kept = tiny.generate(model, inputs), str(attachment.kept)
+        assert torch.equal(tiny.generate(model, inputs, use_cache=False), cached)
+        assert str(attachment.kept) == kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import oracle
 import pytest
 import tiny
@@ -21,6 +23,8 @@ from contract.test_adapters import (
 from packaging.version import Version
 from specs import CUTTING, build
 from tokprune.integrations.transformers.layers.shorten import LayerShortener
+from tokprune.integrations.transformers.layers.shorten import _Here as Here
+from tokprune.integrations.transformers.layers.taps import Attention
 
 import tokprune
 from tokprune.core.tokens import Count
@@ -419,3 +423,44 @@ def test_flash_contract_equals_sdpa(kind, monkeypatch):
 
 def test_counts_of_the_registry():
     assert {s for s in CUTTING if build(s).count is Count.CONTENT and ":" not in s} <= {"dyvte", "visual_exit"}
+
+
+# ---- what a cut computes
+
+
+@pytest.mark.parametrize("spec", ["fastv", "visual_exit", "pyramiddrop"])
+@pytest.mark.parametrize("attn", NUMERICS)
+@torch.no_grad()
+def test_keys_of_the_layer_before_come_from_the_cache(attn, spec, monkeypatch):
+    """The same numbers as without a cache, in a first prompt and in a second one on the same cache."""
+    model, inputs = model_and_batch("clip", attn)
+    width, made = inputs["input_ids"].shape[1], []
+    original = Attention.keys
+
+    def keys(self, *args):
+        made.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(Attention, "keys", keys)
+    budget = {} if spec == "visual_exit" else {"keep_ratio": 0.3}
+    with tokprune.attach(model, spec, **budget) as attachment:
+        model(**inputs, use_cache=False)
+        alone, n_alone = attachment.kept, len(made)
+        assert n_alone
+        out = model(**inputs, use_cache=True)
+        assert [dict_of(image) for image in attachment.kept] == [dict_of(image) for image in alone]
+        assert len(made) == n_alone + (n_alone if spec == "pyramiddrop" else 0)  # which asks the layer that comes
+        turn = {**inputs, "attention_mask": torch.cat([inputs["attention_mask"]] * 2, 1)}
+        made.clear()
+        cache = out.past_key_values
+        whole = model(**turn, **tiny.cached(copy.deepcopy(cache))).logits
+        assert bool(made) == (spec == "pyramiddrop")
+        monkeypatch.setattr(Here, "held", lambda self, layer: None)
+        torch.testing.assert_close(model(**turn, **tiny.cached(cache)).logits, whole, rtol=0, atol=0)
+        assert made
+        assert whole.shape[1] == width
+
+
+def dict_of(image):
+    """Kept tokens of an image by layer."""
+    return {layer: kept.tolist() for layer, kept in image.items()}

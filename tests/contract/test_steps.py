@@ -109,26 +109,44 @@ def test_a_mask_that_hides_more_in_a_step_is_obeyed(positions):
             torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
-def test_a_step_that_was_broken_off_leaves_the_next_one_as_it_is(method):
-    model, inputs = tiny.fresh_model(), tiny.batch(((0,),))
+def broken_step(model, given, cache):
+    """A step that ends in its first layer."""
 
     def broken(*ignored):
         raise KeyError("broken off")
 
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(broken)
+    with pytest.raises(KeyError):
+        model(**given, **tiny.cached(cache))
+    handle.remove()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_step_that_was_broken_off_leaves_the_next_one_as_it_is(method):
+    model, inputs = tiny.fresh_model(), tiny.batch(((0,),))
     with tokprune.attach(model, method, keep_ratio=0.3):
         cache, token, place = started(model, inputs)
         given = {"input_ids": token, "position_ids": place}
         want = model.model(**given, **tiny.cached(copy.deepcopy(cache))).last_hidden_state
-        handle = model.model.language_model.layers[0].register_forward_pre_hook(broken)
-        with pytest.raises(KeyError):
-            model(**given, **tiny.cached(cache))
-        handle.remove()
-        got = model.model(**given, **tiny.cached(cache)).last_hidden_state
-        assert torch.equal(got, want)
+        broken_step(model, given, cache)
+        assert torch.equal(model.model(**given, **tiny.cached(cache)).last_hidden_state, want)
         again = started(model, inputs)[0]
         assert [layer.get_seq_length() + 1 for layer in again.layers] == [x.get_seq_length() for x in cache.layers]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_picture_right_after_a_step_that_was_broken_off_is_pruned(method):
+    """It enters below the head, on the same cache, as the step would go on."""
+    model, inputs = tiny.fresh_model(), tiny.batch(((0,),))
+    n = inputs["input_ids"].shape[1]
+    with tokprune.attach(model, method, keep_ratio=0.3):
+        cache, token, place = started(model, inputs)
+        turn = {**inputs, "attention_mask": torch.ones(1, 2 * n).long(), "position_ids": place + torch.arange(n)}
+        want = model.model(**turn, **tiny.cached(copy.deepcopy(cache))).last_hidden_state
+        broken_step(model, {"input_ids": token, "position_ids": place}, cache)
+        assert torch.equal(model.model(**turn, **tiny.cached(cache)).last_hidden_state, want)
 
 
 @pytest.mark.parametrize("value", [1e30, -1.0, float("inf"), float("nan"), 6e-8])

@@ -72,6 +72,9 @@ class Here(Protocol):
     def cached(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Keys of earlier passes in a layer, (B, H, P, d), and which of them are not padding, (B, P)."""
 
+    def held(self, layer: int) -> Tensor | None:
+        """Keys of earlier passes and of this one in the layer before, (B, H, P + K, d); None without a cache."""
+
 
 class Chooser(Protocol):
     """Who decides what stays."""
@@ -430,3 +433,12 @@ class _Here:
             mask = old.inner_mask(mask, this.past)
         visible = torch.ones(len(keys), n_past, device=keys.device) if mask is None else mask
         return keys, visible.to(keys.device).bool()
+
+    def held(self, layer: int) -> Tensor | None:
+        """Keys of earlier passes and of this one in the layer before; None where no cache holds exactly them."""
+        this, cache = self.this, compat.cache_of(self.kwargs)
+        if cache is None:
+            return None
+        keys = compat.cached_keys(cache, layer)
+        n_columns = (this.past_lengths or [this.past])[-1] + (this.lengths or [this.n])[-1]
+        return keys if keys.shape[2] == n_columns else None

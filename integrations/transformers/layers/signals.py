@@ -85,18 +85,23 @@ class LayerSignals:
 
     def attended(self, layer: int, rows: Tensor, columns: Tensor) -> Tensor:
         """(G, R, K) attention of some columns to all of this pass, mean over heads; cached ones share the softmax."""
-        found, prompt = self.attention(layer), self.prompt
-        keys = found.keys(rows)
+        found, prompt, cached = self.attention(layer), self.prompt, self.here.cached(layer)
         places = prompt.place[rows]
         allowed = (places[:, None] <= places.gather(1, columns)[..., None]) & (prompt.owner[rows] != PADDING)[:, None]
-        cached = self.here.cached(layer)
-        n_cached = 0
+        keys, n_cached = self._keys(layer, rows, cached), 0
         if cached is not None:
-            keys = torch.cat([cached[0][rows].to(keys), keys], 2)
             seen = cached[1][rows][:, None].expand(-1, columns.shape[1], -1)
             allowed, n_cached = torch.cat([seen, allowed], 2), cached[1].shape[1]
         weights = attention.rows(found.queries(rows, columns), keys, found.scale, allowed)
         return weights.mean(1)[..., n_cached:]
+
+    def _keys(self, layer: int, rows: Tensor, cached: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(G, H_kv, P + K, d), rotated: of earlier passes and of this one, from the cache where it holds them."""
+        held = self.here.held(layer) if layer < self.layer else None
+        if held is not None:
+            return held[rows]
+        keys = self.attention(layer).keys(rows)
+        return keys if cached is None else torch.cat([cached[0][rows].to(keys), keys], 2)
 
     def note_mass(self, layer: int) -> None:
         """Attention of the last prompt tokens to all visual tokens in the layer before this one, by row."""
