@@ -2,9 +2,10 @@
 
 python -m tokprune.eval.bench.selection_times --out eval/results/selection-times.jsonl
 
-Features are as wide as those of a 7B model. Every measurement runs in a process of its own, which is ended at a limit
-of time or memory. Of methods about videos, the share of the prefill of a 7B shape is measured too: its FLOPs by the
-ledger, at the rate of one decoder layer's products on the same machine.
+Seconds are CPU time of one thread, so that other work on the machine counts little. Features are as wide as those of a
+7B model. Every measurement runs in a process of its own, which is ended at a limit of time or memory. Of methods about
+videos, the share of the prefill of a 7B shape is measured too: its FLOPs by the ledger, at the rate of one decoder
+layer's products on the same machine.
 """
 
 from __future__ import annotations
@@ -203,9 +204,9 @@ def _measure(make: Callable[[], Callable[[], Any]], limit_gib: float, pipe: Any)
             run = make()
             pipe.send("ready")
             for _ in range(3):
-                begun = time.perf_counter()
+                begun = time.thread_time()
                 run()
-                pipe.send(time.perf_counter() - begun)
+                pipe.send(time.thread_time() - begun)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
@@ -269,6 +270,7 @@ def main(
             near = nearest(name, names())
             raise typer.BadParameter(f"no method {name!r} to time{f': did you mean {near!r}?' if near else ''}")
     wanted = [int(n) for n in sizes.split(",") if n] or list(GRIDS)
+    torch.set_num_threads(1)
     for row in measured(chosen, wanted, limit, memory):
         typer.echo(f"{row.what} {row.method} {row.n_visual}: {row.seconds} {row.stopped}")
         old = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []

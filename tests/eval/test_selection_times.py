@@ -11,7 +11,10 @@ from tokprune.eval.bench import selection_times
 from tokprune.eval.report import render
 
 from tokprune.core.layout import frames_layout, grid_layout
-from tokprune.methods import METHODS
+from tokprune.core.signals import Kind
+from tokprune.core.tokens import Stage
+from tokprune.methods import METHODS, build_method
+from tokprune.prune import slow
 
 NAMES = selection_times.names()
 
@@ -61,3 +64,46 @@ def test_rows_of_other_methods_stay_in_the_file(tmp_path):
     assert all(r["seconds"] > 0 for r in rows)
     with pytest.raises(typer.BadParameter, match="uniform"):
         selection_times.main(out, "unifrom")
+
+
+STORED = [
+    selection_times.Timed(**json.loads(line))
+    for line in (render.RESULTS / "selection-times.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+def estimated(row):
+    """Seconds that the warning goes by, for what was measured."""
+    method = build_method(row.method)[0]
+    between = method.stage is Stage.DECODER
+    needs = method.reads(selection_times.LAYER) if between else method.needs(selection_times.TOWER)
+    kinds, width = {s.kind for s in needs}, selection_times.WIDTH
+    has_keys = Kind.KEYS in kinds
+    widths = slow.Widths(
+        rows=width,
+        keys=selection_times.HEADS * selection_times.HEAD_DIM if has_keys else width,
+        head=selection_times.HEAD_DIM if has_keys else width,
+        states=selection_times.TOWER_WIDTH if Kind.TOWER_STATES in kinds else width,
+        has_cls_state=Kind.CLS_STATE in kinds,
+    )
+    clip = frames_layout(*selection_times.CLIP)
+    layout = clip if row.what == "share" else selection_times.layout_of(row.method.split(":")[0], row.n_visual)
+    return slow.seconds_of(method, layout, [row.n_kept], widths)
+
+
+@pytest.mark.parametrize("row", [r for r in STORED if r.what != "prefill"], ids=lambda r: f"{r.method}-{r.n_visual}")
+def test_selections_that_took_long_are_warned_of(row):
+    """What was measured on one thread: over 4 s, or ended by a limit, warns; under 0.5 s does not."""
+    said = estimated(row)
+    if row.seconds is None or row.seconds > 4:
+        assert said >= slow.LONG
+    elif row.seconds < 0.5:
+        assert said < slow.LONG
+    if row.seconds is not None and said >= slow.LONG:
+        assert said / 3 < row.seconds < 3 * said
+
+
+def test_long_and_short_selections_are_stored():
+    seconds = [float("inf") if r.seconds is None else r.seconds for r in STORED]
+    assert sum(s > 4 for s in seconds) > 10
+    assert sum(s < 0.5 for s in seconds) > 10

@@ -28,11 +28,11 @@ def chosen(spec, layout, keep_tokens=8):
     ],
 )
 def test_what_it_costs_is_said_with_what_is_cheaper(spec, layout, instead, monkeypatch):
-    flops = tokprune.get_method(spec).cost(layout, 8, slow.Widths(16, 16, 16, 16, False)).flops
-    monkeypatch.setattr(slow, "LONG", flops)
+    seconds = slow.seconds_of(tokprune.get_method(spec), layout, [8], slow.Widths(16, 16, 16, 16, False))
+    monkeypatch.setattr(slow, "LONG", seconds)
     with pytest.warns(UserWarning, match=f"256 visual tokens.*{instead}"):
         chosen(spec, layout)
-    monkeypatch.setattr(slow, "LONG", flops + 1)
+    monkeypatch.setattr(slow, "LONG", 1.01 * seconds)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         chosen(spec, layout)
@@ -49,7 +49,8 @@ def test_sixteen_thousand_tokens_of_a_large_model_are_said():
     """The usual threshold, without the selection."""
     widths, layout = slow.Widths(3584, 0, 0, 0, False), frames_layout(64, 16, 16)
     joint, even = tokprune.get_method("divprune"), tokprune.get_method("divprune", split="even")
-    assert even.cost(layout, 4096, widths).flops < slow.LONG < joint.cost(layout, 4096, widths).flops
+    seconds = [slow.seconds_of(method, layout, [4096], widths) for method in (even, joint)]
+    assert seconds[0] < slow.LONG < seconds[1]
 
 
 def costs(spec, layout, n_keep=8):
@@ -60,7 +61,7 @@ def costs(spec, layout, n_keep=8):
 def test_every_costly_method_before_the_language_model_is_said(spec, monkeypatch):
     layout = frames_layout(4, 4, 4)
     tokens = tokens_for(spec, 1, layout)
-    monkeypatch.setattr(slow, "LONG", 1)
+    monkeypatch.setattr(slow, "LONG", 0)
     with pytest.warns(UserWarning, match="64 visual tokens"):
         slow.warn_if_slow(build(spec), spec, tokens, 8)
 
@@ -69,14 +70,14 @@ def test_every_costly_method_before_the_language_model_is_said(spec, monkeypatch
 @torch.no_grad()
 def test_every_costly_method_between_layers_is_said_once_before_its_first_cut(spec, monkeypatch):
     model, inputs = tiny.fresh_model("clip"), tiny.batch()
-    monkeypatch.setattr(slow, "LONG", 1)
+    monkeypatch.setattr(slow, "LONG", 0)
     with tokprune.attach(model, spec, keep_ratio=0.3) as attachment:
         seen = []
         monkeypatch.setattr(type(attachment.method), "select", lambda *_: seen.append(len(said)) or 1 / 0)
         with warnings.catch_warnings(record=True) as said, pytest.raises(ZeroDivisionError):
             warnings.simplefilter("always")
             model(**inputs)
-    found = [str(w.message) for w in said if "TFLOPs of selection" in str(w.message)]
+    found = [str(w.message) for w in said if "with each other" in str(w.message)]
     assert len(found) == len(set(found)) == 1
     assert "such as fastv" in found[0]
     assert seen == [len(said)]

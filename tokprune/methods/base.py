@@ -44,6 +44,8 @@ class Method:
     keeps_positions: ClassVar[bool] = False  # kept tokens have to keep their positions
     attention_bias: ClassVar[Any] = None  # what attention gets, a `restore.Bias`; None for nothing
     needs_file: ClassVar[str] = ""  # the option with the file that it cannot run without
+    # FLOPs of `cost` a second that `select` reaches on one CPU thread, within some factor of 3; a warning goes by it.
+    cpu_rate: ClassVar[float] = 50e9
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}  # least and largest value of numeric options
     source: ClassVar[str] = ""
     if_missing: ClassVar[str] = ""  # the option to use if the tower lacks a signal

@@ -104,6 +104,7 @@ class FastVID(Method):
         "ratio": (0, 1),
     }
     source: ClassVar[str] = "arXiv:2503.11187"
+    cpu_rate: ClassVar[float] = 200e9  # frames of one segment are compared in fewer products
 
     @property
     def count(self) -> Count:

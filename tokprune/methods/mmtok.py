@@ -54,6 +54,7 @@ class MMTok(Method):
 
     limits: ClassVar = {"alpha": (0, 1e6), "text_temperature": (1e-3, 1e3), "vision_temperature": (1e-3, 1e3)}
     source: ClassVar[str] = "arXiv:2508.18264"
+    cpu_rate: ClassVar[float] = 6e9  # its greedy steps are no products
 
     def needs(self, tower: Tower) -> frozenset[Signal]:
         return frozenset({Signal(Kind.TEXT_EMBEDS), Signal(Kind.TOWER_STATES)})

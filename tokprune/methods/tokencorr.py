@@ -58,6 +58,7 @@ class TokenCorr(Method):
 
     limits: ClassVar = {"similar": (-1, 1), "repeats": (0, 1)}
     source: ClassVar[str] = "arXiv:2407.14439"
+    cpu_rate: ClassVar[float] = 120e9
     if_missing: ClassVar[str] = "without_cls=received"
 
     @property

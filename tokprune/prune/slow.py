@@ -15,7 +15,9 @@ from ..methods.base import Method
 if TYPE_CHECKING:
     import torch
 
-LONG = 10**12  # FLOPs, some 6 seconds on two cores
+# Seconds of one thread, as estimated: of `eval/results/selection-times.jsonl`, what took over 4 s (2 s on two cores) is
+# estimated at more, and what took under 0.5 s at less.
+LONG = 2.5
 
 
 def warn_if_slow(method: Method, label: str, tokens: VisualTokens, n_keep: int) -> None:
@@ -47,18 +49,30 @@ def warn_of_cuts(
     """
     if device.type != "cpu":
         return
-    flops = sum(method.cost(layout, n_keep, widths).flops for n_keep in n_keeps if n_keep > 0)
-    if flops < LONG:
+    seconds = seconds_of(method, layout, n_keeps, widths)
+    if seconds < LONG:
         return
     linear = "fastv" if method.stage is Stage.DECODER else "vidcom2" if layout.is_video else "fopru"
     cheaper = f"use a method that does not compare all tokens, such as {linear}"
     if getattr(method, "split", None) == "joint" and layout.n_crops > 1:
         cheaper = f"use split=even to select in each of the {layout.n_crops} crops or frames separately"
     warnings.warn(
-        f"{label} compares {layout.n_visual:,} visual tokens with each other: {flops / 1e12:.1f} TFLOPs of selection, "
-        f"which take seconds to minutes on a CPU; {cheaper}",
+        f"{label} compares {layout.n_visual:,} visual tokens with each other, which takes roughly "
+        f"{_shown(seconds)} of one CPU thread; {cheaper}",
         stacklevel=3,
     )
+
+
+def seconds_of(method: Method, layout: Layout, n_keeps: Iterable[int], widths: Widths) -> float:
+    """Of one CPU thread, for all cuts together: FLOPs at the rate that the method declares, within some factor of 3."""
+    flops = sum(method.cost(layout, n_keep, widths).flops for n_keep in n_keeps if n_keep > 0)
+    return flops / min(member.cpu_rate for member in method.members)
+
+
+def _shown(seconds: float) -> str:
+    """One digit: estimates are within some factor of 3."""
+    n, unit = (seconds, "s") if seconds < 100 else (seconds / 60, "min")
+    return f"{float(f'{n:.1g}'):,.0f} {unit}"
 
 
 def _widths(tokens: VisualTokens) -> Widths:
