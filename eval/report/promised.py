@@ -35,13 +35,23 @@ def promises(name: str) -> str:
     return markdown((*header, "saved, of what could be"), lines)
 
 
+def _held(r: dict[str, Any]) -> str:
+    """What the choice lost on test questions, with its interval where there is one."""
+    ends = ", ".join(map(_percent, r["test_loss_interval"] or ()))
+    return f"{_percent(r['test_loss'])} %" + (f" [{ends}]" if ends else "")
+
+
+def _percent(share: float) -> str:
+    """With one digit, and no minus before a zero."""
+    return f"{round(100 * share, 1) + 0.0:.1f}"
+
+
 def tuned(name: str) -> str:
     """Of `eval.tune.validate`: tolerance, choice, what held on test questions."""
     lines = []
     for r in _lines(name):
         n, lost, won = r["tested"] or (0, 0, 0)
         passed = [is_promised for _, is_promised in r.get("tests", ())]
-        low, high = r["test_loss_interval"] or (0.0, 0.0)
         lines.append(
             [
                 f"{r['model']}, {r['task']}",
@@ -49,8 +59,8 @@ def tuned(name: str) -> str:
                 f"{r['choice']}, x {r['cost']:.2f}" if r["choice"] else "none",
                 f"at most {100 * r['bound']:.1f} % ({lost} lost, {won} won of {n})" if r["promised"] else "no",
                 f"{sum(passed)} of {len(passed)}" if "tests" in r else "one winner",
-                f"{100 * r['test_loss']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]" if r["choice"] else "",
-                f"{r['best']}, x {r['best_cost']:.2f}, {100 * r['best_loss']:.1f} %" if r["best"] else "none",
+                _held(r) if r["choice"] else "",
+                f"{r['best']}, x {r['best_cost']:.2f}, {_percent(r['best_loss'])} %" if r["best"] else "none",
                 f"{100 * r['asked'] / r['grid']:.0f} %",
             ]
         )

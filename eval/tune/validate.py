@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,18 +37,34 @@ def cost(row: Row) -> float:
 
 
 def compared(path: Path, task: str) -> list[Row]:
-    """Rows of the configurations of a full comparison that could be deployed."""
+    """Rows of the configurations of a full comparison that could be deployed, each with its difference to no pruning.
+
+    Rows of earlier releases have a value alone: their difference is that of two values, and has no interval.
+    """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [Row.read(line) for line in lines if "config" in line and line["task"] == task]
     never = (NONE, SHUFFLED, *LESS, *NEVER)
+    (bare,) = (r.value for r in rows if r.config == NONE)
+    rows = [r if r.difference is not None else replace(r, difference=r.value - bare) for r in rows]
     return [r for r in rows if r.method.partition(":")[0] not in never and r.config != SHUFFLED]
+
+
+def loss(row: Row) -> float:
+    """Of accuracy, on the test questions of the full comparison; what `compared` gives has one."""
+    return -row.difference  # type: ignore[operator]
+
+
+def interval(row: Row) -> list[float] | None:
+    """Of its loss, 95 %; None where only values were stored."""
+    low, high = row.difference_low, row.difference_high
+    return None if low is None or high is None else [-high, -low]
 
 
 def line_of(
     model: str, task: str, tolerance: float, found: Tuned, asked: int, grid: int, rows: list[Row]
 ) -> dict[str, Any]:
     """A row: the choice, the best of the full comparison, and what of the choice held on test questions."""
-    within = [r for r in rows if (r.difference or 0.0) >= -tolerance]
+    within = [r for r in rows if loss(r) <= tolerance + 1e-9]
     best = min(within, key=cost, default=None)
     chosen = next((r for r in rows if found.config is not None and r.config == found.config.label), None)
     return {
@@ -60,12 +77,12 @@ def line_of(
         "tested": [found.test.seen.n, found.test.seen.lost, found.test.seen.won] if found.test else None,
         "tests": [[test.config, test.promised] for test in found.tests],
         "cost": cost(chosen) if chosen else None,
-        "test_loss": -(chosen.difference or 0.0) if chosen else None,
-        "test_loss_interval": [-(chosen.difference_high or 0.0), -(chosen.difference_low or 0.0)] if chosen else None,
+        "test_loss": loss(chosen) if chosen else None,
+        "test_loss_interval": interval(chosen) if chosen else None,
         "n_test": chosen.n_samples if chosen else None,
         "best": best.config if best else None,
         "best_cost": cost(best) if best else None,
-        "best_loss": -(best.difference or 0.0) if best else None,
+        "best_loss": loss(best) if best else None,
         "asked": asked,
         "grid": grid,
         "n": grid // (len(rows) + 1),

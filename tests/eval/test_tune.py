@@ -8,8 +8,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import tokprune.eval
 import torch
 from commands import changed, jsonl, refusal, tokprune_cli
 from PIL import Image
@@ -19,6 +21,7 @@ from tokprune.eval.run.folder import RunFolder
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks.base import Sample
 from tokprune.eval.tune import tune as tuning
+from tokprune.eval.tune import validate
 from tokprune.eval.tune.race import Rule
 from tokprune.eval.tune.tune import ordered
 from transformers import AutoModelForImageTextToText
@@ -26,6 +29,8 @@ from transformers import AutoModelForImageTextToText
 import tokprune
 from tokprune.core.errors import RunError, UnknownNameError
 from tokprune.methods import METHODS
+
+RESULTS = Path(tokprune.eval.__file__).parent / "results"
 
 COLOURS = {"red": "red", "green": "lime", "blue": "blue"}
 
@@ -250,3 +255,40 @@ def test_two_processes_find_what_one_does(tuned, tmp_path):
     assert both[0]["saves"]["flops"] == both[1]["saves"]["flops"]
     assert (one / "tokprune.json").read_text() == (two / "tokprune.json").read_text()
     assert all("one of 2 processes" in row["device"] for row in jsonl(two / "run/times.jsonl"))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_a_choice_loses_is_looked_up_and_without_differences_computed(stored, tmp_path):
+    """Rows of earlier releases hold values alone; that must not read as no loss."""
+    path = tmp_path / "rows.jsonl"
+    source = [json.loads(x) for x in (RESULTS / "compare-tiny-qwen-findit.jsonl").read_text().splitlines()]
+    differences = {x["config"]: x["difference"] for x in source if "config" in x and x["task"] == "findit"}
+    names = ("difference", "difference_low", "difference_high")
+    path.write_text(
+        "".join(json.dumps({k: v for k, v in x.items() if stored or k not in names}) + "\n" for x in source)
+    )
+    rows = {row.config: row for row in validate.compared(path, "findit")}
+    assert min(map(validate.loss, rows.values())) < 0.01 < 0.3 < max(map(validate.loss, rows.values()))
+    for config, row in rows.items():
+        assert validate.loss(row) == pytest.approx(-differences[config])
+        assert (validate.interval(row) is not None) == stored
+        low, high = validate.interval(row) or (validate.loss(row),) * 2
+        assert low <= validate.loss(row) <= high
+
+
+def test_every_choice_of_the_page_is_in_its_full_comparison():
+    """What docs/tune.md says of test questions, by hand from the stored values."""
+    full = {
+        "tiny-llava": "all-tiny-llava-findit",
+        "tiny-llava-next": "compare-tiny-llava-next",
+        ("tiny-qwen", "findit"): "compare-tiny-qwen-findit",
+        ("tiny-qwen", "watchit"): "compare-tiny-qwen-watchit",
+    }
+    for line in map(json.loads, (RESULTS / "tuned.jsonl").read_text().splitlines()):
+        name = full.get(line["model"]) or full[line["model"], line["task"]]
+        rows = [json.loads(x) for x in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+        values = {x["config"]: x["value"] for x in rows if "config" in x and x["task"] == line["task"]}
+        for config, loss in ((line["choice"], line["test_loss"]), (line["best"], line["best_loss"])):
+            assert values["none"] - values[config] == pytest.approx(loss)
+        assert line["best_loss"] <= line["tolerance"] + 1e-9
+        assert line["best_cost"] <= line["cost"] or not line["promised"]
