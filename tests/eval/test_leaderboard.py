@@ -45,6 +45,12 @@ def test_the_same_questions_tell_more_than_two_intervals():
     assert ranks(both) == ranks(both[::-1]) == {"a": "1", "b": "2"}
 
 
+def test_errors_of_two_runs_add_by_their_squares():
+    # Apart by 1.5, where each may be off by 1: less than the sum of both, more than the root of 2.
+    assert ranks([measured("a", 51.5), measured("b", 50)]) == {"a": "1", "b": "2"}
+    assert set(ranks([measured("a", 51.3), measured("b", 50)]).values()) == {"1 to 2"}
+
+
 def test_scores_without_an_interval_are_never_apart():
     assert set(ranks([measured("a", 90, None), measured("b", 10)]).values()) == {"1 to 2"}
 
@@ -67,6 +73,7 @@ def test_only_the_same_questions_are_compared_and_the_newest_score_counts():
     rows = [
         measured("a", 40, date="2026-01-01"),
         measured("a", 60, date="2026-03-01"),
+        measured("b", 58, date="2026-01-01"),
         measured("b", 50, date="2026-02-01"),
         measured("c", 55, n=100),
         measured("d", 55, budget="128"),
@@ -79,7 +86,9 @@ def test_only_the_same_questions_are_compared_and_the_newest_score_counts():
         ("64", 100, ["c"]),
     ]
     assert (found[1].places[0].row.score, found[1].places[0].earlier) == (60, [40])
+    assert (found[1].places[1].row.score, found[1].places[1].earlier) == (50, [58])  # newer, though less
     assert found[1].bare.row.score == 62
+    assert found[1].questions == "12,578 questions"
     assert found[2].bare is None
     assert found[2].questions == "100 of 12,578 questions, a quick look"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokprune.eval.tune.race as racing
 from scipy.stats import binomtest, multinomial
-from tokprune.eval.tune import simulate
+from tokprune.eval.tune import simulate, validate
 from tokprune.eval.tune.promise import (
     Outcome,
     chance,
@@ -281,3 +281,21 @@ def test_the_simulation_gives_the_committed_figures():
     again = simulate.simulated("just beyond", 0.05, 20, 0.05, 0)
     assert again["false_promises"] <= 3  # more would be chance in 1.6 % of seeds
     assert simulate.simulated("just beyond", 0.05, 20, 0.05, 0) == again
+
+
+def test_committed_choices_are_those_of_their_full_comparison():
+    """What the table says of test questions, by the accuracies of the comparison; none lost more than its tolerance."""
+    rows = [json.loads(line) for line in ROWS.with_name("tuned.jsonl").read_text().splitlines()]
+    assert {row["tolerance"] for row in rows} == set(validate.TOLERANCES)
+    assert len(rows) == 16
+    for row in rows:
+        start = "all" if row["model"] == "tiny-llava" else "compare"
+        end = "" if row["model"] == "tiny-llava-next" else f"-{row['task']}"
+        path = ROWS.with_name(f"{start}-{row['model']}{end}.jsonl")
+        lines = map(json.loads, path.read_text().splitlines())
+        accuracy = {line["config"]: line["value"] for line in lines if "config" in line}
+        for config, loss in ((row["choice"], row["test_loss"]), (row["best"], row["best_loss"])):
+            assert loss == pytest.approx(accuracy["none"] - accuracy[config], abs=1e-9)
+        assert row["test_loss"] <= row["tolerance"]
+        assert row["promised"] == any(is_promised for _, is_promised in row["tests"])
+        assert row["asked"] <= row["grid"] / 4
