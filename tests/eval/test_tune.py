@@ -228,6 +228,7 @@ def test_the_race_decides_the_order_before_the_test_is_asked(tuned, tmp_path, mo
     assert {config for _, config, _ in events[at + 1 :]} == {"none", *(test.config for test in found.tests)}
     passed = {test.cost: test.config for test in found.tests if test.promised}
     assert found.config.label == passed[min(passed)]
+    assert {test.seen.n for test in found.tests} == {18}  # of 24: no question of the race counts again
 
 
 TIMED = {"first", "total", "gains", "losses", "saves"}
