@@ -303,7 +303,13 @@ def main(
 
 def span_of(found: Ratio) -> str:
     """Median and quartiles."""
-    return f"{found.ratio:.3g} [{found.low:.3g}, {found.high:.3g}]"
+    return span([found.ratio, found.low, found.high])
+
+
+def span(of: Sequence[float]) -> str:
+    """Median and quartiles of a ratio."""
+    middle, low, high = of
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
 if __name__ == "__main__":

@@ -51,14 +51,14 @@ def tuned(name: str) -> str:
     lines = []
     for r in _lines(name):
         n, lost, won = r["tested"] or (0, 0, 0)
-        passed = [is_promised for _, is_promised in r.get("tests", ())]
+        passed = [is_promised for _, is_promised in r["tests"]]
         lines.append(
             [
                 f"{r['model']}, {r['task']}",
                 f"{100 * r['tolerance']:g} %",
                 f"{r['choice']}, x {r['cost']:.2f}" if r["choice"] else "none",
                 f"at most {100 * r['bound']:.1f} % ({lost} lost, {won} won of {n})" if r["promised"] else "no",
-                f"{sum(passed)} of {len(passed)}" if "tests" in r else "one winner",
+                f"{sum(passed)} of {len(passed)}",
                 _held(r) if r["choice"] else "",
                 f"{r['best']}, x {r['best_cost']:.2f}, {_percent(r['best_loss'])} %" if r["best"] else "none",
                 f"{100 * r['asked'] / r['grid']:.0f} %",

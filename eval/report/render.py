@@ -345,6 +345,17 @@ def ratios(names: str) -> str:
     return "\n".join(parts)
 
 
+def decode_steps(name: str) -> str:
+    """Steps of decoding to a cache as short that was made by hand, and to the unpruned model, with quartiles."""
+    lines = []
+    for r in read_rows(name):
+        to_hand, noise, to_bare = (bench_ratios.span(r[key]) if r[key] else "" for key in ("ratio", "noise", "to_bare"))
+        ms = f"{r['us']['tokprune'] / 1000:.0f} ms"
+        lines.append([f"`{r['method']}`", str(r["batch_size"]), ms, to_hand, noise, to_bare])
+    header = ("method", "batch", "a step", "to a short cache by hand", "that cache to itself", "to unpruned")
+    return markdown(header, lines)
+
+
 def shown_seconds(row: Timed) -> str:
     """A time, or the limit that was met before there was one."""
     if row.seconds is not None:
@@ -374,6 +385,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "models": models,
     "pairs": pairs,
     "promises": promised.promises,
+    "decode_steps": decode_steps,
     "ratios": ratios,
     "report": report,
     "reported": reported.tables,
