@@ -96,23 +96,22 @@ class CDPruner(Method):
             return order
         residual = kernel.diagonal(dim1=1, dim2=2).clone()
         basis = kernel.new_zeros(len(kernel), n_keep, kernel.shape[1])
-        free, chosen = torch.ones_like(residual, dtype=torch.bool), []
+        rest, chosen = relevance.clamp(max=1), []
         for i in range(n_keep):
-            newest = ops.first_highest(_rank(residual, relevance, free))[:, None]
+            newest = ops.first_highest(_rank(residual, rest))[:, None]
             own, column = residual.gather(1, newest), newest[:, None].expand(-1, i, 1)  # (G, 1), (G, i, 1)
             row = kernel.gather(1, newest[..., None].expand(-1, 1, kernel.shape[2]))[:, 0]
             known = (basis[:, :i].gather(2, column).transpose(1, 2) @ basis[:, :i])[:, 0]
             basis[:, i] = torch.where(own > LEAST, (row - known) / own.clamp(min=LEAST).sqrt(), 0.0)
             residual = (residual - basis[:, i].square()).clamp(min=0)
-            free = free.scatter(1, newest, False)
+            residual, rest = residual.scatter(1, newest, 0), rest.scatter(1, newest, -torch.inf)
             chosen.append(newest[:, 0])
         return torch.stack(chosen, 1)
 
 
-def _rank(residual: Tensor, relevance: Tensor, free: Tensor) -> Tensor:
-    """2 + residual while there is any, then relevance below 1: one ranking, no read from the device."""
-    rank = torch.where(residual > LEAST, 2 + residual, relevance.clamp(max=1))
-    return rank.masked_fill(~free, -torch.inf)
+def _rank(residual: Tensor, rest: Tensor) -> Tensor:
+    """2 + residual while there is any, then relevance of at most 1, -inf for chosen ones: no read from the device."""
+    return torch.where(residual > LEAST, 2 + residual, rest)
 
 
 class _Determinant:
@@ -123,27 +122,24 @@ class _Determinant:
 
     def __init__(self, features: Tensor, relevance: Tensor, n_keep: int):
         self._rows = F.normalize(features.float(), dim=-1) * relevance[..., None]  # the kernel is their product
-        self._relevance = relevance
+        self._rest = relevance.clamp(max=1)
         self._residual = self._rows.square().sum(2)
         self._basis = self._rows.new_zeros(len(features), n_keep, features.shape[1])
-        self._free = torch.ones_like(relevance, dtype=torch.bool)
         self._n_chosen = 0
 
     def worth(self) -> Tensor:
-        return _rank(self._residual, self._relevance, self._free)
+        return _rank(self._residual, self._rest)
 
     def open(self, candidates: Tensor) -> None:
         rows, basis = ops.take(self._rows, candidates), self._basis_at(candidates)
         self._candidates = candidates
         self._between = rows @ rows.transpose(1, 2) - basis.transpose(1, 2) @ basis
-        self._inside, self._inside_relevance, self._inside_free = (
-            x.gather(1, candidates) for x in (self._residual, self._relevance, self._free)
-        )
+        self._inside, self._inside_rest = (x.gather(1, candidates) for x in (self._residual, self._rest))
         self._steps: list[Tensor] = []
         self._places: list[Tensor] = []
 
     def worth_inside(self) -> Tensor:
-        return _rank(self._inside, self._inside_relevance, self._inside_free)
+        return _rank(self._inside, self._inside_rest)
 
     def choose(self, place: Tensor) -> None:
         place = place[:, None]
@@ -151,8 +147,8 @@ class _Determinant:
         row = self._between.gather(1, place[..., None].expand_as(self._between[:, :1]))[:, 0]
         step = torch.where(own > LEAST, row / own.clamp(min=LEAST).sqrt(), 0.0)
         self._between = self._between - step[:, :, None] * step[:, None]
-        self._inside = (self._inside - step.square()).clamp(min=0)
-        self._inside_free = self._inside_free.scatter(1, place, False)
+        self._inside = (self._inside - step.square()).clamp(min=0).scatter(1, place, 0)
+        self._inside_rest = self._inside_rest.scatter(1, place, -torch.inf)
         self._steps.append(step)
         self._places.append(place)
 
@@ -168,8 +164,8 @@ class _Determinant:
         new = torch.linalg.solve_triangular(factor, rest.masked_fill(empty[..., None], 0), upper=False)
         self._basis[:, self._n_chosen : self._n_chosen + new.shape[1]] = new
         self._n_chosen += new.shape[1]
-        self._residual = (self._residual - new.square().sum(1)).clamp(min=0)
-        self._free = self._free.scatter(1, chosen, False)
+        self._residual = (self._residual - new.square().sum(1)).clamp(min=0).scatter(1, chosen, 0)
+        self._rest = self._rest.scatter(1, chosen, -torch.inf)
 
     def _basis_at(self, index: Tensor) -> Tensor:
         """(G, chosen so far, C): the basis at tokens (G, C)."""
