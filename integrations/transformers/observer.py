@@ -203,7 +203,7 @@ class Observer(NotCopyable):
     def _leave(self, level: int, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         this = self.passes.leave(level)
         if level == DECODER and this is not None and this.call is not None and this.call.marks:
-            _let_go(this.call, cache_of(kwargs) or (cache_of(out) if isinstance(out, Mapping) else None))
+            _let_go(this.call, [cache_of(x) for x in (kwargs, out) if isinstance(x, Mapping)])
         self._done()
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -530,9 +530,9 @@ def _brings_features(kwargs: Mapping) -> bool:
     return any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
 
 
-def _let_go(call: Call, cache: Any) -> None:
+def _let_go(call: Call, caches: Sequence[Any]) -> None:
     """Forget features after a pass with a cache; without one, or where the caller holds them, they come again."""
-    if cache is not None and not call.by_hand:
+    if not call.by_hand and any(cache is not None for cache in caches):  # an empty cache may be false
         call.marks.clear()
 
 

@@ -434,7 +434,7 @@ def test_counts_of_the_registry():
 def test_keys_of_the_layer_before_come_from_the_cache(attn, spec, monkeypatch):
     """The same numbers as without a cache, in a first prompt and in a second one on the same cache."""
     model, inputs = model_and_batch("clip", attn)
-    width, made = inputs["input_ids"].shape[1], []
+    made = []
     original = Attention.keys
 
     def keys(self, *args):
@@ -458,7 +458,6 @@ def test_keys_of_the_layer_before_come_from_the_cache(attn, spec, monkeypatch):
         monkeypatch.setattr(Here, "held", lambda self, layer: None)
         torch.testing.assert_close(model(**turn, **tiny.cached(cache)).logits, whole, rtol=0, atol=0)
         assert made
-        assert whole.shape[1] == width
 
 
 def dict_of(image):

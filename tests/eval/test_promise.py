@@ -296,6 +296,7 @@ def test_committed_choices_are_those_of_their_full_comparison():
         accuracy = {line["config"]: line["value"] for line in lines if "config" in line}
         for config, loss in ((row["choice"], row["test_loss"]), (row["best"], row["best_loss"])):
             assert loss == pytest.approx(accuracy["none"] - accuracy[config], abs=1e-9)
-        assert row["test_loss"] <= row["tolerance"]
+        assert max(row["test_loss"], row["best_loss"]) <= row["tolerance"] + 1e-9
+        assert row["best_cost"] <= row["cost"] or not row["promised"]
         assert row["promised"] == any(is_promised for _, is_promised in row["tests"])
         assert row["asked"] <= row["grid"] / 4
