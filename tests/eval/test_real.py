@@ -188,7 +188,8 @@ def test_packed_questions_equal_what_the_model_computes_from_the_prompt():
 def test_words_of_a_patch_say_what_it_shows():
     model, processor = real.build(small_llama(), small_tokenizer())
     _, shapes = findone.draw("train", 3)
-    rows = train_real.word_targets(model, processor.tokenizer)(shapes)
+    said = train_real.Shapes(findone.FindOne, findone.KINDS).says(shapes)
+    rows = train_real.word_targets(model, processor.tokenizer)(said)
     (shape,) = shapes
     at = int(shape.y // recipe.PATCH_SIZE) * recipe.GRID + int(shape.x // recipe.PATCH_SIZE)
     table = model.get_input_embeddings().weight.detach()
