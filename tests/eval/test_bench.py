@@ -85,6 +85,21 @@ def test_every_cell_holds_every_configuration_and_the_bare_model(sweep):
             assert [r.config for r in rows if (r.batch_size, r.new_tokens) == (size, n_new)] == expected
 
 
+def test_notes_call_random_what_was_random():
+    """Stored rows: random weights; real weights on noise; and the latter as if on a picture of one's own."""
+    rows = {}
+    for name in ("bench-llava-1.5-7b", "bench-tiny-llava"):
+        rows[name] = [
+            Row(**line) for line in map(json.loads, (render.RESULTS / f"{name}.jsonl").read_text().splitlines())
+        ]
+    rows["own picture"] = [replace(row, picture="page.png, 756 x 1008 pixels") for row in rows["bench-tiny-llava"]]
+    said = {name: " ".join(bench_tables.legend(found)) for name, found in rows.items()}
+    assert "Weights are random" in said["bench-llava-1.5-7b"]
+    assert "Pictures and text are random" in said["bench-tiny-llava"]
+    assert "The text is random" in said["own picture"]
+    assert "Pictures" not in said["own picture"]
+
+
 def test_file_holds_the_rows_with_all_their_fields(sweep):
     rows, text = sweep
     read = [json.loads(line) for line in text.splitlines()]
