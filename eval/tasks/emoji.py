@@ -47,7 +47,7 @@ class Thing:
 
 
 class Emoji:
-    """The drawings, (64, 64, 4) float in 0..255 by name, and the scenes made of them.
+    """Drawings of 64 x 64 pixels by name, with transparency, and the scenes made of them.
 
     Args:
         package: the .tgz file of the npm package.
