@@ -19,11 +19,14 @@ from PIL import Image
 from rich.console import Console
 from tokprune.eval.models import OF_VIDEOS, path_of
 from tokprune.eval.run.folder import RunFolder
+from tokprune.eval.run.rows import Config
 from tokprune.eval.run.runner import Runner
 from tokprune.eval.tasks.base import Sample
 from tokprune.eval.tune import tune as tuning
 from tokprune.eval.tune import validate
-from tokprune.eval.tune.race import Rule
+from tokprune.eval.tune.page import sentences
+from tokprune.eval.tune.promise import Outcome
+from tokprune.eval.tune.race import Finish, Rule
 from tokprune.eval.tune.tune import ordered
 from transformers import AutoModelForImageTextToText
 
@@ -231,6 +234,19 @@ def test_the_race_decides_the_order_before_the_test_is_asked(tuned, tmp_path, mo
     passed = {test.cost: test.config for test in found.tests if test.promised}
     assert found.config.label == passed[min(passed)]
     assert {test.seen.n for test in found.tests} == {18}  # of 24: no question of the race counts again
+
+
+@pytest.mark.parametrize("goal", tuning.GOALS)
+def test_time_is_said_once_unless_it_decided(goal):
+    """The test's times are minutes apart; those of the choice and the unpruned model in turn are the better ones."""
+    saves = {"latency": 0.9, "flops": 0.4, "memory": 0.2}
+    seen = tuning.Tested("uniform@0.5", Outcome(20, 1, 1), 0.2, True, 0.4)
+    times = dict(first=[0.5, 0.6, 0.7], total=[0.5, 0.6, 0.7])
+    found = tuning.Tuned(Finish(), [seen], Config("uniform", 0.5), seen, saves, **times)
+    said = " ".join(sentences(tuning.Wanted(Rule(0.1), goal), found))
+    assert "60 % of FLOPs of the prefill, 80 % of bytes of the KV cache" in said.replace("It saves ", "")
+    assert ("10 % of time of an answer" in said) == (goal == "latency")
+    assert "first token x 0.60" in said
 
 
 TIMED = {"first", "total", "gains", "losses", "saves"}
