@@ -57,7 +57,7 @@ def tuned(name: str) -> str:
                 f"{r['model']}, {r['task']}",
                 f"{100 * r['tolerance']:g} %",
                 f"{r['choice']}, x {r['cost']:.2f}" if r["choice"] else "none",
-                f"at most {100 * r['bound']:.1f} % ({lost} lost, {won} won of {n})" if r["promised"] else "no",
+                f"yes ({lost} lost, {won} won of {n})" if r["promised"] else "no",
                 f"{sum(passed)} of {len(passed)}",
                 _held(r) if r["choice"] else "",
                 f"{r['best']}, x {r['best_cost']:.2f}, {_percent(r['best_loss'])} %" if r["best"] else "none",

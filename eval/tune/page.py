@@ -37,8 +37,8 @@ def sentences(wanted: Wanted, found: Tuned) -> list[str]:
             f"{len(found.finish.entries)} configurations raced; leave the model unpruned, or use a larger --max-loss.",
         ]
     if test.promised:
-        bound = f"at most {percent(test.bound)}, with {confidence} confidence"
-        said = [f"{test.config}: {what} {bound} ({_answered(test)})."]
+        alone = f"{_answered(test)}; by this test alone at most {percent(test.bound)}"
+        said = [f"{test.config}: {what} at most {most}, with {confidence} confidence ({alone})."]
         said += _cheaper(found, test)
     else:
         said = [
@@ -57,7 +57,7 @@ def _saved(wanted: Wanted, found: Tuned) -> list[str]:
 
 
 def _answered(test: Tested) -> str:
-    return f"{test.seen.n} questions that chose nothing: {test.seen.lost} lost, {test.seen.won} won"
+    return f"of {test.seen.n} questions that the race did not see {test.seen.lost} lost, {test.seen.won} won"
 
 
 def _needed(test: Tested) -> str:

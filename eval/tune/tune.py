@@ -151,8 +151,8 @@ def ordered(samples: Sequence[Sample], limit: int | None, rule: Rule) -> tuple[l
     if n < fewest(rule):
         raise RunError(
             f"{n} questions cannot promise a loss of at most {100 * rule.tolerance:g} % with {confidence} confidence, "
-            f"even if none is lost: that takes {fewest(rule)}, of which {questions_needed(rule.tolerance, rule.error)} "
-            f"are for the test. {n} can promise {100 * smallest(n, rule.error):.1f} %: use a larger --max-loss, "
+            f"even if no answer changes: that takes {fewest(rule)}, "
+            f"of which {questions_needed(rule.tolerance, rule.error)} are for the test. {n} can promise {100 * smallest(n, rule.error):.1f} %: use a larger --max-loss, "
             "more questions, or a lower --confidence"
         )
     parts = parts_of(n)

@@ -32,7 +32,7 @@ Methods = Annotated[
     str,
     option(
         METHODS,
-        "Names, specifications or ./file.py:Class, separated by commas; none is included.",
+        "Names, specifications or ./file.py:Class, separated by commas; the unpruned model is included.",
         "--methods",
         "--method",
     ),

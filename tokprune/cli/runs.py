@@ -320,8 +320,9 @@ def tune(
 ) -> None:
     """Find the cheapest method and budget whose loss on your questions is within a tolerance, with stated confidence.
 
-    A quarter of the questions chooses among all configurations, the others test the choice once. If the test succeeds,
-    the configuration is saved; else the command ends with exit code 1. Interrupted runs resume.
+    A quarter of the questions races all configurations. The others test the best of them, from the safest to the
+    cheapest, until one fails; the cheapest that passed is saved. If none did, the command ends with exit code 1.
+    Interrupted runs resume.
 
     Example: tokprune tune --task my-pictures --max-loss 2% --for flops --out deploy
     """
