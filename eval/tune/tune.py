@@ -149,11 +149,11 @@ def ordered(samples: Sequence[Sample], limit: int | None, rule: Rule) -> tuple[l
     found = sorted(samples, key=lambda s: (zlib.crc32(f"tune {s.image_id}".encode()), s.image_id, s.id))[:limit]
     n, confidence = len(found), f"{100 * (1 - rule.error):g} %"
     if n < fewest(rule):
+        of_test, reachable = questions_needed(rule.tolerance, rule.error), 100 * smallest(n, rule.error)
         raise RunError(
             f"{n} questions cannot promise a loss of at most {100 * rule.tolerance:g} % with {confidence} confidence, "
-            f"even if no answer changes: that takes {fewest(rule)}, "
-            f"of which {questions_needed(rule.tolerance, rule.error)} are for the test. {n} can promise {100 * smallest(n, rule.error):.1f} %: use a larger --max-loss, "
-            "more questions, or a lower --confidence"
+            f"even if no answer changes: that takes {fewest(rule)}, of which {of_test} are for the test. {n} can promise "
+            f"{reachable:.1f} %: use a larger --max-loss, more questions, or a lower --confidence"
         )
     parts = parts_of(n)
     start = n - parts.test
