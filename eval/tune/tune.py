@@ -152,8 +152,8 @@ def ordered(samples: Sequence[Sample], limit: int | None, rule: Rule) -> tuple[l
         of_test, reachable = questions_needed(rule.tolerance, rule.error), 100 * smallest(n, rule.error)
         raise RunError(
             f"{n} questions cannot promise a loss of at most {100 * rule.tolerance:g} % with {confidence} confidence, "
-            f"even if no answer changes: that takes {fewest(rule)}, of which {of_test} are for the test. {n} can promise "
-            f"{reachable:.1f} %: use a larger --max-loss, more questions, or a lower --confidence"
+            f"even if no answer changes: that takes {fewest(rule)}, of which {of_test} are for the test. {n} can "
+            f"promise {reachable:.1f} %: use a larger --max-loss, more questions, or a lower --confidence"
         )
     parts = parts_of(n)
     start = n - parts.test
