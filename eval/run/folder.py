@@ -27,6 +27,7 @@ from tokprune.core.files import write_text
 
 from .lines import Damaged, rows_of, settings_of, typed
 from .locks import hold
+from .plan import INSTEAD
 from .processes import Processes
 from .rows import BatchTime, SampleRow
 
@@ -56,6 +57,7 @@ class RunFolder:
         overwrite: start over, whatever is there.
         processes: those that share the run; all open the folder at the same time.
         questions: by task and batch the questions of a batch; None where they are not known.
+        instead: what to do where the folder holds a run with other settings, for its error.
 
     Attributes:
         damaged: lines that were left out when the folder was opened, by file.
@@ -71,8 +73,9 @@ class RunFolder:
         overwrite: bool = False,
         processes: Processes = ALONE,
         questions: Mapping[tuple[str, int], Collection[str]] | None = None,
+        instead: str = INSTEAD,
     ):
-        self.path, self.processes, self.questions = path, processes, questions
+        self.path, self.processes, self.questions, self._instead = path, processes, questions, instead
         self.settings = json.loads(json.dumps(settings))  # as they read back
         self.answers: dict[Key, list[SampleRow]] = {}
         self.times: dict[Key, BatchTime] = {}
@@ -169,18 +172,13 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.exists():
             if (self.path / "samples.jsonl").exists():
-                raise RunError(
-                    f"{self.path} holds answers without their settings; name another folder with --out, or start over "
-                    "with --overwrite"
-                )
+                raise RunError(f"{self.path} holds answers without their settings; {INSTEAD}")
             return
         there = settings_of(path, "start over with --overwrite")
         for name in {"backend": None, **there, **settings}:  # what changes the others comes first
             if name not in DERIVED and not _extends(there.get(name), settings.get(name)):
-                raise RunError(
-                    f"{self.path} holds a run with other settings ({_differs(name, there, settings)}); name another "
-                    "folder with --out, or start over with --overwrite"
-                )
+                found = _differs(name, there, settings)
+                raise RunError(f"{self.path} holds a run with other settings ({found}); {self._instead}")
 
     def _read(self) -> Counter[Path]:
         """Take what is done from the files; lines that are damaged by file."""

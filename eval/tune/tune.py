@@ -42,6 +42,8 @@ GOALS = ("latency", "flops", "memory")
 KEEP = (0.75, 0.5, 0.25, 0.11)
 ROUNDS = 8  # in which the choice is timed beside the unpruned model
 NEVER = ("blind", "random")  # controls that nobody deploys
+# A second test of the same questions would spend the error twice.
+AGAIN = "take other questions and another --out, or start over with --overwrite and trust the result less"
 
 
 @dataclass(frozen=True)
@@ -420,7 +422,7 @@ def tune(
     facts = settings(runner, model_name, plan, **rule, **more)
     processes = Processes.started()
     quiet = console if processes.is_main else Console(quiet=True)
-    with closing(RunFolder(out / "run", facts, overwrite, processes, plan.questions)) as folder:
+    with closing(RunFolder(out / "run", facts, overwrite, processes, plan.questions, AGAIN)) as folder:
         if folder.answers:
             quiet.print(f"{sum(map(len, folder.answers.values()))} answers are in {folder.path} already")
         found = Tuning(runner, task, plan, ends, parts, folder, wanted).run(quiet)

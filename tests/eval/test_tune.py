@@ -91,6 +91,7 @@ def test_a_finished_run_asks_nothing_again(tuned):
     # Another tolerance would test the same questions twice.
     line = refusal(tokprune_cli(*changed(command(folder, out, "--agree"), "--max-loss", "30%")))
     assert "other settings" in line
+    assert "take other questions" in line
 
 
 def test_a_killed_run_resumes_with_the_same_choice(tuned, tmp_path, monkeypatch):
