@@ -21,6 +21,7 @@ import typer
 from PIL import Image
 
 from tokprune.core.errors import TaskError
+from tokprune.prune.pictures import open_drawing
 
 from . import findit
 
@@ -100,7 +101,7 @@ def _member(files: tarfile.TarFile, package: Path, name: str) -> io.BytesIO:
 
 
 def _drawing(files: tarfile.TarFile, package: Path, name: str) -> Image.Image:
-    return Image.open(_member(files, package, f"package/img/google/64/{name}")).convert("RGBA")
+    return open_drawing(_member(files, package, f"package/img/google/64/{name}"))
 
 
 def ask(thing: Thing) -> list[tuple[str, str, str]]:

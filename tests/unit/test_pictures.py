@@ -278,7 +278,7 @@ def test_compare_sees_the_picture_upright(tmp_path):
 
 
 def test_one_function_opens_pictures():
-    """Nothing else in the package opens or converts one; drawings of emoji keep their transparency until painted."""
+    """Nothing else in the package opens or converts one."""
     found = set()
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -286,7 +286,7 @@ def test_one_function_opens_pictures():
                 opens = node.func.attr == "open" and getattr(node.func.value, "id", "") == "Image"
                 if opens or node.func.attr in ("convert", "exif_transpose"):
                     found.add(name)
-    assert found == {"tokprune.prune.pictures", "tokprune.eval.tasks.emoji"}
+    assert found == {"tokprune.prune.pictures"}
 
 
 def test_the_picture_of_a_run_that_vanishes_is_one_clear_error(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,6 +12,12 @@ from ..core.errors import TaskError
 
 SAVE = "save it as an 8-bit PNG"
 _DEEPEST = 65535  # of grey in 16 bits
+
+
+def open_drawing(file: IO[bytes]) -> Image.Image:
+    """A picture with its transparency, RGBA, from an open file."""
+    with Image.open(file) as picture:
+        return picture.convert("RGBA")
 
 
 def open_picture(path: str | os.PathLike[str], instead: str = "name a PNG or JPEG file") -> Image.Image:
